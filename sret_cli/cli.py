@@ -1,0 +1,401 @@
+"""The commands of `sret`; the one place that turns errors into messages and exit codes."""
+
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from sret_cli import __version__
+from sret_cli.errors import DATA, USAGE, SretError
+
+app = typer.Typer(
+    name="sret",
+    help="Scaling studies of deep vision transformers with shared weights.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+StudyFile = Annotated[Path | None, typer.Argument(metavar="[STUDY]", help="A study file (TOML).")]
+Preset = Annotated[str | None, typer.Option(help="sret_t, sret_lt, sret_s, deep or nano.")]
+Layers = Annotated[int | None, typer.Option(help="Layers (passes) in all: sets the recursions.")]
+Slices = Annotated[int | None, typer.Option(help="Slices of all passes; each stage takes the gcd.")]
+LaterSlices = Annotated[int | None, typer.Option(help="Slices of the later passes alone.")]
+Nll = Annotated[str | None, typer.Option(help="per_pass, per_block or none.")]
+ImgSize = Annotated[int | None, typer.Option(help="Height and width of the images.")]
+NumClasses = Annotated[int | None, typer.Option(help="Classes; those of the data if not given.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Any other field: model.mlp_ratio=4.")]
+Dataset = Annotated[str | None, typer.Option(help="digits (embedded) or folder.")]
+DataDir = Annotated[str | None, typer.Option(help="A folder with train/ and test/ or val/.")]
+Epochs = Annotated[int | None, typer.Option(help="Epochs of training.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images a step.")]
+Seed = Annotated[int | None, typer.Option(help="Of the weights, the order and the augmentation.")]
+Precision = Annotated[str | None, typer.Option(help="fp32 or bf16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Workers = Annotated[int | None, typer.Option(min=0, help="Processes that load images.")]
+Runs = Annotated[Path, typer.Option(help="Where run directories are.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+MODEL_FLAGS = ("preset", "layers", "slices", "recursive_slices", "nll", "img_size", "num_classes")
+TRAIN_FLAGS = ("dataset", "data_dir", "epochs", "batch_size", "seed", "precision")
+
+
+def notes() -> Console:
+    """Where progress and notes go: stderr."""
+    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
+def output() -> Console:
+    """Where tables and results go: stdout, wide where it is no terminal."""
+    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200
+    return Console(width=wide, highlight=False, markup=False)
+
+
+def print_json(value: Any) -> None:
+    """The one JSON document on stdout."""
+    print(json.dumps(value, indent=2))
+
+
+def flags_given(context: typer.Context) -> dict[str, Any]:
+    """The arguments and flags of a command that are not left at nothing."""
+    return {k: v for k, v in context.params.items() if v is not None and v not in ([], ())}
+
+
+def study_from(context: typer.Context, trains: bool) -> Any:
+    """The study that a command's argument and flags describe; says where slices were fitted."""
+    from sret_cli.study import from_flags
+
+    given = flags_given(context)
+    model = {key: given[key] for key in MODEL_FLAGS if key in given}
+    train = {key: given[key] for key in TRAIN_FLAGS if key in given}
+    settings = list(given.get("set_", ()))
+    study = from_flags(given.get("study"), model, train if trains else None, settings)
+    if given.get("study") is None:
+        spec = study.runs[0].model
+        for field in ("recursive_slices", "slices"):
+            note_fitted_slices(spec, field, given.get(field))
+    return study
+
+
+def note_fitted_slices(spec: Any, field: str, wanted: int | None) -> None:
+    """Says which stages take other slices than were asked for."""
+    for stage, (slices, tokens) in enumerate(zip(getattr(spec, field), spec.tokens, strict=True)):
+        if wanted is not None and slices != wanted:
+            many = "1 slice" if slices == 1 else f"{slices} slices"
+            notes().print(f"stage {stage + 1}: its {tokens} tokens take {many}, not {wanted}")
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Scaling studies of deep vision transformers with shared weights."""
+    if version:
+        print(f"sret {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit
+
+
+@app.command()
+def build(
+    context: typer.Context,
+    study: StudyFile = None,
+    preset: Preset = None,
+    layers: Layers = None,
+    slices: Slices = None,
+    recursive_slices: LaterSlices = None,
+    nll: Nll = None,
+    img_size: ImgSize = None,
+    num_classes: NumClasses = None,
+    set_: Set = None,
+    seed: Annotated[int, typer.Option(help="Of the weights and the image.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write config.json and weights there.")] = None,
+    from_: Annotated[Path | None, typer.Option("--from", help="Read a model from there.")] = None,
+    json_: Json = False,
+) -> None:
+    """Build a model, run one image through it, and print its stages."""
+    import torch
+
+    from sret_cli.model import build_model
+    from sret_cli.report import build_summary, build_table
+    from sret_cli.weights import load_model, save_model
+
+    flags = [f for f in ("study", *MODEL_FLAGS, "set_") if f in flags_given(context)]
+    if from_ is not None and flags:
+        raise SretError(f"--from reads a whole model; leave out {', '.join(flags)}", USAGE)
+    torch.manual_seed(seed)
+    if from_ is not None:
+        models = [load_model(from_)]
+    else:
+        specs = dict.fromkeys(run.model for run in study_from(context, trains=False).runs)
+        if out is not None and len(specs) > 1:
+            raise SretError(f"--out takes one model, and {study} has {len(specs)}", USAGE)
+        models = [build_model(spec) for spec in specs]
+    summaries = [build_summary(model) for model in models]
+    if out is not None:
+        save_model(models[0], out)
+        notes().print(f"wrote {out}/config.json and {out}/model.safetensors")
+    if json_:
+        return print_json(summaries if len(summaries) > 1 else summaries[0])
+    for summary in summaries:
+        output().print(build_table(summary))
+
+
+@app.command()
+def profile(
+    context: typer.Context,
+    study: StudyFile = None,
+    preset: Preset = None,
+    layers: Layers = None,
+    slices: Slices = None,
+    recursive_slices: LaterSlices = None,
+    nll: Nll = None,
+    img_size: ImgSize = None,
+    num_classes: NumClasses = None,
+    set_: Set = None,
+    device: Annotated[
+        str | None, typer.Option(help="Measure time and memory there: cpu or cuda.")
+    ] = None,
+    measure_batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Images a step, for measuring.")
+    ] = 8,
+    measure_precision: Annotated[
+        str, typer.Option("--precision", help="fp32 or bf16, for measuring.")
+    ] = "fp32",
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+) -> None:
+    """Measure parameters, FLOPs and activations; with --device, time and memory too.
+
+    A study's rows are kept in its run directories. Without arguments: the presets, side by side.
+    """
+    from sret_cli import report
+    from sret_cli.launch import Options, profile_run, run_study
+    from sret_cli.study import Run, Study
+
+    if measure_precision not in ("fp32", "bf16"):
+        raise SretError(f"unknown precision {measure_precision!r}; use fp32 or bf16", USAGE)
+    options = Options(
+        device=device or "auto",
+        measure_batch_size=None if device is None else measure_batch_size,
+        precision=measure_precision,
+    )
+    check_device(device)
+    if study is not None:
+        found = study_from(context, trains=False)
+        outcome = run_study(found, runs, options, notes(), trains=False)
+        show_rows(outcome.rows, report.COST_TABLE, json_)
+        return finish(outcome.failed)
+    if flags_given(context).keys() & {*MODEL_FLAGS, "set_"}:
+        found = study_from(context, trains=False)
+    else:
+        from sret_cli.spec import PRESETS
+
+        presets = tuple(Run("profile", name, spec) for name, spec in PRESETS.items())
+        found = Study("profile", presets)
+    profiled = [profile_run(run, options) for run in found.runs]
+    show_rows([row for row, _ in profiled], report.COST_TABLE, json_)
+    if len(profiled) == 1 and not json_:
+        for table in report.breakdown_tables(profiled[0][1]):
+            output().print(table)
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    study: StudyFile = None,
+    preset: Preset = None,
+    layers: Layers = None,
+    slices: Slices = None,
+    recursive_slices: LaterSlices = None,
+    nll: Nll = None,
+    img_size: ImgSize = None,
+    num_classes: NumClasses = None,
+    set_: Set = None,
+    dataset: Dataset = None,
+    data_dir: DataDir = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    precision: Precision = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+) -> None:
+    """Train the runs of a study that are missing, or one model: by default `nano` on `digits`."""
+    from sret_cli import report
+    from sret_cli.launch import Options, run_study
+
+    check_device(device)
+    found = study_from(context, trains=True)
+    outcome = run_study(found, runs, Options(device, workers), notes())
+    show_rows(outcome.rows, report.RUN_TABLE, json_)
+    for run in found.runs if len(found.runs) == 1 else ():
+        notes().print(f"kept in {run.directory(runs)}")
+    finish(outcome.failed)
+
+
+@app.command(name="eval")
+def evaluate(
+    directory: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RUN]", help="A run's directory; the newest if not given."),
+    ] = None,
+    data_dir: DataDir = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 256,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    device: Device = "auto",
+    workers: Workers = None,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+) -> None:
+    """Evaluate a trained run on its test images, or on those of another folder."""
+    from sret_cli import report
+    from sret_cli.records import newest_run
+    from sret_cli.train import evaluate_run
+
+    check_device(device)
+    directory = directory or newest_run(runs)
+    row = evaluate_run(directory, data_dir, batch_size, precision, device, workers)
+    notes().print(f"evaluated {directory} on {row['device_name']}")
+    show_rows([row], report.EVAL_TABLE, json_)
+
+
+@app.command(name="report")
+def report_command(
+    path: Annotated[
+        Path | None,
+        typer.Argument(metavar="[STUDY | RUN | DIR]", help="A study file, or where rows are."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write; beside the rows if not given.")
+    ] = None,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+) -> None:
+    """Print a table of what runs measured, and write it as Markdown and CSV with figures."""
+    from sret_cli.study import ReportSpec, load_study
+
+    spec, where = ReportSpec(), path or runs
+    if path is not None and path.suffix == ".toml" and not path.is_dir():
+        found = load_study(path)
+        spec, where = found.report, runs / found.name
+    write_report(where, spec, out or where / "report", json_)
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    study: StudyFile = None,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write; beside the rows if not given.")
+    ] = None,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+) -> None:
+    """Profile, train and report a study in one; what is there already is not done again."""
+    from sret_cli.launch import Options, run_study
+
+    check_device(device)
+    found = study_from(context, trains=True)
+    outcome = run_study(found, runs, Options(device, workers), notes())
+    where = runs / found.name
+    write_report(where, found.report, out or where / "report", json_)
+    finish(outcome.failed)
+
+
+def check_device(name: str | None) -> None:
+    """Refuses a device that is not there before anything is done."""
+    if name not in (None, "auto", "cpu"):
+        from sret_cli.measure import choose_device
+
+        choose_device(str(name))
+
+
+def show_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
+    """Prints rows as a table, or whole as JSON."""
+    from sret_cli import report
+
+    if as_json:
+        return print_json(rows)
+    output().print(report.terminal_table(*report.cells(rows, columns)))
+
+
+def write_report(where: Path, spec: Any, out: Path, as_json: bool) -> None:
+    """Prints and writes the report of the rows in a directory."""
+    from sret_cli import report
+    from sret_cli.figures import write_training_figure
+    from sret_cli.records import read_rows
+
+    rows = read_rows(where)
+    if not rows:
+        raise SretError(
+            f"no finished runs in {where}; `sret train` or `sret run STUDY` makes some", DATA
+        )
+    files = report.write_report(rows, spec, out)
+    files += write_training_figure(where, out)
+    show_rows(rows, report.RUN_TABLE, as_json)
+    notes().print(f"wrote {', '.join(file.name for file in files)} to {out}")
+
+
+def finish(failed: list[Any]) -> None:
+    """Ends with the exit code that failed runs call for.
+
+    Raises:
+        SretError: some runs failed; one run alone fails with its own reason and code.
+    """
+    if not failed:
+        return
+    (run, error), count = failed[0], len(failed)
+    if count == 1:
+        raise SretError(f"run {run.run_id} failed: {error}", error.code)
+    code = max(error.code for _, error in failed)
+    raise SretError(f"{count} runs failed, the first, {run.run_id}: {error}", code)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Runs `sret` and exits with the code of the outcome."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code = app(args=[a for a in arguments if a != "--debug"], standalone_mode=False)
+        sys.stdout.flush()
+    except SretError as error:
+        code = _fail(str(error), error.code, debug)
+    except typer.TyperException as error:
+        code = _fail(error.format_message(), USAGE, debug)
+    except typer.Abort:
+        code = 130
+    except KeyboardInterrupt:
+        code = _fail("interrupted", 130, debug)
+    except BrokenPipeError:  # the reader of a pipe, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _terminated(signal_number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + signal_number)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"sret: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,24 @@
+"""What a user can mend: one error of one line, and the exit codes of the process."""
+
+from difflib import get_close_matches
+
+USAGE, SPEC, DATA, CHECKPOINT, SOME_FAILED, RESOURCES = 2, 3, 4, 5, 6, 7
+
+
+class SretError(Exception):
+    """What a user can mend, in one line: what is wrong, with the values, and what to do.
+
+    Args:
+        message: the line.
+        code: the exit code of the process; 3, a spec or study that can't be, unless told.
+    """
+
+    def __init__(self, message: str, code: int = SPEC) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def nearest(word: str, choices: list[str]) -> str:
+    """Names the choice that looks most like a misspelt word, or lists all choices."""
+    match = get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f"did you mean {match[0]!r}?" if match else f"choose from {', '.join(choices)}"

@@ -1,0 +1,139 @@
+"""Figures of rows, as PNG and SVG: the same bytes for the same rows."""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sret_cli import records
+from sret_cli.records import Row
+from sret_cli.views import COLUMNS, FLOPS_NOTE, heading, mean_and_deviation, show, varying
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe, Ito
+MARKERS = "osD^vPX"
+
+
+def plots(row: Row, x: str, y: str) -> bool:
+    """Whether a row has numbers for both axes."""
+    return all(isinstance(row.get(c), int | float) for c in (x, y))
+
+
+def style() -> Any:
+    """Matplotlib's settings for every figure."""
+    return matplotlib.rc_context(
+        {
+            "font.size": 10,
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+            "svg.hashsalt": "sret",
+            "savefig.dpi": 160,
+        }
+    )
+
+
+def plot(rows: Sequence[Row], x: str, columns: Sequence[str]) -> Figure:
+    """One panel a column over x: a marker for each run, and a band where there are several seeds.
+
+    The line joins means, the band is one standard deviation to each side. Runs that differ in
+    other fields than x's are series of their own.
+    """
+    follows = {"layers": ["model.recursions"]}.get(x, [x])
+    fields = [f for f in varying(rows) if f not in follows]
+    with style():
+        figure = Figure(figsize=(max(4.2 * len(columns), 5.5), 3.6), layout="constrained")
+        panels = figure.subplots(1, len(columns), squeeze=False)[0]
+        for axes, column in zip(panels, columns, strict=True):
+            _draw(axes, rows, x, column, fields)
+        if fields:
+            panels[-1].legend(title=", ".join(heading(f) for f in fields), fontsize=8)
+        if "macs" in columns or x == "macs":
+            figure.supxlabel(FLOPS_NOTE, fontsize=7, x=0.01, ha="left", color="0.4")
+        return figure
+
+
+def _draw(axes: Axes, rows: Sequence[Row], x: str, column: str, fields: Sequence[str]) -> None:
+    plotted = [row for row in rows if plots(row, x, column)]
+    unit_x = COLUMNS[x].divisor if x in COLUMNS else 1
+    unit_y = COLUMNS[column].divisor if column in COLUMNS else 1
+    series: dict[tuple[str, ...], dict[float, list[float]]] = {}
+    for row in plotted:
+        points = series.setdefault(tuple(show(row.get(f)) for f in fields), {})
+        points.setdefault(row[x] / unit_x, []).append(row[column] / unit_y)
+    for index, (label, points) in enumerate(series.items()):
+        color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+        at = sorted(points)
+        means, deviations = zip(*(mean_and_deviation(points[p]) for p in at), strict=True)
+        axes.plot(at, means, color=color, label=", ".join(label))
+        if any(deviations):
+            low = [m - d for m, d in zip(means, deviations, strict=True)]
+            high = [m + d for m, d in zip(means, deviations, strict=True)]
+            axes.fill_between(at, low, high, color=color, alpha=0.18, linewidth=0)
+        for place in at:
+            values = points[place]
+            axes.scatter([place] * len(values), values, color=color, marker=marker, s=18, zorder=3)
+    axes.set(xlabel=heading(x), ylabel=heading(column))
+    xs = sorted({row[x] / unit_x for row in plotted})
+    ys = [row[column] / unit_y for row in plotted]
+    if _wide(xs):
+        axes.set_xscale("log")
+        if len(xs) <= 8:
+            axes.set_xticks(xs, [f"{v:,g}" for v in xs])
+            axes.minorticks_off()
+    elif x == "layers" and len(xs) <= 8:
+        axes.set_xticks(xs)
+    if _wide(ys):
+        axes.set_yscale("log")
+    elif column in ("params", "macs", "activation_bytes", "peak_memory_bytes"):
+        axes.set_ylim(0, max(ys) * 1.15)
+
+
+def _wide(values: Sequence[float]) -> bool:
+    return min(values) > 0 and max(values) / min(values) >= 8
+
+
+def save_figure(figure: Figure, stem: Path) -> list[Path]:
+    """Writes a figure as PNG and SVG, the same bytes for the same rows; returns the files."""
+    files = []
+    for suffix in ("png", "svg"):
+        data = io.BytesIO()
+        with style():
+            figure.savefig(
+                data, format=suffix, metadata={"Date": None} if suffix == "svg" else None
+            )
+        files.append(stem.with_suffix(f".{suffix}"))
+        records.write_atomically(files[-1], data.getvalue())
+    return files
+
+
+def write_training_figure(run_directory: Path, directory: Path) -> list[Path]:
+    """Draws a run's training loss and test accuracy from its metrics; returns the files."""
+    path = run_directory / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if "step" in line]
+    epochs = [line for line in lines if "top1_percent" in line]
+    if not epochs:
+        return []
+    with style():
+        figure = Figure(figsize=(9, 3.4), layout="constrained")
+        loss, accuracy = figure.subplots(1, 2)
+        per_epoch = len(steps) / len(epochs)
+        at = [line["step"] / per_epoch for line in steps]
+        loss.plot(at, [s["loss"] for s in steps], color=COLORS[0], alpha=0.35, label="each step")
+        ends = [line["epoch"] for line in epochs]
+        loss.plot(ends, [e["train_loss"] for e in epochs], color=COLORS[0], label="epoch's mean")
+        loss.plot(ends, [e["test_loss"] for e in epochs], color=COLORS[1], label="test")
+        loss.set(xlabel="Epoch", ylabel="Loss")
+        loss.legend()
+        accuracy.plot(ends, [e["top1_percent"] for e in epochs], marker="o", color=COLORS[1])
+        accuracy.set(xlabel="Epoch", ylabel="Top-1 (%)")
+        return save_figure(figure, records.make_directory(directory) / "training")

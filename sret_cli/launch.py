@@ -1,0 +1,199 @@
+"""The runs of a study, one after another on this machine; what is there stays."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sret_cli import records
+from sret_cli.errors import RESOURCES, SOME_FAILED, SretError
+from sret_cli.records import Row
+from sret_cli.spec import PRESETS
+from sret_cli.study import Run, Study
+
+if TYPE_CHECKING:
+    from sret_cli.profiler import Profile
+
+
+@dataclass(frozen=True)
+class Options:
+    """How and where runs are done, which does not change what they do.
+
+    `measure_batch_size` is None where nothing is to be timed.
+    """
+
+    device: str = "auto"
+    workers: int | None = None
+    measure_batch_size: int | None = None
+    precision: str = "fp32"
+
+
+@dataclass
+class Outcome:
+    """The rows of a study's runs, how many runs were there already, and what failed."""
+
+    rows: list[Row] = field(default_factory=list)
+    skipped: int = 0
+    failed: list[tuple[Run, SretError]] = field(default_factory=list)
+
+
+class Display:
+    """Progress on stderr: bars on a terminal, a line for each finished run elsewhere."""
+
+    def __init__(self, console: Console, title: str, total: int) -> None:
+        self.console = console
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.overall = self.progress.add_task(title, total=total, text="", visible=total > 1)
+        self.current = self.progress.add_task("", total=None, text="", visible=False)
+
+    def start(self, run: Run) -> None:
+        """Shows which run is under way."""
+        self.progress.reset(self.current, visible=True, text="", total=None)
+        self.progress.update(self.current, description=f"{run.name} {run.run_id}")
+
+    def on_step(self, done: int, total: int, text: str) -> None:
+        """Moves the bar of the run under way."""
+        self.progress.update(self.current, completed=done, total=total, text=text)
+
+    def finish(self, line: str) -> None:
+        """Ticks a run off and leaves one line about it."""
+        self.progress.advance(self.overall)
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def profile_run(run: Run, options: Options) -> tuple[Row, "Profile"]:
+    """The row of a run that is measured and not kept, beside published figures of its preset."""
+    from sret_cli.profiler import PUBLISHED, profile
+
+    costs = profile(run)
+    row = {**run.row(), **records.provenance(), **costs.row()}
+    if options.measure_batch_size is not None:
+        row |= _speed(run, options)
+    if run.model == PRESETS.get(run.name) and run.name in PUBLISHED:
+        row["published_gmacs"], row["published_params_m"], _ = PUBLISHED[run.name]
+    return row, costs
+
+
+def _speed(run: Run, options: Options) -> Row:
+    from sret_cli.measure import choose_device, measure
+
+    assert options.measure_batch_size is not None
+    device = choose_device(options.device)
+    with _out_of_memory_is_an_error():
+        return measure(run.model, device, options.measure_batch_size, options.precision)
+
+
+def run_study(
+    study: Study, root: Path, options: Options, console: Console, trains: bool = True
+) -> Outcome:
+    """Profiles and, where asked, trains each run of a study, and writes their rows.
+
+    A run that fails for a reason of its own (diverged, out of memory) becomes a row with `error`,
+    and the others go on.
+
+    Raises:
+        SretError: the data, the device or the root cannot be used, which would fail every run.
+    """
+    outcome = Outcome()
+    display = Display(console, study.name, len(study.runs))
+    with _says_what_was_kept(study, root, outcome, console), display.progress:
+        for number, run in enumerate(study.runs, 1):
+            directory = run.directory(root)
+            row = records.read_row(directory) or {**run.row(), **records.provenance()}
+            missing = _missing(row, run, options, trains)
+            if not missing:
+                outcome.skipped += 1
+            else:
+                display.start(run)
+                row |= {"error": None, **records.provenance()}
+                try:
+                    with _out_of_memory_is_an_error():
+                        for measurement in missing:
+                            row |= _do(measurement, run, directory, options, display)
+                except SretError as error:
+                    if error.code not in (SOME_FAILED, RESOURCES):
+                        raise
+                    row["error"] = str(error)
+                    outcome.failed.append((run, error))
+                records.make_directory(directory)
+                records.write_json(directory / "row.json", row)
+            outcome.rows.append(row)
+            display.finish(f"[{number}/{len(study.runs)}] {_summary(run, row, bool(missing))}")
+    return outcome
+
+
+def _missing(row: Row, run: Run, options: Options, trains: bool) -> list[str]:
+    missing = ["cost"] if row["macs"] is None else []
+    if options.measure_batch_size is not None and (
+        row["forward_seconds"] is None
+        or row["measured_batch_size"] != options.measure_batch_size
+        or row["measured_precision"] != options.precision
+    ):
+        missing.append("speed")
+    if trains and run.train is not None and row["final_loss"] is None:
+        missing.append("training")
+    return missing
+
+
+def _do(measurement: str, run: Run, directory: Path, options: Options, display: Display) -> Row:
+    if measurement == "cost":
+        from sret_cli.profiler import profile
+
+        return profile(run).row()
+    if measurement == "speed":
+        return _speed(run, options)
+    from sret_cli.train import train
+
+    return train(run, directory, options.device, options.workers, display.on_step)
+
+
+@contextmanager
+def _says_what_was_kept(
+    study: Study, root: Path, outcome: Outcome, console: Console
+) -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        console.print(
+            f"stopped: {len(outcome.rows)} of {len(study.runs)} runs are done and kept in "
+            f"{root / study.name}; the one under way starts over; type the same command to go on"
+        )
+        raise
+
+
+@contextmanager
+def _out_of_memory_is_an_error() -> Iterator[None]:
+    """Turns torch's and Python's out-of-memory errors into the user's error."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error).lower()
+        if not isinstance(error, MemoryError) and "out of memory" not in text:
+            if "can't allocate memory" not in text:
+                raise
+        reason = str(error).splitlines()[0] if str(error) else "the allocator gave up"
+        raise SretError(f"out of memory: {reason}; use a smaller batch", RESOURCES) from None
+
+
+def _summary(run: Run, row: Row, done: bool) -> str:
+    parts = [f"{run.run_id} {run.name}", f"{row['layers']} layers"]
+    if run.train is not None:
+        parts.append(f"seed {run.train.seed}")
+    if row["error"]:
+        return ", ".join(parts) + f": failed: {row['error']}"
+    if row["top1_percent"] is not None:
+        parts.append(f"top-1 {row['top1_percent']:.2f} %")
+    return ", ".join(parts) + ("" if done else ": there already")

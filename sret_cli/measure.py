@@ -1,0 +1,126 @@
+"""What a model costs on a device: time of inference and of a training step, and peak memory."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from itertools import accumulate
+
+import torch
+from torch import nn
+
+from sret_cli.errors import USAGE, SretError
+from sret_cli.model import build_model
+from sret_cli.records import Row
+from sret_cli.spec import ModelSpec
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA where there is one.
+
+    Raises:
+        SretError: the device is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise SretError(f"unknown device {name!r}; choose auto, cpu or cuda", USAGE)
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SretError("no CUDA device on this machine; use --device cpu", USAGE)
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """What a row says of the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def measure(spec: ModelSpec, device: torch.device, batch_size: int, precision: str) -> Row:
+    """Time and memory of inference and of a training step (forward, backward, AdamW) on a device.
+
+    Times are medians of at least 5 rounds after 2 of warm-up, with the interquartile range beside
+    them. `peak_memory_bytes` is the training step's: what CUDA's allocator had at the most, or on
+    a CPU the weights and optimizer state and the most that torch allocated on top of them.
+    """
+    model = build_model(spec).to(device)
+    size = (batch_size, spec.in_chans, spec.img_size, spec.img_size)
+    x = torch.randn(size, device=device)
+    target = torch.randint(max(spec.num_classes, 1), (batch_size,), device=device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+    def forward() -> None:
+        with torch.inference_mode(), autocast:
+            model(x)
+
+    def step() -> None:
+        with autocast:
+            output = model(x)
+        nn.functional.cross_entropy(output.float(), target).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    model.eval()
+    forward_seconds, forward_iqr = median_seconds(forward, device)
+    model.train()
+    step_seconds, step_iqr = median_seconds(step, device)
+    return {
+        "measured_batch_size": batch_size,
+        "measured_precision": precision,
+        "forward_seconds": forward_seconds,
+        "forward_seconds_iqr": forward_iqr,
+        "step_seconds": step_seconds,
+        "step_seconds_iqr": step_iqr,
+        "inference_images_per_second": batch_size / forward_seconds,
+        "training_images_per_second": batch_size / step_seconds,
+        "peak_memory_bytes": peak_memory_bytes(step, model, optimizer, device),
+        "device_name": device_name(device),
+        "torch_version": torch.__version__,
+    }
+
+
+def median_seconds(call: Callable[[], None], device: torch.device) -> tuple[float, float]:
+    """Median and interquartile range of a call's wall time: 5 to 50 rounds, about 2 seconds."""
+    seconds: list[float] = []
+    for _ in range(2):
+        call()
+    while len(seconds) < 5 or (sum(seconds) < 2 and len(seconds) < 50):
+        _synchronize(device)
+        start = time.perf_counter()
+        call()
+        _synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    low, median, high = statistics.quantiles(seconds, n=4)
+    return median, high - low
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_bytes(
+    step: Callable[[], None],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+) -> int:
+    """The most memory that tensors take in a call of a training step."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return torch.cuda.max_memory_allocated(device)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it reports to stderr that it is there
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as record:
+        step()
+    assert record.profiler is not None
+    results = record.profiler.kineto_results
+    changes = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+    there = sum(t.untyped_storage().nbytes() for t in tensors)
+    return there + max(accumulate(size for _, size in sorted(changes)))

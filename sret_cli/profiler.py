@@ -1,0 +1,324 @@
+"""What a model costs, exactly: parameters, multiply-adds and activations, by fvcore.
+
+One multiply-add counts as one, as in fvcore and in the SReT paper's "FLOPs" column. fvcore adds
+element counts of LayerNorm, BatchNorm and pooling (about 1 %); softmax, GELU and residual sums are
+not counted. It has no rule for fused attention, so one is registered here: both of its matrix
+products. `activations` are elements that convolutions, linear layers and matrix products put out;
+fused attention puts out no score matrix. `activation_bytes` are what autograd really keeps of one
+image for the backward pass, in fp32, without parameters.
+
+Passes of equal shape and slices cost the same: each such signature is traced once and multiplied.
+"""
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sret_cli.model import NLL, Block, Pool, SReT, Stem, fixed_permutations
+from sret_cli.spec import ModelSpec, SretError
+from sret_cli.study import Run
+
+with warnings.catch_warnings():  # fvcore uses torch.jit, whose deprecation is no news to our user
+    warnings.simplefilter("ignore")
+    from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
+
+KINDS = ("stem", "projections", "attention products", "mlp", "nll", "norms", "pools", "head")
+
+# Operators that do matrix products: one of these without a rule would be a silent gap.
+PRODUCT = re.compile(r"mm_?$|mv_?$|matmul|conv|dot|attention|einsum|linear|lstm|gru|rnn|cdist|fft")
+
+# Published multiply-adds (G), parameters (M) and top-1 (%) at 224 px without distillation:
+# README of github.com/szq0214/SReT and table 3 of arXiv 2111.05297.
+PUBLISHED = {"sret_t": (1.1, 4.8, 76.0), "sret_lt": (1.2, 5.0, 76.7), "sret_s": (4.2, 20.9, 81.9)}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one call of a module costs, for one image; `macs` sums up `macs_by_kind`."""
+
+    params: int
+    macs_by_kind: tuple[tuple[str, int], ...]
+    activations: int
+    activation_bytes: int
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of all kinds."""
+        return sum(macs for _, macs in self.macs_by_kind)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module of the network and how often it runs; `stage` is None for stem and head."""
+
+    stage: int | None
+    label: str
+    times: int
+    counts: Counts
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The exact costs of a spec: parts that add up to the whole network."""
+
+    spec: ModelSpec
+    params: int
+    params_by_stage: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+    def _sum(self, name: str) -> int:
+        return sum(part.times * getattr(part.counts, name) for part in self.parts)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of one image's forward pass."""
+        return self._sum("macs")
+
+    @property
+    def activations(self) -> int:
+        """Elements that fvcore counts as activations, for one image."""
+        return self._sum("activations")
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes that autograd keeps of one image for the backward pass, in fp32."""
+        return self._sum("activation_bytes")
+
+    def macs_by_kind(self) -> dict[str, int]:
+        """Multiply-adds of each kind of work, in the order of `KINDS`."""
+        total: Counter[str] = Counter()
+        for part in self.parts:
+            for kind, macs in part.counts.macs_by_kind:
+                total[kind] += part.times * macs
+        return {kind: total[kind] for kind in KINDS}
+
+    def macs_by_stage(self) -> tuple[int, ...]:
+        """Multiply-adds of each stage's passes; stem, pools and head are not in them."""
+        return tuple(
+            sum(p.times * p.counts.macs for p in self.parts if p.stage == stage)
+            for stage in range(self.spec.stages)
+        )
+
+    def row(self) -> dict[str, Any]:
+        """The measurements of a row."""
+        return {
+            "params": self.params,
+            "macs": self.macs,
+            "activations": self.activations,
+            "activation_bytes": self.activation_bytes,
+        }
+
+
+class _Pass(nn.Module):
+    """One pass and its NLL, alone: what a signature is traced on."""
+
+    def __init__(self, spec: ModelSpec, stage: int, slices: int, shuffled: bool) -> None:
+        super().__init__()
+        self.block = Block(spec, stage)
+        self.nll = NLL(spec, stage) if spec.nll != "none" else None
+        self.slices = slices
+        order_N = fixed_permutations(1, spec.tokens[stage], 0)[0] if shuffled else None
+        if spec.shuffle == "fixed":  # then it is a buffer, and not kept for the backward pass
+            self.register_buffer("order_N", order_N)
+        else:
+            self.order_N = order_N
+
+    def forward(self, x_BNC: Tensor) -> Tensor:
+        x_BNC = self.block(x_BNC, self.slices, self.order_N, 0.0)
+        return x_BNC if self.nll is None else self.nll(x_BNC)
+
+
+class _Head(nn.Module):
+    """Norm and classifier, as `SReT.forward_head` applies them."""
+
+    forward = SReT.forward_head
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        width = spec.embed_dims[-1]
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, spec.num_classes) if spec.num_classes else nn.Identity()
+
+
+_traced: dict[tuple, Counts] = {}
+
+
+def trace(spec: ModelSpec) -> Profile:
+    """The exact costs of a spec, from one trace of each distinct part.
+
+    Its multiply-adds equal the total of a full fvcore trace (`count_module`) to the unit, at any
+    depth, in a time that does not grow with depth.
+
+    Raises:
+        SretError: an operator that does matrix products has no rule.
+    """
+    sides, tokens, dims = spec.sides, spec.tokens, spec.embed_dims
+
+    def part(
+        stage: int | None,
+        label: str,
+        times: int,
+        module: Callable[[], nn.Module],
+        shape: tuple[int, ...],
+        *key: object,
+    ) -> Part:
+        signature = (label, shape, *key)
+        if signature not in _traced:
+            with torch.random.fork_rng(devices=[]):
+                _traced[signature] = count_module(module(), torch.zeros(1, *shape))
+        return Part(stage, label, times, _traced[signature])
+
+    image = (spec.in_chans, spec.img_size, spec.img_size)
+    stem_key = (dims[0], spec.stem_strides)
+    parts = [part(None, "stem", 1, partial(Stem, spec), image, *stem_key)]
+    params_by_stage = []
+    for stage in range(spec.stages):
+        shape = (tokens[stage], dims[stage])
+        if stage:
+            before = (tokens[stage - 1], dims[stage - 1])
+            pool = partial(Pool, spec, stage - 1)
+            parts.append(part(None, "pools", 1, pool, before, dims[stage]))
+        signatures = Counter((p.slices, p.shuffled) for p in spec.schedule(stage))
+        key = (
+            spec.num_heads[stage],
+            spec.hidden(stage, "mlp"),
+            spec.nll != "none" and spec.hidden(stage, "nll"),
+            spec.residual,
+        )
+        for (slices, shuffled), times in signatures.items():
+            module = partial(_Pass, spec, stage, slices, shuffled)
+            parts.append(
+                part(stage, "pass", times, module, shape, *key, slices, shuffled and spec.shuffle)
+            )
+        block = sum(p.numel() for p in Block(spec, stage).parameters())
+        nll = sum(p.numel() for p in NLL(spec, stage).parameters()) if spec.nlls(stage) else 0
+        params_by_stage.append(block * spec.blocks[stage] + nll * spec.nlls(stage))
+    head = part(None, "head", 1, partial(_Head, spec), (tokens[-1], dims[-1]), spec.num_classes)
+    parts.append(head)
+    alone = sum(p.counts.params for p in parts if p.stage is None)
+    params = sum(params_by_stage) + alone + dims[0] * sides[0] ** 2
+    return Profile(spec, params, tuple(params_by_stage), tuple(parts))
+
+
+def profile(run: Run) -> Profile:
+    """The exact costs of a run's model."""
+    return trace(run.model)
+
+
+def count_module(module: nn.Module, x: Tensor) -> Counts:
+    """Costs of one call of any module, by a full fvcore trace in eval mode.
+
+    Args:
+        module: what to trace; its mode is put back.
+        x: its input, a batch of one.
+
+    Raises:
+        SretError: an operator that does matrix products has no rule.
+    """
+    training = module.training
+    module.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing warns of shapes that become constants: we want it
+        flops = _quiet(FlopCountAnalysis(module, x))
+        flops.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
+        by_operator = flops.by_module_and_operator()
+        _check_rules(flops.unsupported_ops())
+        activations = _quiet(ActivationCountAnalysis(module, x))
+        activations.set_op_handle("aten::scaled_dot_product_attention", _output_elements)
+        total_activations = int(activations.total())
+    module.train()
+    kept = saved_bytes(module, x)
+    module.train(training)
+    return Counts(
+        params=sum(p.numel() for p in module.parameters()),
+        macs_by_kind=tuple(_by_kind(module, by_operator).items()),
+        activations=total_activations,
+        activation_bytes=kept,
+    )
+
+
+def _quiet(analysis: Any) -> Any:
+    analysis.unsupported_ops_warnings(False)
+    analysis.uncalled_modules_warnings(False)
+    analysis.tracer_warnings("none")
+    return analysis
+
+
+def _check_rules(unsupported: Counter[str]) -> None:
+    for name in unsupported:
+        space, _, operator = name.partition("::")
+        if space not in ("aten", "prim") or PRODUCT.search(operator):
+            raise SretError(
+                f"no rule counts the multiply-adds of {name}, so the total would be too small; "
+                "register one in sret_cli.profiler.count_module"
+            )
+
+
+def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """Multiply-adds of Q @ K^T and of the scores @ V."""
+    q, k, v = (tensor.type().sizes() for tensor in inputs[:3])
+    scores = q[-2] * k[-2]
+    batch = 1
+    for size in q[:-2]:
+        batch *= size
+    return batch * scores * (q[-1] + v[-1])
+
+
+def _output_elements(inputs: list[Any], outputs: list[Any]) -> int:
+    elements = 1
+    for size in outputs[0].type().sizes():
+        elements *= size
+    return elements
+
+
+def _by_kind(module: nn.Module, by_operator: dict[str, Counter[str]]) -> Counter[str]:
+    """Sorts a traced module's multiply-adds into `KINDS` (other modules: all is "other")."""
+    alone = {Stem: "stem", Pool: "pools", _Head: "head"}.get(type(module))
+    if alone:
+        return Counter({alone: int(sum(by_operator[""].values()))})
+    if not isinstance(module, _Pass):
+        return Counter({"other": int(sum(by_operator[""].values()))})
+    inside = {name: int(sum(by_operator[name].values())) for name in by_operator}
+    attention = int(by_operator["block.attn"]["scaled_dot_product_attention"])
+    kinds = Counter(
+        {
+            "attention products": attention,
+            "projections": inside["block.attn"] - attention,
+            "mlp": inside["block.mlp"],
+            "nll": inside.get("nll", 0),
+        }
+    )
+    kinds["norms"] = inside[""] - kinds.total()
+    return kinds
+
+
+def saved_bytes(module: nn.Module, x: Tensor) -> int:
+    """Bytes that autograd keeps for the backward pass of one call, in the module's present mode.
+
+    Every storage counts once and whole; parameters and buffers, which are there anyway, do not.
+    """
+    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    state = [b.clone() for b in module.buffers()]  # BatchNorm's statistics are to stay
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = module(x.clone().requires_grad_())
+    del output  # the graph held every storage until here, so that no address came twice
+    with torch.no_grad():
+        for buffer, old in zip(module.buffers(), state, strict=True):
+            buffer.copy_(old)
+    return sum(kept.values())

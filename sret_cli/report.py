@@ -1,0 +1,196 @@
+"""Views of rows: tables for the terminal, Markdown, CSV, and the report of a study."""
+
+import csv
+import io
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from sret_cli import records
+from sret_cli.records import Row
+from sret_cli.study import ReportSpec
+from sret_cli.views import COLUMNS, FLOPS_NOTE, group, heading, mean_and_deviation, varying
+
+if TYPE_CHECKING:
+    from sret_cli.model import SReT
+    from sret_cli.profiler import Profile
+
+COST = ("params", "macs", "peak_memory_bytes", "activation_bytes")
+COST_TABLE = (
+    *("layers", "params", "published_params_m", "macs", "published_gmacs", "activations"),
+    *("activation_bytes", "measured_batch_size", "forward_seconds", "step_seconds"),
+    *("inference_images_per_second", "training_images_per_second", "peak_memory_bytes"),
+)
+RUN_TABLE = (
+    *("layers", "params", "macs", "activation_bytes", "peak_memory_bytes", "step_seconds"),
+    *("images_per_second", "train_seconds", "final_loss", "test_loss"),
+    *("top1_percent", "top5_percent"),
+)
+EVAL_TABLE = ("layers", "params", "test_images", "test_loss", "top1_percent", "top5_percent")
+
+
+def cells(rows: Sequence[Row], columns: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Headings and lines of a table: one line for each group of seeds, as mean ± deviation."""
+    fields = varying(rows)
+    fields = fields if "name" in fields else ["name", *fields]
+    columns = [c for c in columns if any(row.get(c) is not None for row in rows)]
+    seeds = any(len(g.rows) > 1 for g in group(rows, fields))
+    failed = any(row.get("error") for row in rows)
+    headings = [heading(f) for f in fields] + ["Runs"] * seeds
+    headings += [COLUMNS[c].heading for c in columns] + ["Error"] * failed
+    lines = []
+    for member in group(rows, fields):
+        line = list(member.fields.values()) + [str(len(member.rows))] * seeds
+        for column in columns:
+            values = member.values(column)
+            if not values:
+                line.append("–")
+                continue
+            mean, deviation = mean_and_deviation(values)
+            line.append(COLUMNS[column].text(mean))
+            if deviation:
+                line[-1] += f" ± {COLUMNS[column].text(deviation)}"
+            spread = member.values(f"{column}_iqr")
+            if len(spread) == 1:
+                line[-1] += f" (IQR {COLUMNS[column].text(spread[0])})"
+        if failed:
+            line.append("; ".join(row["error"] for row in member.rows if row.get("error")) or "–")
+        lines.append(line)
+    return headings, lines
+
+
+def terminal_table(headings: list[str], lines: list[list[str]], title: str = "") -> Table:
+    """A table for the terminal: numbers to the right, the FLOPs convention under it."""
+    note = FLOPS_NOTE if any("FLOPs" in heading for heading in headings) else None
+    table = Table(title=title or None, caption=note, caption_justify="left", title_justify="left")
+    for index, text in enumerate(headings):
+        numeric = all(_is_number(line[index]) for line in lines)
+        table.add_column(text, justify="right" if numeric else "left", overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def _is_number(text: str) -> bool:
+    return text == "–" or text[:1].isdigit() or text[:1] == "-"
+
+
+def markdown(headings: list[str], lines: list[list[str]]) -> str:
+    """The table in Markdown, the FLOPs convention under it."""
+    numeric = [all(_is_number(line[i]) for line in lines) for i in range(len(headings))]
+    rows = [headings, ["---:" if right else "---" for right in numeric], *lines]
+    text = "".join("| " + " | ".join(c.replace("|", "\\|") for c in r) + " |\n" for r in rows)
+    return text + (f"\n{FLOPS_NOTE}\n" if any("FLOPs" in h for h in headings) else "")
+
+
+def csv_text(rows: Sequence[Row]) -> str:
+    """All rows with all columns, raw: full floats, lists as JSON, nothing where not measured."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()})
+    return text.getvalue()
+
+
+def build_summary(model: "SReT") -> dict[str, Any]:
+    """What `sret build` says of a model, after one image ran through it, as plain values."""
+    import torch
+
+    spec = model.spec
+    x = torch.randn(1, spec.in_chans, spec.img_size, spec.img_size)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        logits = model.eval()(x)
+    seconds = time.perf_counter() - start
+    params = [sum(p.numel() for p in stage.parameters()) for stage in model.stages]
+    total = sum(p.numel() for p in model.parameters())
+    names = ("embed_dims", "blocks", "recursions", "slices", "recursive_slices")
+    stages = [
+        {"tokens": spec.tokens[s], **{n: getattr(spec, n)[s] for n in names}, "params": params[s]}
+        for s in range(spec.stages)
+    ]
+    return {
+        "model": spec.model_dump(mode="json"),
+        "stages": stages,
+        "layers": spec.layers,
+        "params": total,
+        "params_outside_stages": total - sum(params),
+        "forward_seconds": seconds,
+        "logits_are_finite": bool(logits.isfinite().all()),
+    }
+
+
+def build_table(summary: dict[str, Any]) -> Table:
+    """The stages of a built model, and its totals."""
+    finite = "" if summary["logits_are_finite"] else "; its logits are NOT finite"
+    seconds = summary["forward_seconds"]
+    table = Table(
+        caption=f"one {summary['model']['img_size']}-px image ran in {seconds:.2f} s{finite}",
+        caption_justify="left",
+        show_footer=True,
+    )
+    columns = ["Stage", "Tokens", "Width", "Blocks x recursions", "Layers"]
+    columns += ["Slices, first pass", "Slices, later", "Params (M)"]
+    total = {"Stage": "total", "Layers": f"{summary['layers']:,}"}
+    total["Params (M)"] = COLUMNS["params"].text(summary["params"])
+    for column in columns:
+        table.add_column(column, footer=total.get(column, ""), justify="right")
+    for number, stage in enumerate(summary["stages"], 1):
+        blocks, recursions = stage["blocks"], stage["recursions"]
+        line = [number, stage["tokens"], stage["embed_dims"], f"{blocks} x {recursions}"]
+        line += [f"{blocks * recursions:,}", stage["slices"], stage["recursive_slices"]]
+        table.add_row(*map(str, line), COLUMNS["params"].text(stage["params"]))
+    outside = COLUMNS["params"].text(summary["params_outside_stages"])
+    table.add_row("stem, pools, head", "", "", "", "", "", "", outside)
+    return table
+
+
+def breakdown_tables(profile: "Profile") -> list[Table]:
+    """Where a model's cost lies: by stage and by kind of work."""
+    spec, macs = profile.spec, COLUMNS["macs"]
+    headings = ["Stage", "Tokens", "Width", "Layers", "Params (M)", macs.heading, "Share (%)"]
+    lines = []
+    stages = zip(profile.params_by_stage, profile.macs_by_stage(), strict=True)
+    for s, (params, cost) in enumerate(stages):
+        layers = f"{spec.blocks[s] * spec.recursions[s]:,}"
+        line = [str(s + 1), str(spec.tokens[s]), str(spec.embed_dims[s]), layers]
+        line += [COLUMNS["params"].text(params), macs.text(cost)]
+        lines.append([*line, f"{100 * cost / profile.macs:.1f}"])
+    kinds = [
+        [kind, macs.text(cost), f"{100 * cost / profile.macs:.1f}"]
+        for kind, cost in profile.macs_by_kind().items()
+        if cost
+    ]
+    return [
+        terminal_table(headings, lines, "By stage"),
+        terminal_table(["Kind", macs.heading, "Share (%)"], kinds, "By kind of work"),
+    ]
+
+
+def write_report(rows: Sequence[Row], spec: ReportSpec, directory: Path) -> list[Path]:
+    """Writes table.md, table.csv and the figures that the rows allow; returns the files."""
+    from sret_cli.figures import plot, plots, save_figure
+
+    records.make_directory(directory)
+    files = [directory / "table.md", directory / "table.csv"]
+    records.write_atomically(files[0], markdown(*cells(rows, RUN_TABLE)))
+    records.write_atomically(files[1], csv_text(rows))
+    figures = {"accuracy": ["top1_percent"], "cost": _cost_columns(rows)}
+    shown = {column for columns in figures.values() for column in columns}
+    figures |= {column: [column] for column in spec.y if column not in shown}
+    for name, columns in figures.items():
+        measured = [c for c in columns if any(plots(row, spec.x, c) for row in rows)]
+        if measured:
+            files += save_figure(plot(rows, spec.x, measured), directory / name)
+    return files
+
+
+def _cost_columns(rows: Sequence[Row]) -> list[str]:
+    measured = any(row.get("peak_memory_bytes") is not None for row in rows)
+    return [c for c in COST if c != ("activation_bytes" if measured else "peak_memory_bytes")]

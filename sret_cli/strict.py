@@ -1,0 +1,50 @@
+"""Values that are frozen and strict, and that say in one line what is wrong with them."""
+
+from functools import cached_property
+from typing import Any, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+
+from sret_cli.errors import SretError, nearest
+
+
+def explain(error: ValidationError, cls: type[BaseModel]) -> str:
+    """One line for the first thing that pydantic found wrong in a spec."""
+    first = error.errors(include_url=False)[0]
+    field = str(first["loc"][0]) if first["loc"] else cls.__name__
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {field!r}; {nearest(field, list(cls.model_fields))}"
+    place = f" (stage {int(first['loc'][1]) + 1})" if len(first["loc"]) > 1 else ""
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{field} = {first['input']!r}{place}: {message}"
+
+
+class Strict(BaseModel):
+    """Frozen, strict values whose mistakes are `SretError`s of one line."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        validate_default=True,
+        ignored_types=(cached_property,),
+    )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _one_line(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise SretError(explain(error, cls)) from None
+
+    def with_values(self, **values: Any) -> Self:
+        """A copy with other values, checked like a new one."""
+        return type(self)(**{**self.model_dump(), **values})

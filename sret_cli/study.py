@@ -1,0 +1,309 @@
+"""Studies: a TOML file, or flags, to a list of runs.
+
+A study file has tables `[model]` and `[train]`, whose product with `[grid]` (all combinations),
+`[zip]` (axes that move together) and `[[runs]]` (an explicit list) is the list of runs, and
+`[report]`.
+"""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from sret_cli.errors import DATA, USAGE, SretError, nearest
+from sret_cli.records import MEASUREMENTS
+from sret_cli.spec import ModelSpec, TrainSpec, preset
+from sret_cli.strict import Strict
+
+Table = dict[str, Any]
+TABLES = ("model", "train", "grid", "zip", "runs", "report")
+MODEL_KEYS = ("preset", "layers", *ModelSpec.model_fields)
+DIGITS_CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Run:
+    """One spec and what to do with it; `train` is None where the model is measured only."""
+
+    study: str
+    name: str
+    model: ModelSpec
+    train: TrainSpec | None = None
+
+    @property
+    def run_id(self) -> str:
+        """The first 10 hex digits of the SHA-256 of the canonical JSON of what the run does."""
+        text = json.dumps(self.spec(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+    def spec(self) -> Table:
+        """The resolved model and training, as plain values."""
+        train = None if self.train is None else self.train.model_dump(mode="json")
+        return {"model": self.model.model_dump(mode="json"), "train": train}
+
+    def directory(self, root: Path) -> Path:
+        """Where the run keeps its files under a root of runs."""
+        return root / self.study / self.run_id
+
+    def row(self) -> Table:
+        """The part of the run's row that is known beforehand; measurements are null."""
+        row: Table = {"study": self.study, "run_id": self.run_id, "name": self.name}
+        row |= {f"model.{k}": v for k, v in self.spec()["model"].items()}
+        if self.train is not None:
+            row |= {f"train.{k}": v for k, v in self.spec()["train"].items()}
+        return row | dict.fromkeys(MEASUREMENTS) | {"layers": self.model.layers, "error": None}
+
+
+class ReportSpec(Strict):
+    """What a study's figures show: columns of its rows."""
+
+    x: str = "layers"
+    y: tuple[str, ...] = ("top1_percent", "macs")
+
+    @classmethod
+    def of(cls, table: Table) -> "ReportSpec":
+        """The `[report]` table of a study, with columns that exist."""
+        table = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+        spec = cls(**table)
+        fields = [f"model.{f}" for f in ModelSpec.model_fields]
+        fields += [f"train.{f}" for f in TrainSpec.model_fields]
+        for column in (spec.x, *spec.y):
+            if column not in (*MEASUREMENTS, *fields):
+                hint = nearest(column, [*MEASUREMENTS, *fields])
+                raise SretError(f"[report] unknown column {column!r}; {hint}")
+        return spec
+
+
+@dataclass(frozen=True)
+class Study:
+    """A named list of runs and how to report them."""
+
+    name: str
+    runs: tuple[Run, ...]
+    report: ReportSpec = field(default_factory=ReportSpec)
+
+
+def load_study(path: Path, train: Table | None = None) -> Study:
+    """Reads a study file; values in `train` stand before those of its `[train]`.
+
+    Raises:
+        SretError: the file cannot be read, is not a study, or asks for what can't be.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SretError(f"no study file {path}; see studies/ for examples") from None
+    except OSError as error:
+        raise SretError(f"cannot read the study {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        reason = "not text" if isinstance(error, UnicodeDecodeError) else str(error)
+        raise SretError(f"{path} is not a study, which is a TOML file: {reason}") from None
+    if train:
+        tables["train"] = {**tables.get("train", {}), **train}
+    try:
+        return study_of(path.stem, tables)
+    except SretError as error:
+        raise SretError(f"{path}: {error}", error.code) from None
+
+
+def study_of(name: str, tables: Table) -> Study:
+    """A study of the tables of its file."""
+    for key, value in tables.items():
+        if key not in TABLES:
+            raise SretError(f"unknown table [{key}]; {nearest(key, list(TABLES))}")
+        if not isinstance(value, list if key == "runs" else dict):
+            raise SretError(f"{key} = {value!r}: write {key} as a table, [{key}]")
+    if not any(key in tables for key in TABLES if key != "report"):
+        raise SretError(f"a study has at least one of the tables {', '.join(TABLES[:-1])}")
+    runs = []
+    for point in _points(tables):
+        model, train = dict(tables.get("model", {})), dict(tables.get("train", {}))
+        label = point.pop("name", None)
+        for key, value in point.items():
+            table, _, name_in_table = key.partition(".")
+            (model if table == "model" else train)[name_in_table] = value
+        trains = "train" in tables or any(key.startswith("train.") for key in point)
+        runs.append(resolve(name, model, train if trains else None, label))
+    return Study(name, tuple(dict.fromkeys(runs)), ReportSpec.of(tables.get("report", {})))
+
+
+def _points(tables: Table) -> Iterator[Table]:
+    """Every point of the study: values of the grid's product, the zip's row, and the listed run."""
+    grid, together = tables.get("grid", {}), tables.get("zip", {})
+    for name, axes in (("grid", grid), ("zip", together)):
+        for key, values in axes.items():
+            _check_key(f"[{name}]", key)
+            if not isinstance(values, list) or not values:
+                raise SretError(f"[{name}] {key!r} = {values!r}: give a list of values")
+    lengths = {key: len(values) for key, values in together.items()}
+    if len(set(lengths.values())) > 1:
+        raise SretError(f"[zip] axes move together and must be as long as each other: {lengths}")
+    listed = tables.get("runs", [{}])
+    for number, entry in enumerate(listed):
+        if not isinstance(entry, dict):
+            raise SretError(f"runs = {listed!r}: write each run as a table, [[runs]]")
+        for key in entry:
+            if key != "name":
+                _check_key(f"[[runs]] {number + 1}:", key)
+    rows = [
+        dict(zip(together, values, strict=True)) for values in zip(*together.values(), strict=True)
+    ]
+    rows = rows or [{}]
+    combinations = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+    for entry, row, combination in product(listed, rows, combinations):
+        yield {**row, **combination, **entry}
+
+
+def _check_key(place: str, key: str) -> None:
+    keys = [f"model.{k}" for k in MODEL_KEYS] + [f"train.{k}" for k in TrainSpec.model_fields]
+    if key not in keys:
+        hint = f'; write it in quotes, "{key}.…"' if key in ("model", "train") else ""
+        raise SretError(f"{place} unknown key {key!r}{hint}; {nearest(key, keys)}")
+
+
+def resolve(study: str, model: Table, train: Table | None, name: str | None = None) -> Run:
+    """The run that a model table and a training table stand for, every default filled in.
+
+    The default preset is `nano` where the run trains on `digits`, else `deep`; the number of
+    classes is the data's where it is not given.
+    """
+    if train is not None:
+        _check_keys("train", train, list(TrainSpec.model_fields))
+        try:
+            train_spec: TrainSpec | None = TrainSpec(**train)
+        except SretError as error:
+            raise SretError(f"[train] {error}", error.code) from None
+    else:
+        train_spec = None
+    trains_digits = train_spec is not None and train_spec.dataset == "digits"
+    chosen = model.get("preset", "nano" if trains_digits else "deep")
+    classes = dataset_classes(train_spec) if train_spec is not None else None
+    if classes is not None and "num_classes" not in model:
+        model = model | {"num_classes": classes}
+    spec = resolve_model({**model, "preset": chosen})
+    if classes is not None and spec.num_classes < classes:
+        raise SretError(
+            f"num_classes = {spec.num_classes} is fewer than the {classes} classes of the data; "
+            "leave it out to take the data's"
+        )
+    return Run(study, name or str(chosen), spec, train_spec)
+
+
+def resolve_model(table: Table) -> ModelSpec:
+    """The spec of a `[model]` table.
+
+    Beside the spec's fields it takes `preset`, `layers` (as `--layers`), and single numbers for
+    `slices` and `recursive_slices`, which fit each stage (as `--slices`).
+    """
+    _check_keys("model", table, list(MODEL_KEYS))
+    try:
+        values = dict(table)
+        base = preset(values.pop("preset", "deep"))
+        layers = _whole_number(values, "layers") if "layers" in values else None
+        fits = {
+            key: _whole_number(values, key)
+            for key in ("slices", "recursive_slices")
+            if key in values and not isinstance(values[key], list | tuple)
+        }
+        if "slices" in fits and "recursive_slices" not in table:
+            fits["recursive_slices"] = fits["slices"]
+        # One slice fits any stage: the numbers wanted are fitted once the tokens are known.
+        spec = base.with_values(**values, **dict.fromkeys(fits, 1))
+        spec = spec.with_values(**{key: spec.fit_slices(wanted) for key, wanted in fits.items()})
+        return spec if layers is None else spec.at(layers=layers)
+    except SretError as error:
+        raise SretError(f"[model] {error}", error.code) from None
+
+
+def _whole_number(table: Table, key: str) -> int:
+    value = table.pop(key)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise SretError(f"{key} = {value!r}: give one whole number for the whole model")
+    return value
+
+
+def _check_keys(place: str, table: Table, keys: list[str]) -> None:
+    for key in table:
+        if key not in keys:
+            raise SretError(f"[{place}] unknown key {key!r}; {nearest(key, keys)}")
+
+
+def parse_setting(text: str) -> tuple[str, str, Any]:
+    """Table, key and value of a `--set model.mlp_ratio=4`.
+
+    Raises:
+        SretError: the text has another form, or names no field.
+    """
+    key, equals, value = text.partition("=")
+    table, _, name = key.strip().partition(".")
+    if not equals or table not in ("model", "train") or not name:
+        raise SretError(f"--set {text}: write it as model.FIELD=VALUE or train.FIELD=VALUE")
+    _check_key("--set", key.strip())
+    try:
+        return table, name, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return table, name, value.strip()
+
+
+def dataset_classes(train: TrainSpec) -> int:
+    """How many classes a run's data has.
+
+    Raises:
+        SretError: the folder is missing or holds fewer than two classes.
+    """
+    if train.dataset == "digits":
+        return DIGITS_CLASSES
+    return len(folder_classes(Path(train.data_dir or "")))
+
+
+def folder_classes(data_dir: Path) -> list[str]:
+    """The class names of an image folder: the sorted directories of its `train/`.
+
+    Raises:
+        SretError: there is no such folder, it has no `train/`, or that has fewer than two classes.
+    """
+    if not data_dir.is_dir():
+        raise SretError(f"no folder {data_dir}; --data-dir names one with train/ and test/", DATA)
+    train = data_dir / "train"
+    if not train.is_dir():
+        raise SretError(f"{data_dir} has no train/; put one folder of images a class in it", DATA)
+    classes = sorted(entry.name for entry in train.iterdir() if entry.is_dir())
+    if len(classes) < 2:
+        raise SretError(
+            f"{train} has {len(classes)} class folders; give it 2 or more, each with its images",
+            DATA,
+        )
+    return classes
+
+
+def from_flags(path: Path | None, model: Table, train: Table | None, settings: list[str]) -> Study:
+    """The study of a file, or the one run that flags describe.
+
+    Beside a file only `data_dir` may be given, since where data lie is no part of the question.
+
+    Args:
+        path: a study file, or None.
+        model: values of `[model]`, without those that were not given.
+        train: likewise of `[train]`; None where nothing is to be trained.
+        settings: texts such as "model.mlp_ratio=4".
+    """
+    tables = {"model": dict(model), "train": dict(train or {})}
+    for table, key, value in map(parse_setting, settings):
+        if table == "train" and train is None:
+            raise SretError(f"--set train.{key}: nothing is trained here; use it with `sret train`")
+        tables[table][key] = value
+    if path is None:
+        name = "profile" if train is None else "train"
+        run = resolve(name, tables["model"], None if train is None else tables["train"])
+        return Study(name, (run,))
+    others = [*tables["model"], *(key for key in tables["train"] if key != "data_dir")]
+    if others:
+        raise SretError(
+            f"{path} says what to run; leave out {', '.join(others)}, or copy the file and edit it",
+            USAGE,
+        )
+    return load_study(path, tables["train"])

@@ -1,0 +1,118 @@
+"""How rows are read by people: headings, units, the fields that vary, and groups of seeds."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sret_cli.records import Row
+
+FLOPS_NOTE = "FLOPs: one multiply-add counts as one."
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a measurement is shown: heading with its unit, divisor to that unit, decimals."""
+
+    heading: str
+    divisor: float
+    decimals: int
+
+    def text(self, value: float) -> str:
+        """The value in the column's unit."""
+        shown = value / self.divisor
+        if self.decimals > 1 and 0 < abs(shown) < 0.1:
+            return f"{shown:.3g}"
+        return f"{shown:,.{self.decimals}f}"
+
+
+COLUMNS = {
+    "layers": Column("Layers", 1, 0),
+    "params": Column("Params (M)", 1e6, 2),
+    "macs": Column("FLOPs (G)", 1e9, 3),
+    "activations": Column("Activations (M)", 1e6, 2),
+    "activation_bytes": Column("Kept for backward (MB/image)", 1e6, 2),
+    "peak_memory_bytes": Column("Peak memory (MB)", 1e6, 0),
+    "measured_batch_size": Column("Batch", 1, 0),
+    "forward_seconds": Column("Forward (ms)", 1e-3, 1),
+    "step_seconds": Column("Training step (ms)", 1e-3, 1),
+    "inference_images_per_second": Column("Inference (images/s)", 1, 1),
+    "training_images_per_second": Column("Training (images/s)", 1, 1),
+    "images_per_second": Column("Training run (images/s)", 1, 0),
+    "epochs_trained": Column("Epochs", 1, 0),
+    "train_seconds": Column("Training (s)", 1, 0),
+    "final_loss": Column("Training loss", 1, 3),
+    "test_loss": Column("Test loss", 1, 3),
+    "top1_percent": Column("Top-1 (%)", 1, 2),
+    "top5_percent": Column("Top-5 (%)", 1, 2),
+    "test_images": Column("Test images", 1, 0),
+    "published_gmacs": Column("Published FLOPs (G)", 1, 1),
+    "published_params_m": Column("Published params (M)", 1, 1),
+}
+
+
+def heading(column: str) -> str:
+    """What people read over a column or along an axis."""
+    if column == "name":
+        return "Model"
+    return COLUMNS[column].heading if column in COLUMNS else column.partition(".")[2] or column
+
+
+def show(value: Any) -> str:
+    """A spec field's value as a short text: tuples as 8-4-1."""
+    if isinstance(value, list | tuple):
+        return "-".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def varying(rows: Sequence[Row]) -> list[str]:
+    """The fields, beside the seed, that tell rows apart: spec fields, `study` and `name`.
+
+    A field that follows from the name or, like the recursions from the layers, from what every
+    table shows anyway, is left out.
+    """
+    keys = dict.fromkeys(k for row in rows for k in row if k.startswith(("model.", "train.")))
+    differ = [
+        key
+        for key in ("study", "name", *keys)
+        if key != "train.seed" and len({show(row.get(key)) for row in rows}) > 1
+    ]
+    for known in ("study", "name", "model.slices", "layers"):
+        if known in differ or known == "layers":
+            follows = {f for f in differ if f != known and _follows(rows, known, f)}
+            if known in ("model.slices", "layers"):
+                follows &= {"model.recursive_slices", "model.recursions"}
+            differ = [field for field in differ if field not in follows]
+    return differ
+
+
+def _follows(rows: Sequence[Row], known: str, field: str) -> bool:
+    pairs = {(show(row.get(known)), show(row.get(field))) for row in rows}
+    return len(pairs) == len({first for first, _ in pairs})
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone."""
+
+    fields: dict[str, str]
+    rows: list[Row]
+
+    def values(self, column: str) -> list[float]:
+        """What the runs measured, without those that did not."""
+        return [row[column] for row in self.rows if row.get(column) is not None]
+
+
+def group(rows: Sequence[Row], fields: Sequence[str]) -> list[Group]:
+    """Rows that agree in their fields, and in their layers, together; by field and depth."""
+    groups: dict[tuple, Group] = {}
+    for row in rows:
+        shown = {key: show(row.get(key)) for key in fields}
+        key = (*shown.values(), row["layers"])
+        groups.setdefault(key, Group(shown, [])).rows.append(row)
+    return list(groups.values())
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation; the latter is 0 for one value."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
