@@ -75,9 +75,9 @@ def study_from(context: typer.Context, trains: bool) -> Any:
     given = flags_given(context)
     model = {key: given[key] for key in MODEL_FLAGS if key in given}
     train = {key: given[key] for key in TRAIN_FLAGS if key in given}
-    settings = list(given.get("set_", ()))
-    study = from_flags(given.get("study"), model, train if trains else None, settings)
-    if given.get("study") is None:
+    settings, path = list(given.get("set_", ())), given.get("study")
+    study = from_flags(path, model, train if trains or path else None, settings)
+    if path is None:
         spec = study.runs[0].model
         for field in ("recursive_slices", "slices"):
             note_fitted_slices(spec, field, given.get(field))
@@ -164,6 +164,7 @@ def profile(
     img_size: ImgSize = None,
     num_classes: NumClasses = None,
     set_: Set = None,
+    data_dir: DataDir = None,
     device: Annotated[
         str | None, typer.Option(help="Measure time and memory there: cpu or cuda.")
     ] = None,
@@ -286,12 +287,11 @@ def report_command(
     json_: Json = False,
 ) -> None:
     """Print a table of what runs measured, and write it as Markdown and CSV with figures."""
-    from sret_cli.study import ReportSpec, load_study
+    from sret_cli.study import ReportSpec, load_report
 
     spec, where = ReportSpec(), path or runs
     if path is not None and path.suffix == ".toml" and not path.is_dir():
-        found = load_study(path)
-        spec, where = found.report, runs / found.name
+        spec, where = load_report(path), runs / path.stem
     write_report(where, spec, out or where / "report", json_)
 
 

@@ -117,6 +117,7 @@ class Loader:
             persistent_workers=workers > 0,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else every epoch draws from the model's
         )
 
     def __len__(self) -> int:
@@ -131,7 +132,9 @@ class Loader:
         self.batches.epoch = epoch
         for batch in self.loader:
             if isinstance(batch, SretError):
-                raise batch
+                # Raising `batch` itself would tie a knot of it, its traceback and the loader, which
+                # then could not end its workers before it has waited 10 seconds for them.
+                raise SretError(str(batch), batch.code)
             yield batch
 
 

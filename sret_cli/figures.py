@@ -89,14 +89,15 @@ def _draw(axes: Axes, rows: Sequence[Row], x: str, column: str, fields: Sequence
             axes.minorticks_off()
     elif x == "layers" and len(xs) <= 8:
         axes.set_xticks(xs)
-    if _wide(ys):
+    if _wide(ys, 3 if axes.get_xscale() == "log" else 8):
         axes.set_yscale("log")
     elif column in ("params", "macs", "activation_bytes", "peak_memory_bytes"):
         axes.set_ylim(0, max(ys) * 1.15)
 
 
-def _wide(values: Sequence[float]) -> bool:
-    return min(values) > 0 and max(values) / min(values) >= 8
+def _wide(values: Sequence[float], ratio: float = 8) -> bool:
+    """Whether a logarithmic axis shows the values better; proportions stay straight on two."""
+    return min(values) > 0 and max(values) / min(values) >= ratio
 
 
 def save_figure(figure: Figure, stem: Path) -> list[Path]:

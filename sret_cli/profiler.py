@@ -198,9 +198,10 @@ def trace(spec: ModelSpec) -> Profile:
             parts.append(
                 part(stage, "pass", times, module, shape, *key, slices, shuffled and spec.shuffle)
             )
-        block = sum(p.numel() for p in Block(spec, stage).parameters())
-        nll = sum(p.numel() for p in NLL(spec, stage).parameters()) if spec.nlls(stage) else 0
-        params_by_stage.append(block * spec.blocks[stage] + nll * spec.nlls(stage))
+        with torch.device("meta"):  # shapes alone
+            banks = ((Block, spec.blocks[stage]), (NLL, spec.nlls(stage)))
+            sizes = [n * sum(p.numel() for p in m(spec, stage).parameters()) for m, n in banks]
+        params_by_stage.append(sum(sizes))
     head = part(None, "head", 1, partial(_Head, spec), (tokens[-1], dims[-1]), spec.num_classes)
     parts.append(head)
     alone = sum(p.counts.params for p in parts if p.stage is None)

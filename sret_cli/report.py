@@ -51,9 +51,7 @@ def cells(rows: Sequence[Row], columns: Sequence[str]) -> tuple[list[str], list[
                 line.append("–")
                 continue
             mean, deviation = mean_and_deviation(values)
-            line.append(COLUMNS[column].text(mean))
-            if deviation:
-                line[-1] += f" ± {COLUMNS[column].text(deviation)}"
+            line.append(COLUMNS[column].text(mean, deviation))
             spread = member.values(f"{column}_iqr")
             if len(spread) == 1:
                 line[-1] += f" (IQR {COLUMNS[column].text(spread[0])})"

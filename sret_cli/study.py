@@ -93,8 +93,32 @@ def load_study(path: Path, train: Table | None = None) -> Study:
     Raises:
         SretError: the file cannot be read, is not a study, or asks for what can't be.
     """
+    tables = read_study(path)
+    if train:
+        tables["train"] = {**tables.get("train", {}), **train}
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        return study_of(path.stem, tables)
+    except SretError as error:
+        raise SretError(f"{path}: {error}", error.code) from None
+
+
+def load_report(path: Path) -> ReportSpec:
+    """The `[report]` of a study file, whose data need not be there."""
+    tables = read_study(path)
+    try:
+        return ReportSpec.of(tables.get("report", {}))
+    except SretError as error:
+        raise SretError(f"{path}: {error}", error.code) from None
+
+
+def read_study(path: Path) -> Table:
+    """The tables of a study file, as they stand in it.
+
+    Raises:
+        SretError: the file cannot be read or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SretError(f"no study file {path}; see studies/ for examples") from None
     except OSError as error:
@@ -102,12 +126,6 @@ def load_study(path: Path, train: Table | None = None) -> Study:
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         reason = "not text" if isinstance(error, UnicodeDecodeError) else str(error)
         raise SretError(f"{path} is not a study, which is a TOML file: {reason}") from None
-    if train:
-        tables["train"] = {**tables.get("train", {}), **train}
-    try:
-        return study_of(path.stem, tables)
-    except SretError as error:
-        raise SretError(f"{path}: {error}", error.code) from None
 
 
 def study_of(name: str, tables: Table) -> Study:

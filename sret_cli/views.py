@@ -1,5 +1,6 @@
 """How rows are read by people: headings, units, the fields that vary, and groups of seeds."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,12 +19,13 @@ class Column:
     divisor: float
     decimals: int
 
-    def text(self, value: float) -> str:
-        """The value in the column's unit."""
-        shown = value / self.divisor
-        if self.decimals > 1 and 0 < abs(shown) < 0.1:
-            return f"{shown:.3g}"
-        return f"{shown:,.{self.decimals}f}"
+    def text(self, value: float, deviation: float = 0.0) -> str:
+        """The value in the column's unit, and its deviation where there is one."""
+        shown, decimals = value / self.divisor, self.decimals
+        if decimals > 1 and 0 < abs(shown) < 0.1:  # three significant digits
+            decimals = 2 - math.floor(math.log10(abs(shown)))
+        spread = f" ± {deviation / self.divisor:,.{decimals}f}" if deviation else ""
+        return f"{shown:,.{decimals}f}{spread}"
 
 
 COLUMNS = {

@@ -1,0 +1,43 @@
+import sys
+
+import pytest
+import torch
+
+from sret_cli.cli import main
+from sret_cli.spec import ModelSpec
+
+TINY = ModelSpec(
+    img_size=16,
+    num_classes=10,
+    stem_strides=(1, 2, 1),
+    embed_dims=(8, 16, 32),
+    num_heads=(1, 2, 4),
+    blocks=(1, 2, 1),
+    slices=(4, 2, 1),
+    recursive_slices=(2, 2, 1),
+)
+
+
+def pytest_configure():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def tiny():
+    return TINY
+
+
+@pytest.fixture
+def sret(capsys, monkeypatch, tmp_path):
+    """Runs `sret` in an empty folder: sret("build", "--json") -> (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "250")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sret", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return run

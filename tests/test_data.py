@@ -1,0 +1,155 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sret_cli.data import digits, image_folder, load_data, seeded
+from sret_cli.errors import SretError
+from sret_cli.spec import PRESETS, TrainSpec
+
+NANO = PRESETS["nano"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Eight 20x24 JPEG images in each of two classes, in train/ and test/."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(8):
+                pixels = generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{number}.jpg")
+    return tmp_path
+
+
+def spec_of(folder, **values):
+    return TrainSpec(dataset="folder", data_dir=str(folder), batch_size=4, epochs=2, **values)
+
+
+def test_digits_are_1797_scans_split_once_and_for_all():
+    train, test = digits()
+    assert (len(train.targets), len(test.targets)) == (1437, 360)
+    assert sorted(set(test.targets)) == list(range(10))
+    assert test.images[0].shape == (8, 8)
+    assert test.images[0].max() == 255
+
+
+def test_a_sample_is_a_function_of_seed_epoch_and_index(folder):
+    train = spec_of(folder, color_jitter=0.4)
+    samples = load_data(train, NANO)[0].samples
+    image, target = samples[3, 5]
+    random.random(), np.random.rand(), torch.rand(1)
+    again, _ = load_data(train, NANO)[0].samples[3, 5]
+    assert torch.equal(image, again)
+    assert target == 0
+    assert not torch.equal(image, samples[4, 5][0])
+    other_seed = load_data(spec_of(folder, color_jitter=0.4, seed=1), NANO)[0].samples
+    assert not torch.equal(image, other_seed[3, 5][0])
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(folder):
+    batches = []
+    for workers in (0, 2):
+        loader, _ = load_data(spec_of(folder), NANO, workers)
+        batches.append([batch for epoch in (0, 1) for batch in loader.epoch(epoch)])
+    assert len(batches[0]) == len(batches[1]) == 2 * 4
+    for (x, target), (y, other) in zip(*batches, strict=True):
+        assert torch.equal(x, y)
+        assert torch.equal(target, other)
+
+
+def test_every_epoch_has_an_order_of_its_own_and_takes_each_image_once(folder):
+    loader, _ = load_data(spec_of(folder), NANO)
+    orders = []
+    for epoch in (0, 1):
+        loader.batches.epoch = epoch
+        orders.append([index for batch in loader.batches for _, index in batch])
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(16))
+    assert orders[0] != orders[1]
+
+
+def test_evaluation_takes_every_image_in_order(folder):
+    _, test = load_data(spec_of(folder), NANO)
+    targets = torch.cat([target for _, target in test.epoch(0)])
+    assert targets.tolist() == [0] * 8 + [1] * 8
+
+
+def test_training_drops_the_last_batch_that_is_not_full_but_never_the_only_one(folder):
+    loader, test = load_data(spec_of(folder).with_values(batch_size=5), NANO)
+    assert [len(x) for x, _ in loader.epoch(0)] == [5, 5, 5]
+    assert [len(x) for x, _ in test.epoch(0)] == [5, 5, 5, 1]
+    loader, _ = load_data(spec_of(folder).with_values(batch_size=100), NANO)
+    assert [len(x) for x, _ in loader.epoch(0)] == [16]
+
+
+def test_loading_leaves_the_random_states_of_the_process_alone(folder):
+    loader, _ = load_data(spec_of(folder), NANO)
+    torch.manual_seed(0)
+    random.seed(0)
+    expected = torch.rand(1), random.random()
+    torch.manual_seed(0)
+    random.seed(0)
+    list(loader.epoch(0))
+    assert (torch.rand(1), random.random()) == expected
+
+
+def test_seeded_draws_the_same_for_the_same_text():
+    draws = []
+    for text in ("a", "a", "b"):
+        with seeded(text):
+            draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
+    assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_truncated_image_is_named(folder, workers):
+    path = folder / "train" / "dog" / "3.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+    loader, _ = load_data(spec_of(folder), NANO, workers)
+    with pytest.raises(SretError, match=r"cannot read .*dog/3\.jpg: .*[Tt]runcated") as refused:
+        list(loader.epoch(0))
+    assert refused.value.code == 4
+
+
+def test_a_text_that_calls_itself_an_image_is_named(folder):
+    (folder / "test" / "cat" / "0.jpg").write_text("no image")
+    _, test = load_data(spec_of(folder), NANO)
+    with pytest.raises(SretError, match=r"cat/0\.jpg: not an image"):
+        list(test.epoch(0))
+
+
+def test_classes_are_numbered_alike_in_both_splits(folder):
+    for image in (folder / "test" / "cat").iterdir():
+        image.unlink()
+    (folder / "test" / "cat").rmdir()
+    _, test = image_folder(folder)
+    assert set(test.targets) == {1}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "test").rename(f / "tset"), r"has no test/ and no val/"),
+        (lambda f: (f / "test" / "cat").rename(f / "test" / "cow"), "has the class 'cow'"),
+        (
+            lambda f: [p.unlink() for p in (f / "train" / "cat").iterdir()],
+            "no images of class 'cat'",
+        ),
+        (lambda f: [p.unlink() for p in (f / "test").glob("*/*")], "no images in .*test"),
+    ],
+)
+def test_a_folder_that_cannot_be_trained_on_says_why(folder, spoil, message):
+    spoil(folder)
+    with pytest.raises(SretError, match=message) as refused:
+        load_data(spec_of(folder), NANO)
+    assert refused.value.code == 4
+
+
+def test_models_of_one_channel_get_grey_images(folder):
+    loader, _ = load_data(spec_of(folder), NANO.with_values(in_chans=1))
+    assert next(iter(loader.epoch(0)))[0].shape == (4, 1, 16, 16)
+    with pytest.raises(SretError, match="in_chans = 2"):
+        load_data(spec_of(folder), NANO.with_values(in_chans=2))

@@ -1,0 +1,65 @@
+import json
+
+import pytest
+
+from sret_cli import records
+from sret_cli.errors import SretError
+
+
+def row(study, run_id, started_at):
+    return {"study": study, "run_id": run_id, "started_at": started_at, "final_loss": 1.0}
+
+
+def write(root, **values):
+    directory = records.make_directory(root / values["study"] / values["run_id"])
+    records.write_json(directory / "row.json", row(**values))
+
+
+def test_rows_are_what_the_run_directories_hold(tmp_path):
+    write(tmp_path, study="b", run_id="1", started_at="2026-01-02")
+    write(tmp_path, study="a", run_id="3", started_at="2026-01-03")
+    write(tmp_path, study="a", run_id="2", started_at="2026-01-01")
+    assert [r["run_id"] for r in records.read_rows(tmp_path)] == ["2", "3", "1"]
+    assert [r["run_id"] for r in records.read_rows(tmp_path / "a")] == ["2", "3"]
+    assert [r["run_id"] for r in records.read_rows(tmp_path / "a" / "3")] == ["3"]
+    assert records.newest_run(tmp_path) == tmp_path / "a" / "3"
+
+
+def test_a_directory_that_is_not_there_is_said_so(tmp_path):
+    with pytest.raises(SretError, match="no directory"):
+        records.read_rows(tmp_path / "runs")
+
+
+def test_a_damaged_row_is_named(tmp_path):
+    write(tmp_path, study="a", run_id="1", started_at="2026")
+    (tmp_path / "a" / "1" / "row.json").write_text('{"study": "a"')
+    with pytest.raises(SretError, match=r"a/1/row\.json is not JSON"):
+        records.read_rows(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "row.json"
+    records.write_json(path, {"a": 1})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(records.os, "replace", full)
+    with pytest.raises(SretError, match="no room left") as refused:
+        records.write_json(path, {"a": 2})
+    assert refused.value.code == 7
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["row.json"]
+
+
+def test_not_a_number_is_never_written(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        records.write_json(tmp_path / "row.json", {"loss": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_cannot_be_made_is_a_usage_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SretError, match="choose another directory") as refused:
+        records.make_directory(tmp_path / "file" / "runs")
+    assert refused.value.code == 2

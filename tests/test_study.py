@@ -1,0 +1,141 @@
+import pytest
+
+from sret_cli.errors import SretError
+from sret_cli.study import from_flags, load_study, resolve, resolve_model, study_of
+
+
+def study(text, tmp_path):
+    path = tmp_path / "depth.toml"
+    path.write_text(text)
+    return load_study(path)
+
+
+def test_the_grid_is_the_product_of_its_axes(tmp_path):
+    found = study(
+        """
+        [model]
+        preset = "nano"
+        [train]
+        epochs = 2
+        [grid]
+        "model.recursions" = [1, 2, 4]
+        "train.seed" = [0, 1]
+        """,
+        tmp_path,
+    )
+    assert found.name == "depth"
+    points = [(run.model.recursions[0], run.train.seed) for run in found.runs]
+    assert points == [(1, 0), (1, 1), (2, 0), (2, 1), (4, 0), (4, 1)]
+    assert len({run.run_id for run in found.runs}) == 6
+    assert all(run.model.num_classes == 10 for run in found.runs)
+
+
+def test_zipped_axes_move_together_and_runs_are_listed(tmp_path):
+    found = study(
+        """
+        [[runs]]
+        name = "wide"
+        "model.preset" = "deep"
+        [[runs]]
+        "model.preset" = "sret_t"
+        [zip]
+        "model.nll" = ["per_pass", "none"]
+        "model.mlp_ratio" = [2, 3]
+        """,
+        tmp_path,
+    )
+    assert [(r.name, r.model.nll, r.model.mlp_ratio) for r in found.runs] == [
+        ("wide", "per_pass", 2.0),
+        ("wide", "none", 3.0),
+        ("sret_t", "per_pass", 2.0),
+        ("sret_t", "none", 3.0),
+    ]
+    assert found.runs[0].train is None
+
+
+def test_a_run_id_says_what_a_run_does_and_nothing_else():
+    one = resolve("a", {"preset": "nano"}, {"epochs": 2})
+    same = resolve("b", {"preset": "nano", "recursions": 2}, {"epochs": 2, "seed": 0}, "x")
+    other = resolve("a", {"preset": "nano"}, {"epochs": 3})
+    assert one.run_id == same.run_id != other.run_id
+    assert len(one.run_id) == 10
+
+
+def test_run_ids_stay_what_they_are():
+    assert resolve("a", {"preset": "nano"}, None).run_id == "9ccfc697be"
+
+
+def test_layers_and_slices_in_a_study_are_those_of_the_flags():
+    spec = resolve_model({"preset": "deep", "layers": 1000, "slices": 4})
+    assert (spec.layers, spec.slices) == (1000, (4, 4, 1))
+    assert resolve_model({"slices": 4, "recursive_slices": [2, 1, 1]}).recursive_slices == (2, 1, 1)
+    assert resolve_model({"slices": [8, 4, 1]}).recursive_slices == (4, 4, 1)
+
+
+def test_slices_fit_the_image_size_that_comes_with_them():
+    assert resolve_model({"preset": "sret_t", "img_size": 112, "slices": 4}).slices == (4, 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[modle]\n", r"unknown table \[modle\]; did you mean 'model'"),
+        ("[model]\nmlp_ration = 3\n", r"\[model\] unknown key 'mlp_ration'; did you mean"),
+        ('[model]\npreset = "depe"\n', "unknown preset 'depe'; did you mean 'deep'"),
+        ("[model]\nlayers = 2.5\n", "layers = 2.5: give one whole number"),
+        ("[model]\nlayers = true\n", "layers = True: give one whole number"),
+        ("[train]\nepoch = 3\n", r"\[train\] unknown key 'epoch'; did you mean 'epochs'"),
+        ('[train]\nlr = "fast"\n', "lr = 'fast': input should be a valid number"),
+        ('[grid]\n"model.recursion" = [1]\n', "did you mean 'model.recursions'"),
+        ("[grid]\nmodel.recursions = [1]\n", "write it in quotes"),
+        ('[grid]\n"model.recursions" = 4\n', "give a list of values"),
+        ('[zip]\n"train.seed" = [1, 2]\n"train.lr" = [1e-3]\n', "as long as each other"),
+        ('[model]\n[report]\ny = ["top1"]\n', "unknown column 'top1'; did you mean 'top"),
+        ("model = 3\n", r"write model as a table, \[model\]"),
+        ("", "at least one of the tables"),
+        ("[model\n", "is not a study, which is a TOML file"),
+        ("[model]\nnum_classes = 5\n[train]\n", "fewer than the 10 classes"),
+    ],
+)
+def test_a_study_that_cannot_be_says_why(text, message, tmp_path):
+    with pytest.raises(SretError, match=message) as refused:
+        study(text, tmp_path)
+    assert refused.value.code == 3
+    assert "\n" not in str(refused.value).strip()
+
+
+def test_a_picture_is_no_study(tmp_path):
+    path = tmp_path / "figure.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n\x00")
+    with pytest.raises(SretError, match="figure.png is not a study, .*: not text"):
+        load_study(path)
+
+
+def test_flags_beside_a_study_file_are_refused_but_for_the_data(tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text("[train]\nepochs = 3\n")
+    with pytest.raises(SretError, match="leave out layers"):
+        from_flags(path, {"layers": 100}, {}, [])
+    assert from_flags(path, {}, {}, []).runs[0].train.epochs == 3
+
+
+def test_any_field_can_be_set_by_a_flag():
+    found = from_flags(None, {"preset": "nano"}, {}, ["model.mlp_ratio=4", "train.opt=lion"])
+    assert found.runs[0].model.mlp_ratio == 4.0
+    assert found.runs[0].train.opt == "lion"
+    with pytest.raises(SretError, match="--set unknown key 'model.mlp'"):
+        from_flags(None, {}, {}, ["model.mlp=4"])
+    with pytest.raises(SretError, match="write it as model.FIELD=VALUE"):
+        from_flags(None, {}, {}, ["mlp_ratio=4"])
+    with pytest.raises(SretError, match="nothing is trained here"):
+        from_flags(None, {}, None, ["train.lr=1"])
+
+
+@pytest.mark.parametrize("folder", ["missing", "empty", "single"])
+def test_a_folder_without_classes_is_a_data_error(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "single" / "train" / "cat").mkdir(parents=True)
+    tables = {"train": {"dataset": "folder", "data_dir": str(tmp_path / folder)}}
+    with pytest.raises(SretError) as refused:
+        study_of("s", tables)
+    assert refused.value.code == 4
