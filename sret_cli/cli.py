@@ -52,10 +52,16 @@ def notes() -> Console:
     return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
-def output() -> Console:
+class Output(Console):
     """Where tables and results go: stdout, wide where it is no terminal."""
-    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200
-    return Console(width=wide, highlight=False, markup=False)
+
+    def __init__(self) -> None:
+        wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200
+        super().__init__(width=wide, highlight=False, markup=False)
+
+    def on_broken_pipe(self) -> None:
+        """Lets `main` end quietly, where rich would exit with 1."""
+        raise BrokenPipeError
 
 
 def print_json(value: Any) -> None:
@@ -74,7 +80,7 @@ def study_from(context: typer.Context, trains: bool) -> Any:
 
     given = flags_given(context)
     model = {key: given[key] for key in MODEL_FLAGS if key in given}
-    train = {key: given[key] for key in TRAIN_FLAGS if key in given}
+    train = {key: given[key] for key in (TRAIN_FLAGS if trains else ("data_dir",)) if key in given}
     settings, path = list(given.get("set_", ())), given.get("study")
     study = from_flags(path, model, train if trains or path else None, settings)
     if path is None:
@@ -149,7 +155,7 @@ def build(
     if json_:
         return print_json(summaries if len(summaries) > 1 else summaries[0])
     for summary in summaries:
-        output().print(build_table(summary))
+        Output().print(build_table(summary))
 
 
 @app.command()
@@ -209,7 +215,7 @@ def profile(
     show_rows([row for row, _ in profiled], report.COST_TABLE, json_)
     if len(profiled) == 1 and not json_:
         for table in report.breakdown_tables(profiled[0][1]):
-            output().print(table)
+            Output().print(table)
 
 
 @app.command()
@@ -333,7 +339,7 @@ def show_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: boo
 
     if as_json:
         return print_json(rows)
-    output().print(report.terminal_table(*report.cells(rows, columns)))
+    Output().print(report.terminal_table(*report.cells(rows, columns)))
 
 
 def write_report(where: Path, spec: Any, out: Path, as_json: bool) -> None:

@@ -1,0 +1,297 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from sret_cli import launch
+
+# A study that trains in seconds: five passes of a tiny model, two depths.
+STUDY = """
+[model]
+preset = "nano"
+embed_dims = [8, 16, 32]
+blocks = 1
+
+[train]
+epochs = 1
+warmup_epochs = 0
+batch_size = 240
+
+[grid]
+"model.recursions" = [1, 2]
+"""
+TINY = ("--set", "model.embed_dims=[8, 16, 32]", "--set", "train.warmup_epochs=0")
+QUICK = ("--epochs", 1, "--batch-size", 240, *TINY)
+
+
+@pytest.fixture
+def study(tmp_path):
+    path = tmp_path / "depth.toml"
+    path.write_text(STUDY)
+    return path
+
+
+def test_a_thousand_layers_are_built_and_say_where_slices_were_fitted(sret):
+    code, out, err = sret("build", "--layers", 1000, "--slices", 4, "--img-size", 32, "--json")
+    built = json.loads(out)
+    assert code == 0
+    assert built["layers"] == 1000
+    assert [stage["recursions"] for stage in built["stages"]] == [100, 100, 100]
+    assert built["logits_are_finite"]
+    assert "stage 3: its 1 tokens take 1 slice, not 4" in err
+
+
+def test_build_prints_a_table_of_stages(sret):
+    code, out, err = sret("build", "--preset", "sret_t")
+    assert (code, err) == (0, "")
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
+    assert ["1", "784", "64", "2 x 2", "4", "8", "2", "0.13"] in cells
+    assert ["total", "", "", "", "20", "", "", "4.76"] in cells
+
+
+def test_a_built_model_is_written_and_read_back(sret, tmp_path):
+    assert sret("build", "--preset", "nano", "--out", "model")[0] == 0
+    assert sorted(os.listdir("model")) == ["config.json", "model.safetensors"]
+    code, out, _ = sret("build", "--from", "model", "--json")
+    assert (code, json.loads(out)["params"]) == (0, 331_842)
+    code, _, err = sret("build", "--preset", "nano", "--out", "model")
+    assert (code, err) == (2, "sret: model holds a model already; choose another directory\n")
+
+
+def test_profile_without_arguments_shows_the_presets_beside_published_figures(sret):
+    code, out, _ = sret("profile")
+    assert code == 0
+    (line,) = [line for line in out.splitlines() if "sret_s" in line]
+    assert [cell.strip() for cell in line.split("│")[1:7]] == [
+        *("sret_s", "20", "20.90", "20.9", "4.191", "4.2"),
+    ]
+    assert "one multiply-add counts as one" in out
+
+
+def test_profile_of_one_model_adds_up_by_kind(sret):
+    code, out, _ = sret("profile", "--preset", "nano")
+    assert code == 0
+    for kind in ("stem", "projections", "attention products", "mlp", "nll", "head"):
+        assert kind in out
+
+
+def test_a_study_is_run_reported_and_not_run_again(sret, study):
+    code, out, err = sret("run", study)
+    assert code == 0
+    assert "wrote table.md, table.csv, accuracy.png" in err.splitlines()[-1]
+    rows = {path: path.read_bytes() for path in study.parent.glob("runs/depth/*/row.json")}
+    assert len(rows) == 2
+    for path in rows:
+        row = json.loads(rows[path])
+        assert row["layers"] in (3, 6)
+        assert row["macs"] > 0
+        assert row["top1_percent"] > 0
+        assert row["error"] is None
+        assert row["peak_memory_bytes"] is None
+        assert row["torch_version"] == torch.__version__
+        assert {p.name for p in path.parent.iterdir()} == {
+            *("config.json", "metrics.jsonl", "model.safetensors", "row.json"),
+        }
+    code, again, err = sret("run", study)
+    assert (code, again) == (0, out)
+    assert err.count("there already") == 2
+    assert all(path.read_bytes() == rows[path] for path in rows)
+
+
+def test_a_study_that_grew_trains_only_what_is_missing(sret, study):
+    sret("train", study)
+    study.write_text(STUDY.replace("[1, 2]", "[1, 2, 3]"))
+    code, _, err = sret("train", study)
+    assert code == 0
+    assert err.count("there already") == 2
+    assert len(list(study.parent.glob("runs/depth/*/row.json"))) == 3
+
+
+def test_profiling_a_study_keeps_rows_that_training_completes(sret, study):
+    code, out, _ = sret("profile", study, "--json")
+    assert code == 0
+    profiled = json.loads(out)
+    assert [row["top1_percent"] for row in profiled] == [None, None]
+    trained = json.loads(sret("train", study, "--json")[1])
+    assert [row["run_id"] for row in trained] == [row["run_id"] for row in profiled]
+    assert [row["macs"] for row in trained] == [row["macs"] for row in profiled]
+    assert all(row["top1_percent"] is not None for row in trained)
+
+
+def test_a_run_is_trained_evaluated_and_reported(sret):
+    code, out, _ = sret("train", *QUICK, "--json")
+    assert code == 0
+    (row,) = json.loads(out)
+    code, out, err = sret("eval", "--json")
+    assert code == 0
+    assert json.loads(out)[0]["top1_percent"] == row["top1_percent"]
+    assert f"evaluated runs/train/{row['run_id']}" in err
+    assert sret("report")[0] == 0
+    assert os.path.exists("runs/report/accuracy.svg")
+    assert sret("report", f"runs/train/{row['run_id']}", "--out", "here")[0] == 0
+    assert os.path.exists("here/training.png")
+
+
+def test_a_run_that_fails_is_a_row_with_its_error_and_the_others_go_on(sret, study):
+    study.write_text(STUDY.replace("epochs = 1\n", "epochs = 1\nclip_grad = 1e9\n", 1))
+    study.write_text(study.read_text() + '"train.lr" = [1e30, 1e-3]\n')
+    code, _, err = sret("train", study)
+    assert code == 6
+    assert err.splitlines()[-1].startswith("sret: 2 runs failed, the first, ")
+    rows = [json.loads(p.read_text()) for p in study.parent.glob("runs/depth/*/row.json")]
+    failed = [row for row in rows if row["error"]]
+    assert sorted(row["train.lr"] for row in failed) == [1e30, 1e30]
+    assert all("diverged" in row["error"] for row in failed)
+    assert all(row["top1_percent"] is None for row in failed)
+    assert len([row for row in rows if row["top1_percent"]]) == 2
+    code, out, _ = sret("report", study)
+    assert code == 0
+    assert "diverged" in out
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_running_out_of_memory_is_a_row_with_its_error_and_exit_7(sret, study, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(launch, "_do", fail)
+    code, _, err = sret("train", study)
+    assert code == 7
+    assert "out of memory" in err
+    assert len(list(study.parent.glob("runs/depth/*/row.json"))) == 2
+
+
+def test_our_own_errors_are_not_hidden(sret, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(launch, "profile_run", fail)
+    monkeypatch.setattr(sys, "argv", ["sret", "profile"])
+    with pytest.raises(RuntimeError, match="a bug"):
+        from sret_cli.cli import main
+
+        main()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["build", "--layers", 0], 3, "0 layers: a model has at least 10"),
+        (["build", "--layers", -20], 3, "-20 layers"),
+        (["build", "--layers", 2.5], 2, "Invalid value for '--layers'"),
+        (["build", "--layers", 10**9], 3, "more than the 100,000 that sret builds"),
+        (["build", "--layers", 11], 3, "use 10 or 12"),
+        (["build", "--slices", 3], 3, "3 slices divide no stage"),
+        (["build", "--slices", 0], 3, "0 slices"),
+        (["build", "--preset", "sret"], 3, "unknown preset 'sret'; did you mean 'sret_"),
+        (["build", "--img-size", 0], 3, "img_size = 0"),
+        (["build", "--set", "model.residual=rezero"], 3, "residual = 'rezero' is not built yet"),
+        (["build", "--set", "mlp_ratio=4"], 3, "write it as model.FIELD=VALUE"),
+        (["build", "--from", "nowhere"], 5, "nowhere has no config.json"),
+        (["build", "--from", "x", "--layers", 20], 2, "leave out layers"),
+        (["build", "--preset", "nano", "--out", "file/x"], 2, "cannot write file/x"),
+        (["build", "none.toml"], 3, "no study file none.toml"),
+        (["build", "picture.png"], 3, "picture.png is not a study"),
+        (["biuld"], 2, "No such command 'biuld'"),
+        (["profile", "--precision", "fp16"], 2, "unknown precision 'fp16'"),
+        (["profile", "--device", "tpu"], 2, "unknown device 'tpu'"),
+        (["train", "--dataset", "cifar"], 3, "unknown dataset 'cifar'"),
+        (["train", "--dataset", "folder"], 3, "--data-dir"),
+        (["train", "--dataset", "folder", "--data-dir", "nowhere"], 4, "no folder nowhere"),
+        (["train", "--epochs", 0], 3, "epochs = 0"),
+        (["train", "--set", "train.opt=adamv"], 3, "unknown opt 'adamv'; did you mean"),
+        (["train", "--runs", "file/x", *QUICK], 2, "cannot write file/x"),
+        (["eval"], 4, "no directory runs"),
+        (["eval", "nowhere"], 5, "nowhere has no config.json"),
+        (["report"], 4, "no directory runs"),
+        (["report", "."], 4, "no finished runs in ."),
+    ],
+)
+def test_bad_input_gets_one_line_and_its_exit_code(sret, arguments, code, message):
+    open("file", "w").close()
+    Image.new("RGB", (8, 8)).save("picture.png")
+    ended, out, err = sret(*arguments)
+    assert ended == code
+    assert out == ""
+    assert err.startswith("sret: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert sorted(os.listdir()) == ["file", "picture.png"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("command", ["train", "profile", "eval", "run"])
+def test_cuda_that_is_not_there_is_refused_before_anything_is_done(sret, command):
+    code, out, err = sret(command, "--device", "cuda")
+    assert (code, out) == (2, "")
+    assert err == "sret: no CUDA device on this machine; use --device cpu\n"
+    assert os.listdir() == []
+
+
+def test_a_traceback_is_shown_when_it_is_asked_for(sret):
+    code, _, err = sret("build", "--layers", 0, "--debug")
+    assert code == 3
+    assert "Traceback" in err
+
+
+def test_version_and_help_are_printed(sret):
+    assert sret("--version") == (0, "sret 0.1.0\n", "")
+    code, out, _ = sret()
+    assert code == 0
+    for command in ("build", "profile", "train", "eval", "report", "run"):
+        assert command in out
+
+
+def start(*arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "sret_cli", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_a_closed_pipe_ends_quietly(tmp_path):
+    process = start("profile", cwd=tmp_path)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_study_says_what_it_kept_and_goes_on(study, number, code):
+    study.write_text(STUDY.replace("[1, 2]", "[1, 100]").replace("epochs = 1\n", "epochs = 2\n"))
+    process = start("train", study, cwd=study.parent)
+    first = process.stderr.readline()
+    assert first.startswith("[1/2] ")
+    deadline = time.monotonic() + 60
+    while len(list(study.parent.glob("runs/depth/*/metrics.jsonl"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in err
+    assert "stopped: 1 of 2 runs are done and kept in runs/depth" in err
+    assert "type the same command to go on" in err
+    assert len(list(study.parent.glob("runs/depth/*/row.json"))) == 1
+
+    study.write_text(study.read_text().replace("100", "2"))
+    process = start("train", study, cwd=study.parent)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert err.count("there already") == 1
