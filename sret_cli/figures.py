@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from sret_cli import records
 from sret_cli.records import Row
@@ -91,6 +92,9 @@ def _draw(axes: Axes, rows: Sequence[Row], x: str, column: str, fields: Sequence
         axes.set_xticks(xs)
     if _wide(ys, 3 if axes.get_xscale() == "log" else 8):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     elif column in ("params", "macs", "activation_bytes", "peak_memory_bytes"):
         axes.set_ylim(0, max(ys) * 1.15)
 
