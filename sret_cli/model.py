@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sret_cli.spec import ModelSpec
+from sret_cli.errors import SretError
+from sret_cli.spec import ModelSpec, Pass
 
 LAYER_NORM_EPS = 1e-6
 SHUFFLE_SEED = 0  # of the permutations that evaluation uses
@@ -71,14 +72,36 @@ class Block(nn.Module):
         self.attn = Attention(width, spec.num_heads[stage], spec.drop_rate, spec.attn_drop_rate)
         self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(width, spec.hidden(stage, "mlp"), spec.drop_rate)
-        self.lrc = nn.Parameter(torch.ones(4)) if spec.residual == "lrc" else None
+        self.keep, self.scale = spec.branch_scales(stage)
+        self.post_norm = spec.residual == "deepnorm"
+        own = spec.residual == "lrc" and spec.lrc == "per_block"
+        self.lrc = nn.Parameter(torch.ones(4)) if own else None
+        self.scale1, self.scale2 = learned_scale(spec, stage), learned_scale(spec, stage)
 
     def forward(
-        self, x_BNC: Tensor, slices: int, order_N: Tensor | None, drop_path_rate: float
+        self,
+        x_BNC: Tensor,
+        slices: int,
+        order_N: Tensor | None,
+        drop_path_rate: float,
+        lrc_4: Tensor | None = None,
     ) -> Tensor:
-        """One pass: x = c1*x + c2*Attn(LN(x)), then x = c3*x + c4*MLP(LN(x))."""
-        c1, c2, c3, c4 = (None,) * 4 if self.lrc is None else self.lrc
+        """One pass: x = c1*x + c2*Attn(LN(x)), then x = c3*x + c4*MLP(LN(x)).
+
+        The coefficients are the residual rule's (`ModelSpec`); `lrc_4` are a pass's own.
+        """
+        lrc_4 = self.lrc if lrc_4 is None else lrc_4
+        if lrc_4 is not None:
+            c1, c2, c3, c4 = lrc_4
+        else:
+            c1 = c3 = self.keep
+            c2 = self.scale if self.scale1 is None else self.scale1
+            c4 = self.scale if self.scale2 is None else self.scale2
         rate = drop_path_rate if self.training else 0.0
+        if self.post_norm:
+            branch = drop_path(self.attn(x_BNC, slices, order_N), rate)
+            x_BNC = self.norm1(residual(x_BNC, branch, c1, c2))
+            return self.norm2(residual(x_BNC, drop_path(self.mlp(x_BNC), rate), c3, c4))
         branch = self.attn(self.norm1(x_BNC), slices, order_N)
         x_BNC = residual(x_BNC, drop_path(branch, rate), c1, c2)
         branch = self.mlp(self.norm2(x_BNC))
@@ -93,11 +116,19 @@ class NLL(nn.Module):
         width = spec.embed_dims[stage]
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(width, spec.hidden(stage, "nll"), spec.drop_rate)
+        self.keep, self.scale = spec.branch_scales(stage)
+        self.post_norm = spec.residual == "deepnorm"
         self.lrc = nn.Parameter(torch.ones(2)) if spec.residual == "lrc" else None
+        self.scale1 = learned_scale(spec, stage)
 
     def forward(self, x_BNC: Tensor) -> Tensor:
         """Returns c1*x + c2*MLP(LN(x))."""
-        c1, c2 = (None,) * 2 if self.lrc is None else self.lrc
+        if self.lrc is not None:
+            c1, c2 = self.lrc
+        else:
+            c1, c2 = self.keep, self.scale if self.scale1 is None else self.scale1
+        if self.post_norm:
+            return self.norm(residual(x_BNC, self.mlp(x_BNC), c1, c2))
         return residual(x_BNC, self.mlp(self.norm(x_BNC)), c1, c2)
 
 
@@ -108,40 +139,75 @@ class Stage(nn.Module):
 
     def __init__(self, spec: ModelSpec, stage: int) -> None:
         super().__init__()
-        self.schedule = spec.schedule(stage)
+        self.schedule = self.full_schedule = spec.schedule(stage)
         self.drop_path_rates = spec.drop_path_rates(stage)
+        self.per_pass = spec.nll == "per_pass" or spec.lrc == "per_pass"
         self.random_shuffle = spec.shuffle == "random"
+        self.shuffle_seed = SHUFFLE_SEED + stage
         self.reference_shuffle = False
         self.grad_checkpointing = False
         self.blocks = nn.ModuleList(Block(spec, stage) for _ in range(spec.blocks[stage]))
         self.nlls = nn.ModuleList(NLL(spec, stage) for _ in range(spec.nlls(stage)))
-        shuffled = [index for index, p in enumerate(self.schedule) if p.shuffled]
-        self.row = {index: row for row, index in enumerate(shuffled)}
-        permutations = fixed_permutations(len(shuffled), spec.tokens[stage], SHUFFLE_SEED + stage)
+        own = spec.residual == "lrc" and spec.lrc == "per_pass"
+        self.lrc_P4 = nn.Parameter(torch.ones(len(self.schedule), 4)) if own else None
+        # What belongs to one pass alone is found by the pass's block and visit.
+        self.lrc_row = {(p.block, p.visit): row for row, p in enumerate(self.schedule)}
+        shuffled = [p for p in self.schedule if p.shuffled]
+        self.shuffle_row = {(p.block, p.visit): row for row, p in enumerate(shuffled)}
+        permutations = fixed_permutations(len(shuffled), spec.tokens[stage], self.shuffle_seed)
         self.register_buffer("permutations_PN", permutations, persistent=False)
 
     def forward(self, x_BNC: Tensor) -> Tensor:
         """Walks the schedule."""
-        for index in range(len(self.schedule)):
+        lrcs = None if self.lrc_P4 is None else self.lrc_P4.unbind()
+        for index, p in enumerate(self.schedule):
+            lrc_4 = None if lrcs is None else lrcs[self.lrc_row[p.block, p.visit]]
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x_BNC = checkpoint(self.run_pass, x_BNC, index, use_reentrant=False)
+                x_BNC = checkpoint(self.run_pass, x_BNC, index, lrc_4, use_reentrant=False)
             else:
-                x_BNC = self.run_pass(x_BNC, index)
+                x_BNC = self.run_pass(x_BNC, index, lrc_4)
         return x_BNC
 
-    def run_pass(self, x_BNC: Tensor, index: int) -> Tensor:
+    def run_pass(self, x_BNC: Tensor, index: int, lrc_4: Tensor | None = None) -> Tensor:
         """The pass of that index in the schedule, and its NLL."""
-        block, nll, slices, shuffled = self.schedule[index]
-        order_N = self._order(index, x_BNC) if shuffled else None
-        x_BNC = self.blocks[block](x_BNC, slices, order_N, self.drop_path_rates[index])
-        return x_BNC if nll is None else self.nlls[nll](x_BNC)
+        p = self.schedule[index]
+        order_N = self._order(p, x_BNC) if p.shuffled else None
+        rate = self.drop_path_rates[index]
+        x_BNC = self.blocks[p.block](x_BNC, p.slices, order_N, rate, lrc_4)
+        return x_BNC if p.nll is None else self.nlls[p.nll](x_BNC)
 
-    def _order(self, index: int, x_BNC: Tensor) -> Tensor:
+    def set_schedule(self, schedule: tuple[Pass, ...], drop_path_rates: tuple[float, ...]) -> None:
+        """Walks another schedule from now on, over the same blocks.
+
+        A pass takes the NLL and the coefficients of the same visit to the same block.
+
+        Raises:
+            SretError: a visit has no weights of its own, and needs them.
+        """
+        if self.per_pass:
+            own = {(p.block, p.visit): p for p in self.full_schedule}
+            if any((p.block, p.visit) not in own for p in schedule):
+                raise SretError(
+                    f"{max(p.visit for p in schedule) + 1} recursions are more than the "
+                    f"{max(p.visit for p in self.full_schedule) + 1} that this model has weights "
+                    "for (nll or lrc is per_pass); use fewer"
+                )
+            schedule = tuple(p._replace(nll=own[p.block, p.visit].nll) for p in schedule)
+        for p in schedule:
+            if p.shuffled:
+                self.shuffle_row.setdefault((p.block, p.visit), len(self.shuffle_row))
+        rows, tokens = self.permutations_PN.shape
+        if len(self.shuffle_row) > rows:  # the first rows stay what they are
+            more = fixed_permutations(len(self.shuffle_row), tokens, self.shuffle_seed)
+            self.permutations_PN = more.to(self.permutations_PN.device)
+        self.schedule, self.drop_path_rates = schedule, drop_path_rates
+
+    def _order(self, p: Pass, x_BNC: Tensor) -> Tensor:
         if self.reference_shuffle:  # the reference draws on the CPU, in training and in eval
             return torch.randperm(x_BNC.shape[1]).to(x_BNC.device)
         if self.random_shuffle and self.training:
             return torch.randperm(x_BNC.shape[1], device=x_BNC.device)
-        return self.permutations_PN[self.row[index]]
+        return self.permutations_PN[self.shuffle_row[p.block, p.visit]]
 
 
 class Stem(nn.Module):
@@ -199,8 +265,23 @@ class SReT(nn.Module):
         self.pools = nn.ModuleList(Pool(spec, index) for index in range(spec.stages - 1))
         self.norm = nn.LayerNorm(self.num_features, eps=LAYER_NORM_EPS)
         self.reset_classifier(spec.num_classes)
-        # All that does not keep PyTorch's default (LayerNorm 1 and 0, LRC 1), as in the reference.
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Sets all that does not keep PyTorch's default (and LayerNorm 1 and 0, LRC 1)."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if self.spec.residual == "deepnorm":  # section 4 of arXiv 2203.00555
+            gain = (4 * self.spec.branches) ** -0.25
+            for module in self.stages.modules():
+                if isinstance(module, Mlp):
+                    nn.init.xavier_normal_(module.fc1.weight, gain)
+                    nn.init.xavier_normal_(module.fc2.weight, gain)
+                elif isinstance(module, Attention):
+                    query, key, value = module.qkv.weight.chunk(3)
+                    nn.init.xavier_normal_(query)
+                    nn.init.xavier_normal_(key)
+                    nn.init.xavier_normal_(value, gain)
+                    nn.init.xavier_normal_(module.proj.weight, gain)
 
     def forward_features(self, x_BCYX: Tensor) -> Tensor:
         """The last stage's tokens, `[B, N, C]`."""
@@ -232,12 +313,27 @@ class SReT(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay leaves alone, beside those of one dimension."""
-        return {"pos_embed"}
+        return {"pos_embed", *(n for n, _ in self.named_parameters() if n.endswith("lrc_P4"))}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every pass in the backward pass instead of storing it."""
         for stage in self._stages():
             stage.grad_checkpointing = enable
+
+    def set_recursions(self, recursions: int | tuple[int, ...] | None) -> None:
+        """Runs the same blocks another number of times from now on; None is the spec's own number.
+
+        Raises:
+            SretError: NLLs or coefficients per pass have no weights for so many recursions, or the
+                passes have an explicit order.
+        """
+        spec = self.spec
+        if recursions is not None:
+            if spec.order is not None:
+                raise SretError("this model's passes have an explicit order, and no recursions")
+            spec = spec.with_values(recursions=recursions)
+        for index, stage in enumerate(self._stages()):
+            stage.set_schedule(spec.schedule(index), spec.drop_path_rates(index))
 
     def set_reference_shuffle(self, enable: bool = True) -> None:
         """Draw a permutation for each shuffled pass from the CPU's generator, in eval as well.
@@ -267,11 +363,22 @@ def to_tokens(x_BCYX: Tensor) -> Tensor:
     return x_BCYX.flatten(2).transpose(1, 2).contiguous()
 
 
-def residual(x: Tensor, branch: Tensor, keep: Tensor | None, scale: Tensor | None) -> Tensor:
-    """Returns keep * x + scale * branch, or x + branch where there are no coefficients."""
-    if keep is None or scale is None:
-        return x + branch
-    return torch.addcmul(keep * x, scale, branch)
+def residual(x: Tensor, branch: Tensor, keep: Tensor | float, scale: Tensor | float) -> Tensor:
+    """Returns keep * x + scale * branch; a `keep` of 1.0 costs nothing."""
+    kept = x if isinstance(keep, float) and keep == 1.0 else keep * x
+    if isinstance(scale, Tensor):
+        return torch.addcmul(kept, scale, branch)
+    return torch.add(kept, branch, alpha=scale)
+
+
+def learned_scale(spec: ModelSpec, stage: int) -> nn.Parameter | None:
+    """What a branch is multiplied with in `layerscale` and `rezero`; other rules have none."""
+    if spec.residual == "rezero":
+        return nn.Parameter(torch.zeros(1))
+    if spec.residual == "layerscale":  # CaiT, section 3.1 of arXiv 2103.17239
+        start = 0.1 if spec.layers <= 18 else 1e-5 if spec.layers <= 24 else 1e-6
+        return nn.Parameter(torch.full((spec.embed_dims[stage],), start))
+    return None
 
 
 def drop_path(branch: Tensor, rate: float) -> Tensor:

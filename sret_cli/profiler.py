@@ -123,6 +123,8 @@ class _Pass(nn.Module):
         super().__init__()
         self.block = Block(spec, stage)
         self.nll = NLL(spec, stage) if spec.nll != "none" else None
+        own = spec.residual == "lrc" and spec.lrc == "per_pass"
+        self.lrc_4 = nn.Parameter(torch.ones(4)) if own else None
         self.slices = slices
         order_N = fixed_permutations(1, spec.tokens[stage], 0)[0] if shuffled else None
         if spec.shuffle == "fixed":  # then it is a buffer, and not kept for the backward pass
@@ -131,7 +133,7 @@ class _Pass(nn.Module):
             self.order_N = order_N
 
     def forward(self, x_BNC: Tensor) -> Tensor:
-        x_BNC = self.block(x_BNC, self.slices, self.order_N, 0.0)
+        x_BNC = self.block(x_BNC, self.slices, self.order_N, 0.0, self.lrc_4)
         return x_BNC if self.nll is None else self.nll(x_BNC)
 
 
@@ -192,6 +194,7 @@ def trace(spec: ModelSpec) -> Profile:
             spec.hidden(stage, "mlp"),
             spec.nll != "none" and spec.hidden(stage, "nll"),
             spec.residual,
+            spec.lrc,
         )
         for (slices, shuffled), times in signatures.items():
             module = partial(_Pass, spec, stage, slices, shuffled)
@@ -201,7 +204,8 @@ def trace(spec: ModelSpec) -> Profile:
         with torch.device("meta"):  # shapes alone
             banks = ((Block, spec.blocks[stage]), (NLL, spec.nlls(stage)))
             sizes = [n * sum(p.numel() for p in m(spec, stage).parameters()) for m, n in banks]
-        params_by_stage.append(sum(sizes))
+        per_pass = spec.residual == "lrc" and spec.lrc == "per_pass"
+        params_by_stage.append(sum(sizes) + 4 * spec.passes(stage) * per_pass)
     head = part(None, "head", 1, partial(_Head, spec), (tokens[-1], dims[-1]), spec.num_classes)
     parts.append(head)
     alone = sum(p.counts.params for p in parts if p.stage is None)

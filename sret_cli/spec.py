@@ -5,27 +5,36 @@ plain values; models, costs and reports are views of that list. Source: "Sliced 
 Transformer", Shen, Liu and Xing, ECCV 2022, arXiv 2111.05297.
 """
 
+from collections.abc import Iterable
 from functools import cached_property
 from math import gcd
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from sret_cli.depth import MAX_LAYERS, divisors, recursions_for
 from sret_cli.errors import SretError, nearest
 from sret_cli.strict import Strict
 
-MAX_LAYERS = 100_000
 PER_STAGE = ("embed_dims", "num_heads", "blocks", "recursions", "slices", "recursive_slices")
-RESIDUALS_TO_COME = ("layerscale", "rezero", "sqrt", "loop", "deepnorm")
 
 
 class Pass(NamedTuple):
-    """One execution of a block: what one layer of the network is."""
+    """One execution of a block: what one layer of the network is.
+
+    `visit` counts the passes through the same block before it.
+    """
 
     block: int
+    visit: int
     nll: int | None
     slices: int
     shuffled: bool
+
+
+def as_tuples(value: Any) -> Any:
+    """A value of a file with its lists, and lists in them, as tuples."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 Count = Annotated[int, Field(ge=1)]
@@ -38,7 +47,20 @@ class ModelSpec(Strict):
     """A Sliced Recursive Transformer: everything that determines its weights and its costs.
 
     Per-stage fields are tuples; one value stands for all stages. The defaults are the preset
-    `deep`.
+    `deep`. `order` lists the blocks of each stage's passes and stands in for `loop` and
+    `recursions`. How branches are added to the stream, by `residual`:
+
+    - `lrc`: c1*x + c2*f(LN(x)), learned scalars that start at 1, for each block or, with
+      `lrc = "per_pass"`, for each pass (SReT, arXiv 2111.05297)
+    - `plain`: x + f(LN(x))
+    - `layerscale`: x + g*f(LN(x)), g learned for each channel, from 0.1 (to 18 layers), 1e-5 (to
+      24) or 1e-6 (CaiT, arXiv 2103.17239)
+    - `rezero`: x + a*f(LN(x)), one learned scalar that starts at 0 (ReZero, arXiv 2003.04887)
+    - `sqrt`: x + f(LN(x)) / sqrt(layers) (depth-muP, arXiv 2310.02244)
+    - `loop`: x + f(LN(x)) / (recursions * sqrt(blocks)): passes through one block are correlated
+      and add up linearly, blocks as independent ones do (arXiv 2606.18524)
+    - `deepnorm`: LN(a*x + f(x)), a = M^(1/4) for M branches, whose value, output and MLP weights
+      start smaller by (4M)^(-1/4) (DeepNet, arXiv 2203.00555)
 
     Raises:
         SretError: a value is of the wrong type or out of range, or the values do not fit together.
@@ -53,6 +75,7 @@ class ModelSpec(Strict):
     blocks: tuple[Count, ...] = (2, 5, 3)
     recursions: tuple[Count, ...] = (2, 2, 2)
     loop: Literal["internal", "external"] = "internal"
+    order: tuple[tuple[Annotated[int, Field(ge=0)], ...], ...] | None = None
     slices: tuple[Count, ...] = (4, 4, 1)
     recursive_slices: tuple[Count, ...] = (4, 4, 1)
     shuffle: Literal["random", "fixed", "none"] = "random"
@@ -60,6 +83,7 @@ class ModelSpec(Strict):
     nll: Literal["per_pass", "per_block", "none"] = "per_block"
     nll_ratio: Annotated[float, Field(gt=0, le=64)] = 1.0
     residual: Literal["lrc", "plain", "layerscale", "rezero", "sqrt", "loop", "deepnorm"] = "lrc"
+    lrc: Literal["per_block", "per_pass"] = "per_block"
     drop_rate: Rate = 0.0
     attn_drop_rate: Rate = 0.0
     drop_path_rate: Rate = 0.0
@@ -69,9 +93,12 @@ class ModelSpec(Strict):
     def _one_value_for_all_stages(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             raise SretError(f"a model is a table of fields, not {data!r}")
-        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        lists = {k: as_tuples(v) for k, v in data.items()}
         dims = lists.get("embed_dims", cls.model_fields["embed_dims"].default)
         stages = len(dims) if isinstance(dims, tuple) else 3
+        order = lists.get("order")
+        if isinstance(order, tuple) and order and not isinstance(order[0], tuple):
+            lists["order"] = (order,) * stages
         return {
             k: (v,) * stages if k in PER_STAGE and not isinstance(v, tuple) else v
             for k, v in lists.items()
@@ -85,10 +112,8 @@ class ModelSpec(Strict):
                     f"{name} has {len(getattr(self, name))} values for {self.stages} stages "
                     f"(embed_dims {self.embed_dims}); give one value for each stage, or one for all"
                 )
-        if self.residual in RESIDUALS_TO_COME:
-            raise SretError(
-                f"residual = {self.residual!r} is not built yet; use 'lrc' or 'plain' for now"
-            )
+        if self.order is not None:
+            self._check_order(self.order)
         if self.layers > MAX_LAYERS:
             raise SretError(
                 f"{self.layers:,} layers are more than the {MAX_LAYERS:,} that sret builds; "
@@ -119,6 +144,19 @@ class ModelSpec(Strict):
                     )
             self._check_slices(index)
         return self
+
+    def _check_order(self, order: tuple[tuple[int, ...], ...]) -> None:
+        if len(order) != self.stages:
+            raise SretError(
+                f"order has {len(order)} lists for {self.stages} stages; "
+                "give one list of blocks for each stage, or one for all"
+            )
+        for stage, (blocks, visited) in enumerate(zip(self.blocks, order, strict=True)):
+            if set(visited) != set(range(blocks)):
+                raise SretError(
+                    f"stage {stage + 1}: order {list(visited)} does not visit its blocks "
+                    f"0 to {blocks - 1}, each at least once; mend it, or set blocks"
+                )
 
     def _check_slices(self, stage: int) -> None:
         tokens, side = self.tokens[stage], self.sides[stage]
@@ -156,7 +194,13 @@ class ModelSpec(Strict):
     @property
     def layers(self) -> int:
         """Passes of all stages; NLLs are not counted."""
-        return sum(b * r for b, r in zip(self.blocks, self.recursions, strict=True))
+        return sum(self.passes(stage) for stage in range(self.stages))
+
+    def passes(self, stage: int) -> int:
+        """How many passes a stage has."""
+        if self.order is not None:
+            return len(self.order[stage])
+        return self.blocks[stage] * self.recursions[stage]
 
     def hidden(self, stage: int, kind: Literal["mlp", "nll"]) -> int:
         """Hidden units of a stage's MLP or NLL; a fraction is cut off, as in the reference."""
@@ -164,41 +208,59 @@ class ModelSpec(Strict):
 
     def nlls(self, stage: int) -> int:
         """How many NLLs, with weights of their own, a stage holds."""
-        blocks = self.blocks[stage]
-        return {
-            "per_pass": blocks * self.recursions[stage],
-            "per_block": blocks,
-            "none": 0,
-        }[self.nll]
+        banks = {"per_pass": self.passes(stage), "per_block": self.blocks[stage], "none": 0}
+        return banks[self.nll]
 
     def schedule(self, stage: int) -> tuple[Pass, ...]:
         """The passes of a stage (0-based), in their order."""
         blocks, recursions = self.blocks[stage], self.recursions[stage]
-        if self.loop == "internal":
+        order: Iterable[int]
+        if self.order is not None:
+            order = self.order[stage]
+        elif self.loop == "internal":
             order = [block for block in range(blocks) for _ in range(recursions)]
         else:
             order = list(range(blocks)) * recursions
-        passes, seen = [], set()
+        passes, visits = [], [0] * blocks
         for index, block in enumerate(order):
-            later = block in seen
-            seen.add(block)
-            slices = self.recursive_slices[stage] if later else self.slices[stage]
+            visit = visits[block]
+            visits[block] += 1
+            slices = self.recursive_slices[stage] if visit else self.slices[stage]
             passes.append(
                 Pass(
                     block=block,
+                    visit=visit,
                     nll={"per_pass": index, "per_block": block, "none": None}[self.nll],
                     slices=slices,
-                    shuffled=later and slices > 1 and self.shuffle != "none",
+                    shuffled=visit > 0 and slices > 1 and self.shuffle != "none",
                 )
             )
         return tuple(passes)
 
+    def branch_scales(self, stage: int) -> tuple[float, float]:
+        """Constants that a stage's residual sums multiply the stream and the branch with.
+
+        1 and 1 where the rule has learned coefficients or none.
+        """
+        if self.residual == "sqrt":
+            return 1.0, self.layers**-0.5
+        if self.residual == "loop":
+            recursions = self.passes(stage) / self.blocks[stage]
+            return 1.0, 1 / (recursions * sum(self.blocks) ** 0.5)
+        if self.residual == "deepnorm":
+            return self.branches**0.25, 1.0
+        return 1.0, 1.0
+
+    @property
+    def branches(self) -> int:
+        """Residual sums on the way through the network: 2 a layer, or 3 with its NLL."""
+        return self.layers * (2 if self.nll == "none" else 3)
+
     def drop_path_rates(self, stage: int) -> tuple[float, ...]:
         """Drop-path rate of each pass: a ramp from 0 to `drop_path_rate` over the whole depth."""
-        before = sum(self.blocks[s] * self.recursions[s] for s in range(stage))
-        last = max(self.layers - 1, 1)
-        passes = self.blocks[stage] * self.recursions[stage]
-        return tuple(self.drop_path_rate * (before + i) / last for i in range(passes))
+        before, last = sum(map(self.passes, range(stage))), max(self.layers - 1, 1)
+        rates = (self.drop_path_rate * (before + i) / last for i in range(self.passes(stage)))
+        return tuple(rates)
 
     def at(
         self,
@@ -218,7 +280,9 @@ class ModelSpec(Strict):
         """
         values: dict[str, Any] = {}
         if layers is not None:
-            values["recursions"] = self._recursions_for(layers)
+            if self.order is not None:
+                raise SretError("layers follow from `order`; change that, or leave it out")
+            values["recursions"] = recursions_for(layers, self.blocks, self.recursions)
         if slices is not None:
             values["slices"] = values["recursive_slices"] = self.fit_slices(slices)
         if recursive_slices is not None:
@@ -245,55 +309,6 @@ class ModelSpec(Strict):
                 + (", ".join(map(str, near)) or "1, or larger images")
             )
         return fitted
-
-    def _recursions_for(self, layers: int) -> tuple[int, ...]:
-        fewest = sum(self.blocks)
-        if layers < 1:
-            raise SretError(
-                f"{layers} layers: a model has at least {fewest} here, one pass a block"
-            )
-        if layers > MAX_LAYERS:
-            raise SretError(
-                f"{layers:,} layers are more than the {MAX_LAYERS:,} that sret builds; use fewer"
-            )
-        reach = self._reachable(min(layers + 2 * fewest, MAX_LAYERS))
-        if not reach[0] >> layers & 1:
-            near = [n for n in range(layers - 1, fewest - 1, -1) if reach[0] >> n & 1][:1]
-            near += [n for n in range(layers + 1, reach[0].bit_length()) if reach[0] >> n & 1][:1]
-            if layers < fewest:
-                near = [fewest]
-            raise SretError(
-                f"{layers} layers cannot be reached with {'+'.join(map(str, self.blocks))} blocks; "
-                f"use {' or '.join(map(str, near))}"
-            )
-        # Stage by stage, the count nearest to proportion from which the rest can still be met.
-        recursions, left = [], layers
-        for stage, blocks in enumerate(self.blocks):
-            goal = self.recursions[stage] * layers / self.layers
-            rest = reach[stage + 1]
-            fits = [r for r in range(1, left // blocks + 1) if rest >> (left - r * blocks) & 1]
-            best = min(fits, key=lambda r: (abs(r - goal), r))
-            recursions.append(best)
-            left -= best * blocks
-        return tuple(recursions)
-
-    def _reachable(self, most: int) -> list[int]:
-        """Bit n of item s says that stages s and later can have n layers together, up to `most`."""
-        reach = [1]
-        for blocks in reversed(self.blocks):
-            bits, shift = reach[0] << blocks, blocks
-            while shift <= most:
-                bits |= bits << shift
-                bits &= (1 << (most + 1)) - 1
-                shift *= 2
-            reach.insert(0, bits)
-        return reach
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors of a positive number, ascending."""
-    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)})
 
 
 class TrainSpec(Strict):
@@ -341,7 +356,7 @@ class TrainSpec(Strict):
     @field_validator("scale", mode="before")
     @classmethod
     def _list_to_tuple(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
+        return as_tuples(value)
 
     @field_validator("dataset", mode="before")
     @classmethod
