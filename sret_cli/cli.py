@@ -31,6 +31,9 @@ LaterSlices = Annotated[int | None, typer.Option(help="Slices of the later passe
 Nll = Annotated[str | None, typer.Option(help="per_pass, per_block or none.")]
 ImgSize = Annotated[int | None, typer.Option(help="Height and width of the images.")]
 NumClasses = Annotated[int | None, typer.Option(help="Classes; those of the data if not given.")]
+Params = Annotated[str | None, typer.Option(help="Parameters, by the width: 14M (within 1 %).")]
+Macs = Annotated[str | None, typer.Option(help="FLOPs, by the width: 4.2G (within 1 %).")]
+Twin = Annotated[str | None, typer.Option(help="The untied control: layers, params or macs.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Any other field: model.mlp_ratio=4.")]
 Dataset = Annotated[str | None, typer.Option(help="digits (embedded) or folder.")]
 DataDir = Annotated[str | None, typer.Option(help="A folder with train/ and test/ or val/.")]
@@ -43,7 +46,10 @@ Workers = Annotated[int | None, typer.Option(min=0, help="Processes that load im
 Runs = Annotated[Path, typer.Option(help="Where run directories are.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
-MODEL_FLAGS = ("preset", "layers", "slices", "recursive_slices", "nll", "img_size", "num_classes")
+MODEL_FLAGS = (
+    *("preset", "layers", "slices", "recursive_slices", "nll", "img_size", "num_classes"),
+    *("params", "macs", "twin"),
+)
 TRAIN_FLAGS = ("dataset", "data_dir", "epochs", "batch_size", "seed", "precision")
 
 
@@ -124,6 +130,9 @@ def build(
     nll: Nll = None,
     img_size: ImgSize = None,
     num_classes: NumClasses = None,
+    params: Params = None,
+    macs: Macs = None,
+    twin: Twin = None,
     set_: Set = None,
     seed: Annotated[int, typer.Option(help="Of the weights and the image.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write config.json and weights there.")] = None,
@@ -169,6 +178,9 @@ def profile(
     nll: Nll = None,
     img_size: ImgSize = None,
     num_classes: NumClasses = None,
+    params: Params = None,
+    macs: Macs = None,
+    twin: Twin = None,
     set_: Set = None,
     data_dir: DataDir = None,
     device: Annotated[
@@ -229,6 +241,9 @@ def train(
     nll: Nll = None,
     img_size: ImgSize = None,
     num_classes: NumClasses = None,
+    params: Params = None,
+    macs: Macs = None,
+    twin: Twin = None,
     set_: Set = None,
     dataset: Dataset = None,
     data_dir: DataDir = None,

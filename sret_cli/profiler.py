@@ -5,7 +5,7 @@ element counts of LayerNorm, BatchNorm and pooling (about 1 %); softmax, GELU an
 not counted. It has no rule for fused attention, so one is registered here: both of its matrix
 products. `activations` are elements that convolutions, linear layers and matrix products put out;
 fused attention puts out no score matrix. `activation_bytes` are what autograd really keeps of one
-image for the backward pass, in fp32, without parameters.
+image for the backward pass, in fp32, without parameters and the masks of dropout.
 
 Passes of equal shape and slices cost the same: each such signature is traced once and multiplied.
 """
@@ -121,6 +121,7 @@ class _Pass(nn.Module):
 
     def __init__(self, spec: ModelSpec, stage: int, slices: int, shuffled: bool) -> None:
         super().__init__()
+        spec = spec.with_values(drop_rate=0.0, attn_drop_rate=0.0)
         self.block = Block(spec, stage)
         self.nll = NLL(spec, stage) if spec.nll != "none" else None
         own = spec.residual == "lrc" and spec.lrc == "per_pass"

@@ -2,26 +2,28 @@
 
 A study file has tables `[model]` and `[train]`, whose product with `[grid]` (all combinations),
 `[zip]` (axes that move together) and `[[runs]]` (an explicit list) is the list of runs, and
-`[report]`.
+`[report]`. A list `twins` above the tables adds the controls of every run, of the kinds it names.
 """
 
 import hashlib
 import json
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from sret_cli.cost import TWIN_KINDS, fit_width, parse_quantity, twin
 from sret_cli.errors import DATA, USAGE, SretError, nearest
 from sret_cli.records import MEASUREMENTS
 from sret_cli.spec import ModelSpec, TrainSpec, preset
 from sret_cli.strict import Strict
 
 Table = dict[str, Any]
-TABLES = ("model", "train", "grid", "zip", "runs", "report")
-MODEL_KEYS = ("preset", "layers", *ModelSpec.model_fields)
+TABLES = ("model", "train", "grid", "zip", "runs", "twins", "report")
+MODEL_KEYS = ("preset", "layers", "params", "macs", "twin", *ModelSpec.model_fields)
 DIGITS_CLASSES = 10
 
 
@@ -133,7 +135,9 @@ def study_of(name: str, tables: Table) -> Study:
     for key, value in tables.items():
         if key not in TABLES:
             raise SretError(f"unknown table [{key}]; {nearest(key, list(TABLES))}")
-        if not isinstance(value, list if key == "runs" else dict):
+        if key == "twins":
+            _check_twins(value)
+        elif not isinstance(value, list if key == "runs" else dict):
             raise SretError(f"{key} = {value!r}: write {key} as a table, [{key}]")
     if not any(key in tables for key in TABLES if key != "report"):
         raise SretError(f"a study has at least one of the tables {', '.join(TABLES[:-1])}")
@@ -146,7 +150,31 @@ def study_of(name: str, tables: Table) -> Study:
             (model if table == "model" else train)[name_in_table] = value
         trains = "train" in tables or any(key.startswith("train.") for key in point)
         runs.append(resolve(name, model, train if trains else None, label))
-    return Study(name, tuple(dict.fromkeys(runs)), ReportSpec.of(tables.get("report", {})))
+    runs = with_twins(list(dict.fromkeys(runs)), tables.get("twins", []))
+    return Study(name, tuple(runs), ReportSpec.of(tables.get("report", {})))
+
+
+def _check_twins(kinds: Any) -> None:
+    if not isinstance(kinds, list):
+        raise SretError(f"twins = {kinds!r}: give a list of {', '.join(TWIN_KINDS)}")
+    for kind in kinds:
+        if kind not in TWIN_KINDS:
+            raise SretError(f"twins: unknown kind {kind!r}; {nearest(str(kind), list(TWIN_KINDS))}")
+
+
+def with_twins(runs: list[Run], kinds: list[str]) -> list[Run]:
+    """The runs, and after them their twins of some kinds; what is there already is not added."""
+    found, control, added = {run.run_id for run in runs}, cache(twin), []
+    for run, kind in product(runs, kinds):
+        try:
+            model = control(run.model, kind)
+        except SretError as error:
+            raise SretError(f"twins: {kind!r} of {run.name!r}: {error}", error.code) from None
+        made = replace(run, name=f"{run.name} twin {kind}", model=model)
+        if made.run_id not in found:
+            found.add(made.run_id)
+            added.append(made)
+    return [*runs, *added]
 
 
 def _points(tables: Table) -> Iterator[Table]:
@@ -208,20 +236,24 @@ def resolve(study: str, model: Table, train: Table | None, name: str | None = No
             f"num_classes = {spec.num_classes} is fewer than the {classes} classes of the data; "
             "leave it out to take the data's"
         )
-    return Run(study, name or str(chosen), spec, train_spec)
+    twinned = f" twin {model['twin']}" if "twin" in model else ""
+    return Run(study, name or f"{chosen}{twinned}", spec, train_spec)
 
 
 def resolve_model(table: Table) -> ModelSpec:
     """The spec of a `[model]` table.
 
     Beside the spec's fields it takes `preset`, `layers` (as `--layers`), and single numbers for
-    `slices` and `recursive_slices`, which fit each stage (as `--slices`).
+    `slices` and `recursive_slices`, which fit each stage (as `--slices`). `params` or `macs` then
+    sets the width (as `--params`), and `twin` gives the control of all that (as `--twin`).
     """
     _check_keys("model", table, list(MODEL_KEYS))
     try:
         values = dict(table)
         base = preset(values.pop("preset", "deep"))
         layers = _whole_number(values, "layers") if "layers" in values else None
+        budget = {k: parse_quantity(values.pop(k)) for k in ("params", "macs") if k in values}
+        kind = values.pop("twin", None)
         fits = {
             key: _whole_number(values, key)
             for key in ("slices", "recursive_slices")
@@ -232,7 +264,9 @@ def resolve_model(table: Table) -> ModelSpec:
         # One slice fits any stage: the numbers wanted are fitted once the tokens are known.
         spec = base.with_values(**values, **dict.fromkeys(fits, 1))
         spec = spec.with_values(**{key: spec.fit_slices(wanted) for key, wanted in fits.items()})
-        return spec if layers is None else spec.at(layers=layers)
+        spec = spec if layers is None else spec.at(layers=layers)
+        spec = fit_width(spec, **budget) if budget else spec
+        return spec if kind is None else twin(spec, kind)
     except SretError as error:
         raise SretError(f"[model] {error}", error.code) from None
 

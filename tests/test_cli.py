@@ -47,6 +47,26 @@ def test_a_thousand_layers_are_built_and_say_where_slices_were_fitted(sret):
     assert "stage 3: its 1 tokens take 1 slice, not 4" in err
 
 
+def test_a_twin_of_a_budget_is_built_from_flags(sret):
+    code, out, _ = sret(
+        *("build", "--preset", "nano", "--params", "1.3M", "--twin", "layers", "--json")
+    )
+    stages = json.loads(out)["stages"]
+    assert code == 0
+    assert [stage["embed_dims"] for stage in stages] == [64, 128, 256]
+    assert [(stage["blocks"], stage["recursions"]) for stage in stages] == [(2, 1), (4, 1), (2, 1)]
+
+
+def test_a_twin_is_profiled_and_trained_under_its_name(sret):
+    code, out, _ = sret("profile", "--preset", "nano", "--macs", "8.1M", "--twin=params", "--json")
+    (row,) = json.loads(out)
+    assert (code, row["name"], row["model.blocks"]) == (0, "nano twin params", [1, 3, 2])
+    code, out, _ = sret("train", "--twin", "layers", *QUICK, "--json")
+    (row,) = json.loads(out)
+    assert (code, row["name"], row["model.blocks"]) == (0, "nano twin layers", [2, 4, 2])
+    assert row["top1_percent"] > 0
+
+
 def test_build_prints_a_table_of_stages(sret):
     code, out, err = sret("build", "--preset", "sret_t")
     assert (code, err) == (0, "")
@@ -196,6 +216,12 @@ def test_our_own_errors_are_not_hidden(sret, monkeypatch):
         (["build", "--layers", 11], 3, "use 10 or 12"),
         (["build", "--slices", 3], 3, "3 slices divide no stage"),
         (["build", "--slices", 0], 3, "0 slices"),
+        (["build", "--params", "14X"], 3, "'14X' is no quantity"),
+        (["train", "--params", "0"], 3, "'0' comes to 0; give 1 or more"),
+        (["profile", "--macs=-3G"], 3, "'-3G' is no quantity"),
+        (["build", "--params", "14M"], 3, "embed_dims (124, 248, 496) has 13,776,344 and embed_"),
+        (["profile", "--params", "14M", "--macs", "4.2G"], 3, "a width meets one budget"),
+        (["train", "--twin", "layer"], 3, "unknown twin 'layer'; did you mean 'layers'"),
         (["build", "--preset", "sret"], 3, "unknown preset 'sret'; did you mean 'sret_"),
         (["build", "--img-size", 0], 3, "img_size = 0"),
         (["build", "--set", "model.residual=rezero"], 3, "residual = 'rezero' is not built yet"),

@@ -68,6 +68,13 @@ def test_other_designs_add_up_too(values, tiny):
     assert costs.activation_bytes == whole.activation_bytes
 
 
+def test_what_is_kept_does_not_depend_on_dropout_nor_on_what_was_traced_before(tiny, monkeypatch):
+    plain = trace(tiny).activation_bytes
+    monkeypatch.setattr(profiler, "_traced", {})
+    assert trace(tiny.with_values(drop_rate=0.1, attn_drop_rate=0.1)).activation_bytes == plain
+    assert trace(tiny).activation_bytes == plain
+
+
 def test_recursion_adds_macs_but_no_parameters():
     shallow, deep = trace(PRESETS["deep"]), trace(PRESETS["deep"].at(layers=1000))
     assert shallow.params == deep.params == 14_657_700

@@ -1,7 +1,26 @@
 import pytest
 
+from sret_cli.cost import count, twin
 from sret_cli.errors import SretError
 from sret_cli.study import from_flags, load_study, resolve, resolve_model, study_of
+
+# A model too narrow for an untied one to have its parameters within 1 %.
+TINY_TWINS = """
+twins = ["params"]
+[[runs]]
+name = "tiny"
+[model]
+img_size = 16
+embed_dims = [2]
+num_heads = [1]
+blocks = [1]
+recursions = [2]
+slices = [1]
+recursive_slices = [1]
+mlp_ratio = 1
+nll = "per_pass"
+num_classes = 0
+"""
 
 
 def study(text, tmp_path):
@@ -72,6 +91,42 @@ def test_layers_and_slices_in_a_study_are_those_of_the_flags():
     assert resolve_model({"slices": [8, 4, 1]}).recursive_slices == (4, 4, 1)
 
 
+def test_a_budget_and_a_twin_in_a_study_are_those_of_the_flags():
+    wide = resolve_model({"preset": "sret_t", "params": "14M"})
+    assert wide.embed_dims == (112, 224, 448)
+    assert resolve_model({"preset": "sret_t", "params": 14e6}) == wide
+    run = resolve("a", {"preset": "sret_t", "params": "14M", "twin": "layers"}, None)
+    assert (run.name, run.model) == ("sret_t twin layers", twin(wide, "layers"))
+    found = from_flags(None, {"preset": "sret_t", "macs": "4.2G", "twin": "macs"}, None, [])
+    assert abs(count(found.runs[0].model).macs - 4.2e9) <= 2 * 0.01 * 4.2e9
+
+
+def test_twins_are_added_once_for_every_run_that_shares_weights(tmp_path):
+    found = study(
+        """
+        twins = ["layers", "macs"]
+        [model]
+        preset = "nano"
+        [train]
+        epochs = 2
+        [grid]
+        "model.recursions" = [1, 2]
+        "train.seed" = [0, 1]
+        """,
+        tmp_path,
+    )
+    # A recursion of 1 is its own twin, and with equal slices the two kinds are one model.
+    assert [(r.name, r.model.blocks, r.model.recursions, r.train.seed) for r in found.runs] == [
+        ("nano", (1, 2, 1), (1, 1, 1), 0),
+        ("nano", (1, 2, 1), (1, 1, 1), 1),
+        ("nano", (1, 2, 1), (2, 2, 2), 0),
+        ("nano", (1, 2, 1), (2, 2, 2), 1),
+        ("nano twin layers", (2, 4, 2), (1, 1, 1), 0),
+        ("nano twin layers", (2, 4, 2), (1, 1, 1), 1),
+    ]
+    assert {run.train.epochs for run in found.runs} == {2}
+
+
 def test_slices_fit_the_image_size_that_comes_with_them():
     assert resolve_model({"preset": "sret_t", "img_size": 112, "slices": 4}).slices == (4, 1, 4)
 
@@ -92,6 +147,14 @@ def test_slices_fit_the_image_size_that_comes_with_them():
         ('[zip]\n"train.seed" = [1, 2]\n"train.lr" = [1e-3]\n', "as long as each other"),
         ('[model]\n[report]\ny = ["top1"]\n', "unknown column 'top1'; did you mean 'top"),
         ("model = 3\n", r"write model as a table, \[model\]"),
+        ('twins = "layers"\n', "twins = 'layers': give a list of layers, params, macs"),
+        ('twins = ["layer"]\n', "twins: unknown kind 'layer'; did you mean 'layers'"),
+        (TINY_TWINS, "twins: 'params' of 'tiny': no untied model has the shared one's 192 params"),
+        ('[model]\ntwin = "deep"\n', r"\[model\] unknown twin 'deep'; choose from layers"),
+        ('[model]\nparams = "14X"\n', r"\[model\] '14X' is no quantity"),
+        ("[model]\nmacs = -3\n", r"\[model\] -3 is no quantity"),
+        ('[model]\nparams = "14M"\nmacs = "4G"\n', "a width meets one budget"),
+        ('[grid]\n"model.params" = ["14M"]\n', "no width has 14,000,000 params within 1 %"),
         ("", "at least one of the tables"),
         ("[model\n", "is not a study, which is a TOML file"),
         ("[model]\nnum_classes = 5\n[train]\n", "fewer than the 10 classes"),
