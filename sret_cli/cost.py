@@ -15,8 +15,9 @@ from itertools import product
 from math import ceil, floor, gcd, lcm
 from typing import NamedTuple
 
+from sret_cli.depth import divisors
 from sret_cli.errors import SretError, nearest
-from sret_cli.spec import ModelSpec, divisors
+from sret_cli.spec import ModelSpec
 
 FLOAT_BYTES, INDEX_BYTES = 4, 8  # of fp32, and of the int64 of a permutation
 TOLERANCE = 0.01
@@ -145,6 +146,8 @@ def _stage(spec: ModelSpec, stage: int, passes: Counter[tuple[int, bool]]) -> Co
         block = _block(spec, stage, slices, shuffled)
         params = spec.blocks[stage] * block.params + spec.nlls(stage) * nll.params
         total += times * (block + nll)
+    if spec.residual == "lrc" and spec.lrc == "per_pass":  # passes have what blocks had
+        params += 4 * (passes.total() - spec.blocks[stage])
     return replace(total, params=params)
 
 
@@ -164,11 +167,10 @@ def _nll(spec: ModelSpec, stage: int) -> Cost:
 
 
 def _residual(spec: ModelSpec, stage: int) -> Cost:
-    """One residual connection; the LRC has two scalars, and keeps what its branch puts out."""
-    if spec.residual == "plain":
-        return Cost()
-    kept = spec.tokens[stage] * spec.embed_dims[stage]
-    return Cost(params=2, activation_bytes=FLOAT_BYTES * kept)
+    """One residual connection; learned coefficients keep what their branch puts out."""
+    learned = {"lrc": 2, "rezero": 1, "layerscale": spec.embed_dims[stage]}.get(spec.residual, 0)
+    kept = spec.tokens[stage] * spec.embed_dims[stage] if learned else 0
+    return Cost(params=learned, activation_bytes=FLOAT_BYTES * kept)
 
 
 def _attention(spec: ModelSpec, stage: int, slices: int, shuffled: bool) -> Cost:
@@ -274,7 +276,7 @@ def twin(spec: ModelSpec, kind: str) -> ModelSpec:
     if not any(map(operator.gt, depths, spec.blocks)):
         return spec
     untied = spec.with_values(
-        blocks=depths, recursions=1, loop="internal", recursive_slices=spec.slices
+        blocks=depths, recursions=1, loop="internal", order=None, recursive_slices=spec.slices
     )
     if kind == "layers":
         return untied

@@ -8,12 +8,15 @@ Tensors carry their shape in their name: B batch, N tokens, C channels, G slices
 slice, H heads, D head width, P permutations, Y and X rows and columns.
 """
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sret_cli.errors import SretError
+from sret_cli.registry import register_models
 from sret_cli.spec import ModelSpec, Pass
 
 LAYER_NORM_EPS = 1e-6
@@ -258,12 +261,17 @@ class SReT(nn.Module):
         self.spec = spec
         self.num_classes = spec.num_classes
         self.num_features = self.head_hidden_size = spec.embed_dims[-1]
+        stride = prod(spec.stem_strides)
+        self.feature_info = [
+            {"num_chs": width, "reduction": stride * 2**index, "module": f"stages.{index}"}
+            for index, width in enumerate(spec.embed_dims)
+        ]
         side = spec.sides[0]
         self.stem = Stem(spec)
         self.pos_embed = nn.Parameter(torch.zeros(1, spec.embed_dims[0], side, side))
         self.stages = nn.ModuleList(Stage(spec, index) for index in range(spec.stages))
         self.pools = nn.ModuleList(Pool(spec, index) for index in range(spec.stages - 1))
-        self.norm = nn.LayerNorm(self.num_features, eps=LAYER_NORM_EPS)
+        self.norm: nn.Module = nn.LayerNorm(self.num_features, eps=LAYER_NORM_EPS)
         self.reset_classifier(spec.num_classes)
         self._initialise()
 
@@ -285,11 +293,59 @@ class SReT(nn.Module):
 
     def forward_features(self, x_BCYX: Tensor) -> Tensor:
         """The last stage's tokens, `[B, N, C]`."""
-        x_BCYX = self.stem(x_BCYX) + self.pos_embed
-        x_BNC = to_tokens(F.dropout(x_BCYX, self.spec.drop_rate, self.training))
+        x_BNC = self._embed(x_BCYX)
         for index, stage in enumerate(self.stages):
             x_BNC = stage(self.pools[index - 1](x_BNC) if index else x_BNC)
         return x_BNC
+
+    def forward_intermediates(
+        self,
+        x_BCYX: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The maps `[B, C, Y, X]` that stages end with, and the last stage's tokens before them.
+
+        As in timm: `indices` are stages, an int takes the last so many, None all; `stop_early`
+        leaves out stages that are not asked for. There is no norm before the average to apply.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt = {output_fmt!r}: SReT puts out 'NCHW'")
+        wanted = self._stage_indices(indices)
+        last = max(wanted) if stop_early else len(self.stages) - 1
+        maps = []
+        x_BNC = self._embed(x_BCYX)
+        for index, stage in enumerate(self._stages()[: last + 1]):
+            x_BNC = stage(self.pools[index - 1](x_BNC) if index else x_BNC)
+            if index in wanted:
+                maps.append(to_map(x_BNC, self.spec.sides[index]))
+        return maps if intermediates_only else (x_BNC, maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops what the stages asked for do not need, as timm's feature extraction does."""
+        wanted = self._stage_indices(indices)
+        self.stages = self.stages[: max(wanted) + 1]
+        self.pools = self.pools[: max(wanted)]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0)
+        return wanted
+
+    def _stage_indices(self, indices: int | list[int] | None) -> list[int]:
+        stages = range(len(self.stages))
+        if indices is None:
+            return list(stages)
+        return list(stages[-indices:] if isinstance(indices, int) else (stages[i] for i in indices))
+
+    def _embed(self, x_BCYX: Tensor) -> Tensor:
+        x_BCYX = self.stem(x_BCYX) + self.pos_embed
+        return to_tokens(F.dropout(x_BCYX, self.spec.drop_rate, self.training))
 
     def forward_head(self, x_BNC: Tensor, pre_logits: bool = False) -> Tensor:
         """Averages the tokens, normalises and classifies; `pre_logits` leaves the last step out."""
@@ -351,6 +407,9 @@ class SReT(nn.Module):
 def build_model(spec: ModelSpec) -> SReT:
     """A freshly initialised model on the default device, in training mode."""
     return SReT(spec)
+
+
+register_models(build_model)
 
 
 def to_map(x_BNC: Tensor, side: int) -> Tensor:

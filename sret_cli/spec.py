@@ -314,8 +314,9 @@ class ModelSpec(Strict):
 class TrainSpec(Strict):
     """How a model is trained: data, optimiser and schedule, in timm's words.
 
-    The defaults train the preset `nano` on `digits`; on a folder of images, `hflip` is 0.5 and
-    `crop_pct` 0.875 where they are not given.
+    `recursions_range` has each step draw the recursions of all stages from a range, from the seed
+    and the step alone. The defaults train the preset `nano` on `digits`; on a folder of images,
+    `hflip` is 0.5 and `crop_pct` 0.875 where they are not given.
 
     Raises:
         SretError: a value is of the wrong type or out of range, or the values do not fit together.
@@ -344,6 +345,7 @@ class TrainSpec(Strict):
     auto_augment: str | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     recompute: Literal["none", "pass"] = "none"
+    recursions_range: tuple[Count, Count] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     @model_validator(mode="before")
@@ -353,7 +355,7 @@ class TrainSpec(Strict):
             return {"hflip": 0.5, "crop_pct": 0.875, **data}
         return data
 
-    @field_validator("scale", mode="before")
+    @field_validator("scale", "recursions_range", mode="before")
     @classmethod
     def _list_to_tuple(cls, value: Any) -> Any:
         return as_tuples(value)
@@ -380,6 +382,10 @@ class TrainSpec(Strict):
             raise SretError(
                 f"{self.warmup_epochs} warm-up epochs leave nothing of {self.epochs} epochs; "
                 "use fewer (--set train.warmup_epochs=0)"
+            )
+        if self.recursions_range and self.recursions_range[0] > self.recursions_range[1]:
+            raise SretError(
+                f"recursions_range = {self.recursions_range}: the smallest count comes first"
             )
         if self.scale[0] > self.scale[1]:
             raise SretError(f"scale = {self.scale}: the smallest crop comes first; swap the two")

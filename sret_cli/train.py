@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,6 +73,8 @@ def train(
     train_loader, test_loader = load_data(spec, run.model, workers)
     model = build_model(run.model).to(target_device)
     model.set_grad_checkpointing(spec.recompute == "pass")
+    if spec.recursions_range is not None:
+        model.set_recursions(spec.recursions_range[1])  # refuses what it has no weights for
     if spec.opt not in list_optimizers():
         raise SretError(f"unknown opt {spec.opt!r}; {nearest(spec.opt, list_optimizers())}")
     optimizer = create_optimizer_v2(model, spec.opt, spec.lr, spec.weight_decay)
@@ -103,6 +106,8 @@ def train(
             losses, start = [], time.perf_counter()
             for x, target in train_loader.epoch(epoch):
                 lr = optimizer.param_groups[0]["lr"]
+                if spec.recursions_range is not None:
+                    model.set_recursions(drawn_recursions(spec, step))
                 x, target = x.to(target_device, non_blocking=True), target.to(target_device)
                 with autocast(target_device, spec.precision):
                     output = model(x)
@@ -126,6 +131,8 @@ def train(
                 speed = images / (seconds + time.perf_counter() - start)
                 on_step(step, total, f"loss {losses[-1]:.3f}, {speed:.0f} images/s")
             seconds += time.perf_counter() - start
+            if spec.recursions_range is not None:
+                model.set_recursions(None)
             evaluation = evaluate(model, test_loader, target_device, spec.precision)
             final_loss = sum(losses) / len(losses)
             log(epoch=epoch + 1, train_loss=final_loss, **vars(evaluation))
@@ -139,6 +146,12 @@ def train(
         "device_name": device_name(target_device),
         "torch_version": torch.__version__,
     }
+
+
+def drawn_recursions(spec: TrainSpec, step: int) -> int:
+    """The recursion count of a training step: the same in every process."""
+    assert spec.recursions_range is not None
+    return random.Random(f"{spec.seed} {step}").randint(*spec.recursions_range)
 
 
 def evaluate_run(

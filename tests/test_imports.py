@@ -11,9 +11,9 @@ PACKAGE = Path(sret_cli.__file__).parent
 
 # A file imports only from files above it.
 ORDER = (
-    *("__init__", "errors", "strict", "spec", "records", "cost", "study", "model", "weights"),
-    *("profiler", "measure", "data", "train", "launch", "views", "figures", "report", "cli"),
-    "__main__",
+    *("__init__", "errors", "strict", "depth", "spec", "registry", "records", "cost", "study"),
+    *("model", "weights", "profiler", "measure", "data", "train", "launch", "views", "figures"),
+    *("report", "cli", "__main__"),
 )
 
 

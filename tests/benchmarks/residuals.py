@@ -2,11 +2,11 @@
 
     python tests/benchmarks/residuals.py [--layers 1000] [--nll per_block]
 
-One stage of 10 blocks, 64 wide, 49 tokens; the input is standard normal, and so is the gradient that
-comes in from above. For each rule it prints the root mean square of the stage's output, and the
-root mean square of the gradient at the stage's input, both over that at the other end: 1 is a
-signal that neither grows nor fades. The last column is the norm of the blocks' gradients, over that
-at 10 layers: rules far from 1 need another learning rate at another depth.
+One stage of 10 blocks, 64 wide, 49 tokens; the input is standard normal, and so is the gradient
+that comes in from above. For each rule it prints the root mean square of the stage's output, and
+the root mean square of the gradient at the stage's input, both over that at the other end: 1 is a
+signal that neither grows nor fades. The last column is the norm of the blocks' gradients, over
+that at 10 layers: rules far from 1 need another learning rate at another depth.
 """
 
 import argparse
