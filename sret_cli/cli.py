@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from sret_cli import __version__
-from sret_cli.errors import DATA, USAGE, SretError
+from sret_cli.errors import DATA, USAGE, SretError, out_of_memory
 
 app = typer.Typer(
     name="sret",
@@ -58,6 +58,10 @@ def notes() -> Console:
     return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
+class PipeClosed(Exception):
+    """The reader of our output, such as head, has had enough."""
+
+
 class Output(Console):
     """Where tables and results go: stdout, wide where it is no terminal."""
 
@@ -67,12 +71,15 @@ class Output(Console):
 
     def on_broken_pipe(self) -> None:
         """Lets `main` end quietly, where rich would exit with 1."""
-        raise BrokenPipeError
+        raise PipeClosed
 
 
 def print_json(value: Any) -> None:
     """The one JSON document on stdout."""
-    print(json.dumps(value, indent=2))
+    try:
+        print(json.dumps(value, indent=2), flush=True)
+    except BrokenPipeError:
+        raise PipeClosed from None
 
 
 def flags_given(context: typer.Context) -> dict[str, Any]:
@@ -88,6 +95,8 @@ def study_from(context: typer.Context, trains: bool) -> Any:
     model = {key: given[key] for key in MODEL_FLAGS if key in given}
     train = {key: given[key] for key in (TRAIN_FLAGS if trains else ("data_dir",)) if key in given}
     settings, path = list(given.get("set_", ())), given.get("study")
+    if "data_dir" in train and not trains and path is None:
+        raise SretError("--data-dir goes with a study here, whose classes it counts", USAGE)
     study = from_flags(path, model, train if trains or path else None, settings)
     if path is None:
         spec = study.runs[0].model
@@ -134,7 +143,8 @@ def build(
     macs: Macs = None,
     twin: Twin = None,
     set_: Set = None,
-    seed: Annotated[int, typer.Option(help="Of the weights and the image.")] = 0,
+    data_dir: DataDir = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32, help="Of the weights and image.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write config.json and weights there.")] = None,
     from_: Annotated[Path | None, typer.Option("--from", help="Read a model from there.")] = None,
     json_: Json = False,
@@ -144,11 +154,13 @@ def build(
 
     from sret_cli.model import build_model
     from sret_cli.report import build_summary, build_table
-    from sret_cli.weights import load_model, save_model
+    from sret_cli.weights import check_no_model, load_model, save_model
 
     flags = [f for f in ("study", *MODEL_FLAGS, "set_") if f in flags_given(context)]
     if from_ is not None and flags:
         raise SretError(f"--from reads a whole model; leave out {', '.join(flags)}", USAGE)
+    if out is not None:
+        check_no_model(out)
     torch.manual_seed(seed)
     if from_ is not None:
         models = [load_model(from_)]
@@ -262,6 +274,8 @@ def train(
 
     check_device(device)
     found = study_from(context, trains=True)
+    if all(run.train is None for run in found.runs):
+        raise SretError(f"{study} trains nothing: it has no [train]; use `sret profile`")
     outcome = run_study(found, runs, Options(device, workers), notes())
     show_rows(outcome.rows, report.RUN_TABLE, json_)
     for run in found.runs if len(found.runs) == 1 else ():
@@ -331,9 +345,12 @@ def run(
 ) -> None:
     """Profile, train and report a study in one; what is there already is not done again."""
     from sret_cli.launch import Options, run_study
+    from sret_cli.records import make_directory
 
     check_device(device)
     found = study_from(context, trains=True)
+    if out is not None:
+        make_directory(out)
     outcome = run_study(found, runs, Options(device, workers), notes())
     where = runs / found.name
     write_report(where, found.report, out or where / "report", json_)
@@ -401,11 +418,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = _fail(str(error), error.code, debug)
     except typer.TyperException as error:
         code = _fail(error.format_message(), USAGE, debug)
-    except typer.Abort:
-        code = 130
-    except KeyboardInterrupt:
-        code = _fail("interrupted", 130, debug)
-    except BrokenPipeError:  # the reader of a pipe, such as head, has had enough
+    except (typer.Abort, KeyboardInterrupt):
+        code = _fail("interrupted; what was finished is kept", 130, debug)
+    except (RuntimeError, MemoryError) as error:
+        found = out_of_memory(error)
+        if found is None:
+            raise
+        code = _fail(str(found), found.code, debug)
+    except (PipeClosed, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code if isinstance(code, int) else 0)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sret_cli.errors import DATA, SretError
 from sret_cli.spec import ModelSpec, TrainSpec
-from sret_cli.study import folder_classes
+from sret_cli.study import class_folders, folder_classes
 
 DIGITS_MEAN, DIGITS_STD = 0.305, 0.376  # of all pixels, scaled to 0..1
 MODES = {1: "L", 3: "RGB"}
@@ -48,10 +48,24 @@ class Source:
             return Image.fromarray(image).convert(mode)
         try:
             with Image.open(image) as file:
-                return file.convert(mode)
+                return eight_bits(file).convert(mode)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else error
             raise SretError(f"cannot read {image}: {reason}; mend or remove it", DATA) from None
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """An image with 16 bits a pixel scaled to 8, where Pillow would clip; others as they are.
+
+    Raises:
+        ValueError: its pixels have no known range.
+    """
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    pixels = np.asarray(image)
+    if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65_535:
+        raise ValueError(f"pixels of mode {image.mode} have no known range")
+    return Image.fromarray((pixels // 257).astype(np.uint8))
 
 
 class Samples(Dataset):
@@ -170,13 +184,17 @@ def load_data(train: TrainSpec, model: ModelSpec, workers: int = 0) -> tuple[Loa
         mean=_per_channel(mean, model.in_chans),
         std=_per_channel(std, model.in_chans),
     )
-    augment = transform(
-        is_training=True,
-        scale=train.scale,
-        hflip=train.hflip,
-        color_jitter=train.color_jitter or None,
-        auto_augment=train.auto_augment,
-    )
+    try:
+        augment = transform(
+            is_training=True,
+            scale=train.scale,
+            hflip=train.hflip,
+            color_jitter=train.color_jitter or None,
+            auto_augment=train.auto_augment,
+        )
+    except (AssertionError, ValueError) as error:
+        reason = str(error) or "timm does not know it"
+        raise SretError(f"auto_augment = {train.auto_augment!r}: {reason}") from None
     plain = transform(is_training=False, crop_pct=train.crop_pct)
     return (
         Loader(Samples(sources[0], augment, mode, train.seed), train.batch_size, True, workers),
@@ -217,20 +235,25 @@ def image_folder(data_dir: Path) -> tuple[Source, Source]:
     test = next((folder for folder in tests if folder.is_dir()), None)
     if test is None:
         raise SretError(f"{data_dir} has no test/ and no val/; put images to test on in one", DATA)
-    others = sorted(d.name for d in test.iterdir() if d.is_dir() and d.name not in classes)
+    others = sorted(set(class_folders(test)) - set(classes))
     if others:
         raise SretError(f"{test} has the class {others[0]!r}, which train/ has not; add it", DATA)
     sources = []
     for folder in (data_dir / "train", test):
-        numbers = {name: index for index, name in enumerate(classes)}
-        found, _ = find_images_and_targets(str(folder), class_to_idx=numbers)
+        found = [(path, n) for n, name in enumerate(classes) for path in find_images(folder / name)]
         if not found:
             raise SretError(f"no images in {folder}; put them in one folder a class", DATA)
-        sources.append(Source([Path(path) for path, _ in found], [target for _, target in found]))
+        sources.append(Source([path for path, _ in found], [target for _, target in found]))
     empty = sorted(set(range(len(classes))) - set(sources[0].targets))
     if empty:
         raise SretError(f"no images of class {classes[empty[0]]!r} in {data_dir / 'train'}", DATA)
     return sources[0], sources[1]
+
+
+def find_images(folder: Path) -> list[Path]:
+    """The images in a class's folder and the folders in it, in their order; no hidden files."""
+    found, _ = find_images_and_targets(str(folder))
+    return [Path(path) for path, _ in found if not Path(path).name.startswith(".")]
 
 
 @contextmanager

@@ -18,6 +18,16 @@ class SretError(Exception):
         self.code = code
 
 
+def out_of_memory(error: BaseException) -> SretError | None:
+    """The user's error where torch or Python ran out of memory, else None."""
+    text = str(error)
+    told = ("out of memory", "can't allocate memory")
+    if not isinstance(error, MemoryError) and not any(t in text.lower() for t in told):
+        return None
+    reason = text.splitlines()[0] if text else "the allocator gave up"
+    return SretError(f"out of memory: {reason}; use a smaller batch or model", RESOURCES)
+
+
 def nearest(word: str, choices: list[str]) -> str:
     """Names the choice that looks most like a misspelt word, or lists all choices."""
     match = get_close_matches(word, choices, n=1, cutoff=0.5)

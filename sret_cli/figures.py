@@ -69,7 +69,7 @@ def _draw(axes: Axes, rows: Sequence[Row], x: str, column: str, fields: Sequence
         points = series.setdefault(tuple(show(row.get(f)) for f in fields), {})
         points.setdefault(row[x] / unit_x, []).append(row[column] / unit_y)
     for index, (label, points) in enumerate(series.items()):
-        color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+        color, marker = COLORS[index % len(COLORS)], MARKERS[(index + index // 7) % len(MARKERS)]
         at = sorted(points)
         means, deviations = zip(*(mean_and_deviation(points[p]) for p in at), strict=True)
         axes.plot(at, means, color=color, label=", ".join(label))
@@ -113,7 +113,7 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
             figure.savefig(
                 data, format=suffix, metadata={"Date": None} if suffix == "svg" else None
             )
-        files.append(stem.with_suffix(f".{suffix}"))
+        files.append(stem.with_name(f"{stem.name}.{suffix}"))
         records.write_atomically(files[-1], data.getvalue())
     return files
 

@@ -1,5 +1,6 @@
 """The runs of a study, one after another on this machine; what is there stays."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sret_cli import records
-from sret_cli.errors import RESOURCES, SOME_FAILED, SretError
+from sret_cli.errors import RESOURCES, SOME_FAILED, SretError, out_of_memory
 from sret_cli.records import Row
 from sret_cli.spec import PRESETS
 from sret_cli.study import Run, Study
@@ -118,27 +119,45 @@ def run_study(
                 outcome.skipped += 1
             else:
                 display.start(run)
-                row |= {"error": None, **records.provenance()}
+                if run.train is None or "training" in missing:
+                    row |= {"error": None, **records.provenance()}
+                _write_config(run, directory)
                 try:
                     with _out_of_memory_is_an_error():
                         for measurement in missing:
                             row |= _do(measurement, run, directory, options, display)
                 except SretError as error:
                     if error.code not in (SOME_FAILED, RESOURCES):
+                        _remove_unless_finished(directory)
                         raise
                     row["error"] = str(error)
                     outcome.failed.append((run, error))
-                records.make_directory(directory)
                 records.write_json(directory / "row.json", row)
             outcome.rows.append(row)
             display.finish(f"[{number}/{len(study.runs)}] {_summary(run, row, bool(missing))}")
     return outcome
 
 
+def _write_config(run: Run, directory: Path) -> None:
+    records.make_directory(directory)
+    config = {"study": run.study, "name": run.name, **run.spec()}
+    records.write_json(directory / "config.json", config)
+
+
+def _remove_unless_finished(directory: Path) -> None:
+    """Removes what a run left that could not be done, and the study's directory if it is empty."""
+    if not (directory / "row.json").exists():
+        shutil.rmtree(directory, ignore_errors=True)
+        for parent in list(directory.parents)[:2]:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+
+
 def _missing(row: Row, run: Run, options: Options, trains: bool) -> list[str]:
     missing = ["cost"] if row["macs"] is None else []
     if options.measure_batch_size is not None and (
         row["forward_seconds"] is None
+        or options.device not in ("auto", row["measured_device"])
         or row["measured_batch_size"] != options.measure_batch_size
         or row["measured_precision"] != options.precision
     ):
@@ -180,12 +199,10 @@ def _out_of_memory_is_an_error() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        text = str(error).lower()
-        if not isinstance(error, MemoryError) and "out of memory" not in text:
-            if "can't allocate memory" not in text:
-                raise
-        reason = str(error).splitlines()[0] if str(error) else "the allocator gave up"
-        raise SretError(f"out of memory: {reason}; use a smaller batch", RESOURCES) from None
+        found = out_of_memory(error)
+        if found is None:
+            raise
+        raise found from None
 
 
 def _summary(run: Run, row: Row, done: bool) -> str:

@@ -9,10 +9,13 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from sret_cli.errors import USAGE, SretError
+from sret_cli.cost import count
+from sret_cli.errors import RESOURCES, USAGE, SretError
 from sret_cli.model import build_model
 from sret_cli.records import Row
 from sret_cli.spec import ModelSpec
+
+FP32_BYTES = 4
 
 
 def choose_device(name: str) -> torch.device:
@@ -44,6 +47,7 @@ def measure(spec: ModelSpec, device: torch.device, batch_size: int, precision: s
     them. `peak_memory_bytes` is the training step's: what CUDA's allocator had at the most, or on
     a CPU the weights and optimizer state and the most that torch allocated on top of them.
     """
+    _check_memory(spec, device, batch_size)
     model = build_model(spec).to(device)
     size = (batch_size, spec.in_chans, spec.img_size, spec.img_size)
     x = torch.randn(size, device=device)
@@ -67,6 +71,8 @@ def measure(spec: ModelSpec, device: torch.device, batch_size: int, precision: s
     model.train()
     step_seconds, step_iqr = median_seconds(step, device)
     return {
+        "measured_device": device.type,
+        "measured_device_name": device_name(device),
         "measured_batch_size": batch_size,
         "measured_precision": precision,
         "forward_seconds": forward_seconds,
@@ -76,9 +82,24 @@ def measure(spec: ModelSpec, device: torch.device, batch_size: int, precision: s
         "inference_images_per_second": batch_size / forward_seconds,
         "training_images_per_second": batch_size / step_seconds,
         "peak_memory_bytes": peak_memory_bytes(step, model, optimizer, device),
-        "device_name": device_name(device),
-        "torch_version": torch.__version__,
     }
+
+
+def _check_memory(spec: ModelSpec, device: torch.device, batch_size: int) -> None:
+    """Refuses a training step that cannot fit, before the system ends the process for it."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cost = count(spec)
+    fits = (free - 4 * FP32_BYTES * cost.params) // cost.activation_bytes
+    if batch_size > 2 * max(fits, 0):  # bf16 keeps about half of what fp32 does
+        raise SretError(
+            f"out of memory: a training step of {batch_size} images keeps "
+            f"{batch_size * cost.activation_bytes / 1e9:.1f} GB in fp32, and {free / 1e9:.1f} GB "
+            f"are free; use --batch-size {max(fits, 1)}, or fewer layers",
+            RESOURCES,
+        )
 
 
 def median_seconds(call: Callable[[], None], device: torch.device) -> tuple[float, float]:

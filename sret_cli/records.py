@@ -13,7 +13,7 @@ import platform
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from sret_cli import __version__
 from sret_cli.errors import DATA, RESOURCES, USAGE, SretError
@@ -27,6 +27,8 @@ MEASUREMENTS = (
     "macs",
     "activations",
     "activation_bytes",
+    "measured_device",
+    "measured_device_name",
     "measured_batch_size",
     "measured_precision",
     "forward_seconds",
@@ -82,14 +84,48 @@ def write_atomically(path: Path, data: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise cannot_write(path, error) from None
+        if isinstance(error, OSError):
+            raise cannot_write(path, error) from None
+        raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+class LineFile:
+    """A file that is written line by line, each of which is there as soon as it is written.
+
+    Raises:
+        SretError: the file cannot be written, or the disk is full.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.file = open(path, "w", encoding="utf-8")
+        except OSError as error:
+            raise cannot_write(path, error) from None
+
+    def write(self, line: str) -> None:
+        """Writes a line and flushes it."""
+        try:
+            self.file.write(line + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.file.close()
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -112,9 +148,18 @@ def read_json(path: Path) -> Any:
 
 
 def read_row(directory: Path) -> Row | None:
-    """The row of a run directory, or None where there is none yet."""
+    """The row of a run directory, or None where there is none yet.
+
+    Raises:
+        SretError: the row is damaged.
+    """
     path = directory / "row.json"
-    return read_json(path) if path.exists() else None
+    if not path.exists():
+        return None
+    row = read_json(path)
+    if not isinstance(row, dict) or not {"study", "run_id", "started_at", "layers"} <= row.keys():
+        raise SretError(f"{path} is not a row; remove it and run again", DATA)
+    return {**dict.fromkeys((*MEASUREMENTS, "error")), **row}
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -126,11 +171,16 @@ def read_rows(path: str | Path) -> list[Row]:
         SretError: there is no such directory, or a row in it is damaged.
     """
     path = Path(path)
+    return list(_rows_by_directory(path).values())
+
+
+def _rows_by_directory(path: Path) -> dict[Path, Row]:
     if not path.is_dir():
         raise SretError(f"no directory {path}; run a study first, or name where its runs are", DATA)
-    files = [f for depth in ("", "*/", "*/*/") for f in path.glob(f"{depth}row.json")]
-    rows = [read_json(file) for file in files]
-    return sorted(rows, key=lambda r: (r["study"], r["started_at"], r["run_id"]))
+    directories = [f.parent for d in ("", "*/", "*/*/") for f in path.glob(f"{d}row.json")]
+    rows = {directory: read_row(directory) or {} for directory in directories}
+    order = ("study", "started_at", "run_id")
+    return dict(sorted(rows.items(), key=lambda item: [item[1][key] for key in order]))
 
 
 def newest_run(root: Path) -> Path:
@@ -139,11 +189,10 @@ def newest_run(root: Path) -> Path:
     Raises:
         SretError: no run under it was trained.
     """
-    rows = [row for row in read_rows(root) if row["final_loss"] is not None]
+    rows = {d: row for d, row in _rows_by_directory(root).items() if row["final_loss"] is not None}
     if not rows:
         raise SretError(f"no trained runs in {root}; train one with `sret train`", DATA)
-    newest = max(rows, key=lambda row: row["started_at"])
-    return root / newest["study"] / newest["run_id"]
+    return max(rows, key=lambda directory: rows[directory]["started_at"])
 
 
 def provenance() -> Row:

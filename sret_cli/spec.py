@@ -5,9 +5,10 @@ plain values; models, costs and reports are views of that list. Source: "Sliced 
 Transformer", Shen, Liu and Xing, ECCV 2022, arXiv 2111.05297.
 """
 
+import os
 from collections.abc import Iterable
 from functools import cached_property
-from math import gcd
+from math import gcd, prod
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -39,6 +40,7 @@ def as_tuples(value: Any) -> Any:
 
 Count = Annotated[int, Field(ge=1)]
 Width = Annotated[int, Field(ge=1, le=65_536)]
+Stride = Annotated[int, Field(ge=1, le=2)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -67,9 +69,9 @@ class ModelSpec(Strict):
     """
 
     img_size: Annotated[int, Field(ge=1, le=16_384)] = 224
-    in_chans: Count = 3
-    num_classes: Annotated[int, Field(ge=0)] = 1000
-    stem_strides: tuple[Literal[1, 2], Literal[1, 2], Literal[1, 2]] = (2, 2, 2)
+    in_chans: Annotated[int, Field(ge=1, le=4096)] = 3
+    num_classes: Annotated[int, Field(ge=0, le=1_000_000)] = 1000
+    stem_strides: tuple[Stride, Stride, Stride] = (2, 2, 2)
     embed_dims: tuple[Width, ...] = (128, 256, 512)
     num_heads: tuple[Count, ...] = (2, 4, 8)
     blocks: tuple[Count, ...] = (2, 5, 3)
@@ -118,6 +120,11 @@ class ModelSpec(Strict):
             raise SretError(
                 f"{self.layers:,} layers are more than the {MAX_LAYERS:,} that sret builds; "
                 "use fewer recursions"
+            )
+        if self.sides[0] == 1:
+            raise SretError(
+                f"the stem leaves one token of a {self.img_size}-px image; use img_size "
+                f"{prod(self.stem_strides) + 1} or more, or smaller stem_strides"
             )
         if self.embed_dims[0] % 2:
             raise SretError(
@@ -315,8 +322,8 @@ class TrainSpec(Strict):
     """How a model is trained: data, optimiser and schedule, in timm's words.
 
     `recursions_range` has each step draw the recursions of all stages from a range, from the seed
-    and the step alone. The defaults train the preset `nano` on `digits`; on a folder of images,
-    `hflip` is 0.5 and `crop_pct` 0.875 where they are not given.
+    and the step alone; a `clip_grad` of 0 is none. The defaults train the preset `nano` on
+    `digits`; on a folder of images, `hflip` is 0.5 and `crop_pct` 0.875 where they are not given.
 
     Raises:
         SretError: a value is of the wrong type or out of range, or the values do not fit together.
@@ -333,7 +340,7 @@ class TrainSpec(Strict):
     min_lr: Annotated[float, Field(ge=0)] = 1e-5
     warmup_epochs: Annotated[int, Field(ge=0)] = 1
     smoothing: Rate = 0.1
-    clip_grad: Annotated[float, Field(gt=0)] | None = 1.0
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
     scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (
         0.5,
         1,
@@ -360,6 +367,11 @@ class TrainSpec(Strict):
     def _list_to_tuple(cls, value: Any) -> Any:
         return as_tuples(value)
 
+    @field_validator("data_dir")
+    @classmethod
+    def _one_spelling(cls, value: str | None) -> str | None:
+        return None if value is None else os.path.normpath(value)
+
     @field_validator("dataset", mode="before")
     @classmethod
     def _known_dataset(cls, value: Any) -> Any:
@@ -382,6 +394,10 @@ class TrainSpec(Strict):
             raise SretError(
                 f"{self.warmup_epochs} warm-up epochs leave nothing of {self.epochs} epochs; "
                 "use fewer (--set train.warmup_epochs=0)"
+            )
+        if self.min_lr > self.lr:
+            raise SretError(
+                f"min_lr = {self.min_lr:g} is above lr = {self.lr:g}; use a smaller one"
             )
         if self.recursions_range and self.recursions_range[0] > self.recursions_range[1]:
             raise SretError(
@@ -430,6 +446,6 @@ def preset(name: str) -> ModelSpec:
     Raises:
         SretError: there is none; the message names the nearest.
     """
-    if name not in PRESETS:
-        raise SretError(f"unknown preset {name!r}; {nearest(name, list(PRESETS))}")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise SretError(f"unknown preset {name!r}; {nearest(str(name), list(PRESETS))}")
     return PRESETS[name]

@@ -20,7 +20,8 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> str:
     field = str(first["loc"][0]) if first["loc"] else cls.__name__
     if first["type"] == "extra_forbidden":
         return f"unknown key {field!r}; {nearest(field, list(cls.model_fields))}"
-    place = f" (stage {int(first['loc'][1]) + 1})" if len(first["loc"]) > 1 else ""
+    stage = len(first["loc"]) > 1 and field not in ("scale", "stem_strides", "recursions_range")
+    place = f" (stage {int(first['loc'][1]) + 1})" if stage else ""
     message = first["msg"][0].lower() + first["msg"][1:]
     return f"{field} = {first['input']!r}{place}: {message}"
 

@@ -25,6 +25,7 @@ Table = dict[str, Any]
 TABLES = ("model", "train", "grid", "zip", "runs", "twins", "report")
 MODEL_KEYS = ("preset", "layers", "params", "macs", "twin", *ModelSpec.model_fields)
 DIGITS_CLASSES = 10
+RESERVED = ("train", "profile", "report")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,14 @@ class Run:
         return row | dict.fromkeys(MEASUREMENTS) | {"layers": self.model.layers, "error": None}
 
 
+NUMBERS = [
+    f"{table}.{name}"
+    for table, cls in (("model", ModelSpec), ("train", TrainSpec))
+    for name, field_info in cls.model_fields.items()
+    if field_info.annotation in (int, float)
+]
+
+
 class ReportSpec(Strict):
     """What a study's figures show: columns of its rows."""
 
@@ -77,6 +86,11 @@ class ReportSpec(Strict):
             if column not in (*MEASUREMENTS, *fields):
                 hint = nearest(column, [*MEASUREMENTS, *fields])
                 raise SretError(f"[report] unknown column {column!r}; {hint}")
+            if column not in (*NUMBERS, *MEASUREMENTS):
+                raise SretError(
+                    f"[report] {column} is not one number a run, and cannot be an axis; use "
+                    "layers, or another measurement"
+                )
         return spec
 
 
@@ -96,6 +110,8 @@ def load_study(path: Path, train: Table | None = None) -> Study:
         SretError: the file cannot be read, is not a study, or asks for what can't be.
     """
     tables = read_study(path)
+    if path.stem in RESERVED:
+        raise SretError(f"{path}: runs/{path.stem} has another use; give the study another name")
     if train:
         tables["train"] = {**tables.get("train", {}), **train}
     try:
@@ -138,7 +154,10 @@ def study_of(name: str, tables: Table) -> Study:
         if key == "twins":
             _check_twins(value)
         elif not isinstance(value, list if key == "runs" else dict):
-            raise SretError(f"{key} = {value!r}: write {key} as a table, [{key}]")
+            written = f"[[{key}]]" if key == "runs" else f"[{key}]"
+            raise SretError(f"{key} = {value!r}: write {key} as {written}")
+        if key == "runs" and not value:
+            raise SretError("runs is an empty list; write each run as [[runs]], or leave it out")
     if not any(key in tables for key in TABLES if key != "report"):
         raise SretError(f"a study has at least one of the tables {', '.join(TABLES[:-1])}")
     runs = []
@@ -150,7 +169,12 @@ def study_of(name: str, tables: Table) -> Study:
             (model if table == "model" else train)[name_in_table] = value
         trains = "train" in tables or any(key.startswith("train.") for key in point)
         runs.append(resolve(name, model, train if trains else None, label))
-    runs = with_twins(list(dict.fromkeys(runs)), tables.get("twins", []))
+    by_id: dict[str, Run] = {}
+    for run in runs:
+        same = by_id.setdefault(run.run_id, run)
+        if same.name != run.name:
+            raise SretError(f"{same.name!r} and {run.name!r} are the same run; leave one out")
+    runs = with_twins(list(by_id.values()), tables.get("twins", []))
     return Study(name, tuple(runs), ReportSpec.of(tables.get("report", {})))
 
 
@@ -195,6 +219,8 @@ def _points(tables: Table) -> Iterator[Table]:
         for key in entry:
             if key != "name":
                 _check_key(f"[[runs]] {number + 1}:", key)
+            elif not isinstance(entry[key], str):
+                raise SretError(f"[[runs]] {number + 1}: name = {entry[key]!r}: give a text")
     rows = [
         dict(zip(together, values, strict=True)) for values in zip(*together.values(), strict=True)
     ]
@@ -312,6 +338,12 @@ def dataset_classes(train: TrainSpec) -> int:
     return len(folder_classes(Path(train.data_dir or "")))
 
 
+def class_folders(folder: Path) -> list[str]:
+    """The names of the folders in a folder, sorted, without hidden ones."""
+    names = (entry.name for entry in folder.iterdir() if entry.is_dir())
+    return sorted(name for name in names if not name.startswith("."))
+
+
 def folder_classes(data_dir: Path) -> list[str]:
     """The class names of an image folder: the sorted directories of its `train/`.
 
@@ -323,7 +355,7 @@ def folder_classes(data_dir: Path) -> list[str]:
     train = data_dir / "train"
     if not train.is_dir():
         raise SretError(f"{data_dir} has no train/; put one folder of images a class in it", DATA)
-    classes = sorted(entry.name for entry in train.iterdir() if entry.is_dir())
+    classes = class_folders(train)
     if len(classes) < 2:
         raise SretError(
             f"{train} has {len(classes)} class folders; give it 2 or more, each with its images",

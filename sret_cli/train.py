@@ -75,9 +75,7 @@ def train(
     model.set_grad_checkpointing(spec.recompute == "pass")
     if spec.recursions_range is not None:
         model.set_recursions(spec.recursions_range[1])  # refuses what it has no weights for
-    if spec.opt not in list_optimizers():
-        raise SretError(f"unknown opt {spec.opt!r}; {nearest(spec.opt, list_optimizers())}")
-    optimizer = create_optimizer_v2(model, spec.opt, spec.lr, spec.weight_decay)
+    optimizer = create_optimizer(model, spec)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=spec.sched,
@@ -95,11 +93,10 @@ def train(
         directory / CONFIG_FILE, {"study": run.study, "name": run.name, **run.spec()}
     )
     total, step, images, seconds = spec.epochs * len(train_loader), 0, 0, 0.0
-    with open(directory / METRICS_FILE, "w", encoding="utf-8") as metrics:
+    with records.LineFile(directory / METRICS_FILE) as metrics:
 
         def log(**values: object) -> None:
-            metrics.write(json.dumps(values) + "\n")
-            metrics.flush()
+            metrics.write(json.dumps(values, allow_nan=False))
 
         for epoch in range(spec.epochs):
             model.train()
@@ -113,15 +110,10 @@ def train(
                     output = model(x)
                 loss = F.cross_entropy(output.float(), target, label_smoothing=spec.smoothing)
                 losses.append(loss.item())
-                if not math.isfinite(losses[-1]):
-                    raise SretError(
-                        f"diverged: the loss is {losses[-1]} at step {step + 1} "
-                        f"(epoch {epoch + 1}, lr {lr:.2g}); use a smaller train.lr or clip_grad",
-                        SOME_FAILED,
-                    )
+                _stop_if_diverged(losses[-1], f"loss is {losses[-1]}", step + 1, epoch + 1, lr)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                if spec.clip_grad is not None:
+                if spec.clip_grad:
                     nn.utils.clip_grad_norm_(model.parameters(), spec.clip_grad)
                 optimizer.step()
                 step += 1
@@ -134,6 +126,8 @@ def train(
             if spec.recursions_range is not None:
                 model.set_recursions(None)
             evaluation = evaluate(model, test_loader, target_device, spec.precision)
+            what = f"test loss is {evaluation.test_loss}"
+            _stop_if_diverged(evaluation.test_loss, what, step, epoch + 1, lr)
             final_loss = sum(losses) / len(losses)
             log(epoch=epoch + 1, train_loss=final_loss, **vars(evaluation))
     save_weights(model, directory)
@@ -146,6 +140,33 @@ def train(
         "device_name": device_name(target_device),
         "torch_version": torch.__version__,
     }
+
+
+def _stop_if_diverged(loss: float, what: str, step: int, epoch: int, lr: float) -> None:
+    if not math.isfinite(loss):
+        raise SretError(
+            f"diverged: the {what} at step {step} (epoch {epoch}, lr {lr:.2g}); "
+            "use a smaller train.lr or clip_grad",
+            SOME_FAILED,
+        )
+
+
+def create_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
+    """Timm's optimizer of that name, with weight decay on matrices alone.
+
+    Raises:
+        SretError: there is none, or it cannot work here.
+    """
+    if spec.opt not in list_optimizers():
+        raise SretError(f"unknown opt {spec.opt!r}; {nearest(spec.opt, list_optimizers())}")
+    try:
+        optimizer = create_optimizer_v2(model, spec.opt, spec.lr, spec.weight_decay)
+    except (AssertionError, ImportError, RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0] or "it needs what is not here"
+        raise SretError(f"opt = {spec.opt!r} cannot be used: {reason}; use adamw") from None
+    if getattr(optimizer, "is_second_order", False):
+        raise SretError(f"opt = {spec.opt!r} needs second derivatives; use adamw or another")
+    return optimizer
 
 
 def drawn_recursions(spec: TrainSpec, step: int) -> int:

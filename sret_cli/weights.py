@@ -23,8 +23,8 @@ def save_weights(model: SReT, directory: Path) -> Path:
     return path
 
 
-def save_model(model: SReT, directory: Path) -> None:
-    """Writes `config.json` and `model.safetensors` of a model that is not a run's.
+def check_no_model(directory: Path) -> None:
+    """Makes sure that a model can be written to a directory, which is made.
 
     Raises:
         SretError: the directory cannot be written to, or holds a model already.
@@ -32,6 +32,15 @@ def save_model(model: SReT, directory: Path) -> None:
     make_directory(directory)
     if (directory / WEIGHTS_FILE).exists():
         raise SretError(f"{directory} holds a model already; choose another directory", USAGE)
+
+
+def save_model(model: SReT, directory: Path) -> None:
+    """Writes `config.json` and `model.safetensors` of a model that is not a run's.
+
+    Raises:
+        SretError: the directory cannot be written to, or holds a model already.
+    """
+    check_no_model(directory)
     save_weights(model, directory)
     write_json(directory / CONFIG_FILE, {"model": model.spec.model_dump(mode="json")})
 
@@ -48,8 +57,11 @@ def load_config(directory: Path) -> dict[str, Any]:
             "`sret build --out` wrote",
             CHECKPOINT,
         )
-    config = read_json(directory / CONFIG_FILE)
-    if not isinstance(config, dict) or "model" not in config:
+    try:
+        config = read_json(directory / CONFIG_FILE)
+    except SretError as error:
+        raise SretError(str(error), CHECKPOINT) from None
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         raise SretError(f"{directory / CONFIG_FILE} does not describe a model", CHECKPOINT)
     return config
 

@@ -224,7 +224,7 @@ def test_our_own_errors_are_not_hidden(sret, monkeypatch):
         (["train", "--twin", "layer"], 3, "unknown twin 'layer'; did you mean 'layers'"),
         (["build", "--preset", "sret"], 3, "unknown preset 'sret'; did you mean 'sret_"),
         (["build", "--img-size", 0], 3, "img_size = 0"),
-        (["build", "--set", "model.residual=rezero"], 3, "residual = 'rezero' is not built yet"),
+        (["build", "--set", "model.residual=rezro"], 3, "residual = 'rezro': input should be"),
         (["build", "--set", "mlp_ratio=4"], 3, "write it as model.FIELD=VALUE"),
         (["build", "--from", "nowhere"], 5, "nowhere has no config.json"),
         (["build", "--from", "x", "--layers", 20], 2, "leave out layers"),

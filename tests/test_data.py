@@ -148,6 +148,42 @@ def test_a_folder_that_cannot_be_trained_on_says_why(folder, spoil, message):
     assert refused.value.code == 4
 
 
+def test_images_in_folders_of_a_class_belong_to_the_class_and_hidden_ones_to_none(folder):
+    deep = folder / "train" / "cat" / "dog"
+    deep.mkdir()
+    (folder / "train" / "cat" / "7.jpg").rename(deep / "7.jpg")
+    (folder / "train" / "dog" / "._0.jpg").write_bytes(b"no image")
+    (folder / "train" / ".cache").mkdir()
+    train, _ = image_folder(folder)
+    assert len(train.targets) == 16
+    assert {p.parts[-2]: t for p, t in zip(train.images, train.targets, strict=True)}["dog"] == 1
+    assert [t for p, t in zip(train.images, train.targets, strict=True) if "cat" in p.parts] == [
+        *[0] * 8,
+    ]
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(folder):
+    path = folder / "train" / "cat" / "0.png"
+    ramp = np.linspace(0, 65_535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(path)
+    train, _ = image_folder(folder)
+    pixels = np.asarray(train.open(train.images.index(path), "RGB"))
+    assert (pixels[0, 0, 0], pixels[8, 0, 0], pixels[15, 15, 0]) == (0, 128, 255)
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(folder / "train" / "cat" / "1.tiff")
+    train, _ = image_folder(folder)
+    index = train.images.index(folder / "train" / "cat" / "1.tiff")
+    with pytest.raises(SretError, match=r"1\.tiff: pixels of mode F have no known range"):
+        train.open(index, "RGB")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1", "LA"])
+def test_odd_modes_are_converted(folder, mode):
+    path = folder / "train" / "cat" / ("0.tiff" if mode == "CMYK" else "0.png")
+    Image.new(mode, (8, 8)).save(path)
+    train, _ = image_folder(folder)
+    assert train.open(train.images.index(path), "RGB").mode == "RGB"
+
+
 def test_models_of_one_channel_get_grey_images(folder):
     loader, _ = load_data(spec_of(folder), NANO.with_values(in_chans=1))
     assert next(iter(loader.epoch(0)))[0].shape == (4, 1, 16, 16)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from sret_cli.errors import SretError
 from sret_cli.model import build_model
 from sret_cli.spec import PRESETS
 
@@ -154,6 +155,143 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     assert dropped.unique().tolist() == [0.0, pytest.approx(4 / 3)]
     assert (dropped == dropped[:, :1, :1]).all()
     assert dropped.mean().item() == pytest.approx(1, abs=0.02)
+
+
+def test_lrc_per_pass_has_four_scalars_for_each_pass(tiny):
+    spec = tiny.with_values(recursions=3, lrc="per_pass")
+    model = build_model(spec)
+    assert [stage.lrc_P4.shape for stage in model.stages] == [(3, 4), (6, 4), (3, 4)]
+    names = {name for name, _ in model.named_parameters() if "lrc" in name and "nlls" not in name}
+    assert names <= model.no_weight_decay()
+    x = image(spec)
+    plain = build_model(tiny.with_values(recursions=3)).eval()
+    plain.load_state_dict({**model.state_dict(), **lrc_of_blocks(plain)}, strict=False)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), plain(x))  # both start at 1
+        model.stages[1].lrc_P4[5, 3] = 2.0
+        assert not torch.equal(model(x), plain(x))
+
+
+def lrc_of_blocks(model):
+    return {k: v for k, v in model.state_dict().items() if k.endswith("lrc") and "blocks" in k}
+
+
+def test_a_branch_is_added_by_the_formula_of_its_rule(tiny):
+    from sret_cli.model import Block
+
+    x = torch.randn(2, 16, 16)
+    for rule, keep, scale in [
+        ("plain", 1.0, 1.0),
+        ("rezero", 1.0, 0.0),
+        ("layerscale", 1.0, 0.1),  # 8 layers
+        ("sqrt", 1.0, 8**-0.5),
+        ("loop", 1.0, 1 / (2 * 4**0.5)),  # 2 recursions, 4 blocks
+    ]:
+        block = Block(tiny.with_values(residual=rule), 1).eval()
+        y = keep * x + scale * block.attn(block.norm1(x), 1, None)
+        y = keep * y + scale * block.mlp(block.norm2(y))
+        torch.testing.assert_close(block(x, 1, None, 0.0), y)
+    block = Block(tiny.with_values(residual="deepnorm"), 1).eval()
+    keep = 24**0.25  # 8 layers of attention, MLP and NLL
+    y = block.norm1(keep * x + block.attn(x, 1, None))
+    y = block.norm2(keep * y + block.mlp(y))
+    torch.testing.assert_close(block(x, 1, None, 0.0), y)
+
+
+@pytest.mark.parametrize(("layers", "start"), [(16, 0.1), (24, 1e-5), (28, 1e-6)])
+def test_layerscale_starts_smaller_the_deeper_the_model(tiny, layers, start):
+    block = (
+        build_model(tiny.with_values(residual="layerscale").at(layers=layers)).stages[0].blocks[0]
+    )
+    assert block.scale1.shape == (8,)
+    assert block.scale1.tolist() == pytest.approx([start] * 8)
+
+
+def test_an_explicit_order_of_blocks_is_walked(tiny):
+    spec = tiny.with_values(order=((0, 0), (0, 0, 1, 0, 1, 1), (0,)), nll="per_pass")
+    assert spec.layers == 9
+    model = build_model(spec)
+    assert [p.block for p in model.stages[1].schedule] == [0, 0, 1, 0, 1, 1]
+    assert [len(stage.nlls) for stage in model.stages] == [2, 6, 1]
+    internal = build_model(tiny.with_values(order=((0, 0), (0, 0, 1, 1), (0, 0)))).eval()
+    usual = build_model(tiny).eval()
+    usual.load_state_dict(internal.state_dict())
+    x = image(tiny)
+    with torch.no_grad():
+        assert torch.equal(internal(x), usual(x))
+
+
+@pytest.mark.parametrize("loop", ["internal", "external"])
+@pytest.mark.parametrize("nll", ["per_pass", "per_block"])
+def test_one_model_runs_at_other_recursion_counts(tiny, loop, nll):
+    spec = tiny.with_values(recursions=4, loop=loop, nll=nll, shuffle="none")
+    model = build_model(spec).eval()
+    x = image(spec)
+    with torch.no_grad():
+        whole = model(x)
+        model.set_recursions(1)
+        once = model(x)
+        model.set_recursions(None)
+        assert torch.equal(model(x), whole)
+    shallow = build_model(spec.with_values(recursions=1)).eval()
+    state = model.state_dict()
+    if nll == "per_pass":  # a block's first visit takes the NLL of its first visit
+        first = {p.block: p.nll for p in model.stages[1].schedule if p.visit == 0}
+        for name in shallow.stages[1].nlls.state_dict():
+            block, _, rest = name.partition(".")
+            state[f"stages.1.nlls.{name}"] = state[f"stages.1.nlls.{first[int(block)]}.{rest}"]
+    shallow.load_state_dict({k: state[k] for k in shallow.state_dict()})
+    with torch.no_grad():
+        torch.testing.assert_close(shallow(x), once)
+
+
+def test_more_recursions_than_trained_keep_the_first_permutations(tiny):
+    model = build_model(tiny).eval()
+    before = model.stages[0].permutations_PN.clone()
+    with torch.no_grad():
+        at_two = model(image(tiny))
+        model.set_recursions(5)
+        assert model(image(tiny)).isfinite().all()
+        rows = model.stages[0].permutations_PN
+        assert torch.equal(rows[: len(before)], before)
+        assert len(rows) == 4
+        model.set_recursions(None)
+        assert torch.equal(model(image(tiny)), at_two)
+
+
+@pytest.mark.parametrize("values", [{"nll": "per_pass"}, {"lrc": "per_pass"}])
+def test_recursions_without_weights_of_their_own_are_refused(tiny, values):
+    model = build_model(tiny.with_values(**values))
+    with pytest.raises(SretError, match="3 recursions are more than the 2 .* has weights for"):
+        model.set_recursions(3)
+
+
+@pytest.mark.parametrize("name", ["sret_t", "sret_lt", "sret_s", "deep", "nano"])
+def test_timm_creates_the_presets(name):
+    import timm
+
+    model = timm.create_model(name, num_classes=7, drop_path_rate=0.2)
+    assert model.spec == PRESETS[name].with_values(num_classes=7, drop_path_rate=0.2)
+    assert model.default_cfg["input_size"] == (3, model.spec.img_size, model.spec.img_size)
+    assert model.get_classifier().out_features == 7
+    assert [info["num_chs"] for info in model.feature_info] == list(model.spec.embed_dims)
+
+
+def test_features_of_the_stages_are_timms():
+    import timm
+
+    spec = PRESETS["nano"]
+    model = timm.create_model("nano").eval()
+    x = image(spec)
+    features = timm.create_model("nano", features_only=True, out_indices=(0, 2))
+    assert [f.shape for f in features(x)] == [(2, 32, 8, 8), (2, 128, 2, 2)]
+    assert features.feature_info.reduction() == [2, 8]
+    with torch.no_grad():
+        tokens, maps = model.forward_intermediates(x)
+        assert torch.equal(tokens, model.forward_features(x))
+        assert torch.equal(maps[2].flatten(2).mT, tokens)
+        (second,) = model.forward_intermediates(x, [1], stop_early=True, intermediates_only=True)
+        assert torch.equal(second, maps[1])
 
 
 @pytest.mark.slow

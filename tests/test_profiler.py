@@ -169,4 +169,4 @@ def test_memory_and_speed_are_measured_on_cuda():
     row = measure(spec, torch.device("cuda"), batch_size=32, precision="bf16")
     assert row["peak_memory_bytes"] > 16 * trace(spec).params
     assert row["step_seconds"] > row["forward_seconds"] > 0
-    assert row["device_name"] == torch.cuda.get_device_name()
+    assert row["measured_device_name"] == torch.cuda.get_device_name()

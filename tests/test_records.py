@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -7,7 +8,8 @@ from sret_cli.errors import SretError
 
 
 def row(study, run_id, started_at):
-    return {"study": study, "run_id": run_id, "started_at": started_at, "final_loss": 1.0}
+    known = {"study": study, "run_id": run_id, "started_at": started_at}
+    return {**known, "layers": 8, "final_loss": 1.0}
 
 
 def write(root, **values):
@@ -35,6 +37,27 @@ def test_a_damaged_row_is_named(tmp_path):
     (tmp_path / "a" / "1" / "row.json").write_text('{"study": "a"')
     with pytest.raises(SretError, match=r"a/1/row\.json is not JSON"):
         records.read_rows(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "3"])
+def test_another_document_is_no_row(tmp_path, text):
+    (tmp_path / "row.json").write_text(text)
+    with pytest.raises(SretError, match="row.json is not a row"):
+        records.read_rows(tmp_path)
+
+
+def test_the_newest_run_is_found_from_any_directory_above_it(tmp_path):
+    write(tmp_path, study="a", run_id="1", started_at="2026")
+    assert records.newest_run(tmp_path / "a") == tmp_path / "a" / "1"
+
+
+def test_lines_are_there_as_soon_as_they_are_written_and_a_full_disk_is_said_so(tmp_path):
+    with records.LineFile(tmp_path / "metrics.jsonl") as file:
+        file.write("one")
+        assert (tmp_path / "metrics.jsonl").read_text() == "one\n"
+    with pytest.raises(SretError, match="no room left") as refused:
+        records.LineFile(Path("/dev/full")).write("one")
+    assert refused.value.code == 7
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):

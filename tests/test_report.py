@@ -96,6 +96,11 @@ def test_a_report_is_a_table_and_figures(tmp_path):
     assert all(file.stat().st_size > 100 for file in files)
 
 
+def test_a_column_with_a_dot_in_its_name_has_figures_of_its_own(tmp_path):
+    files = report.write_report(rows(), ReportSpec(y=("train.lr", "model.nll_ratio")), tmp_path)
+    assert {"train.lr.png", "model.nll_ratio.svg"} <= {file.name for file in files}
+
+
 def test_figures_have_units_markers_for_runs_and_a_band_for_seeds():
     figure = plot(rows(), "layers", ["top1_percent", "macs"])
     accuracy, cost = figure.axes

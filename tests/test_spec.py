@@ -108,6 +108,9 @@ def test_one_value_stands_for_all_stages():
         ({"embed_dims": (128, 200, 512), "num_heads": 4}, "200 is no multiple of the 128"),
         ({"nll_ratio": 0.001}, "leaves no hidden unit"),
         ({"residual": "highway"}, "residual = 'highway'"),
+        ({"order": ((0,), (0,), (0,))}, r"stage 1: order \[0\] does not visit its blocks 0 to 1"),
+        ({"order": ((0, 1), (0, 1))}, "order has 2 lists for 3 stages"),
+        ({"order": (0, 1, 2), "blocks": 2}, r"order \[0, 1, 2\] does not visit its blocks 0 to 1"),
         ({"recursions": 50_000}, "500,000 layers are more than"),
     ],
 )
@@ -128,6 +131,7 @@ def test_what_cannot_be_built_is_refused_in_one_line(values, message):
         ({"epochs": 3, "warmup_epochs": 3}, "warm-up"),
         ({"lr": float("inf")}, "lr = inf"),
         ({"scale": (1.0, 0.5)}, "smallest crop"),
+        ({"recursions_range": [4, 1]}, "smallest count"),
     ],
 )
 def test_training_that_cannot_be_is_refused(values, message):

@@ -81,7 +81,7 @@ def test_a_run_id_says_what_a_run_does_and_nothing_else():
 
 
 def test_run_ids_stay_what_they_are():
-    assert resolve("a", {"preset": "nano"}, None).run_id == "9ccfc697be"
+    assert resolve("a", {"preset": "nano"}, None).run_id == "e7ee5c964c"
 
 
 def test_layers_and_slices_in_a_study_are_those_of_the_flags():
@@ -146,7 +146,7 @@ def test_slices_fit_the_image_size_that_comes_with_them():
         ('[grid]\n"model.recursions" = 4\n', "give a list of values"),
         ('[zip]\n"train.seed" = [1, 2]\n"train.lr" = [1e-3]\n', "as long as each other"),
         ('[model]\n[report]\ny = ["top1"]\n', "unknown column 'top1'; did you mean 'top"),
-        ("model = 3\n", r"write model as a table, \[model\]"),
+        ("model = 3\n", r"write model as \[model\]"),
         ('twins = "layers"\n', "twins = 'layers': give a list of layers, params, macs"),
         ('twins = ["layer"]\n', "twins: unknown kind 'layer'; did you mean 'layers'"),
         (TINY_TWINS, "twins: 'params' of 'tiny': no untied model has the shared one's 192 params"),
@@ -158,13 +158,21 @@ def test_slices_fit_the_image_size_that_comes_with_them():
         ("", "at least one of the tables"),
         ("[model\n", "is not a study, which is a TOML file"),
         ("[model]\nnum_classes = 5\n[train]\n", "fewer than the 10 classes"),
+        ('[model]\npreset = ["deep"]\n', r"unknown preset \['deep'\]"),
+        ("[[runs]]\nname = 3\n", "name = 3: give a text"),
+        ("runs = []\n", "runs is an empty list"),
+        ("[runs]\n", r"write runs as \[\[runs\]\]"),
+        ('[[runs]]\nname = "a"\n[[runs]]\nname = "b"\n', "'a' and 'b' are the same run"),
+        ('[model]\n[report]\nx = "model.recursions"\n', "is not one number a run"),
+        ("[model]\nimg_size = 8\n", "the stem leaves one token of a 8-px image; use img_size 9"),
+        ("[train]\nmin_lr = 1.0\n", "min_lr = 1 is above lr"),
     ],
 )
 def test_a_study_that_cannot_be_says_why(text, message, tmp_path):
     with pytest.raises(SretError, match=message) as refused:
         study(text, tmp_path)
     assert refused.value.code == 3
-    assert "\n" not in str(refused.value).strip()
+    assert "\n" not in str(refused.value)
 
 
 def test_a_picture_is_no_study(tmp_path):
@@ -180,6 +188,21 @@ def test_flags_beside_a_study_file_are_refused_but_for_the_data(tmp_path):
     with pytest.raises(SretError, match="leave out layers"):
         from_flags(path, {"layers": 100}, {}, [])
     assert from_flags(path, {}, {}, []).runs[0].train.epochs == 3
+
+
+def test_names_of_directories_with_another_use_are_refused(tmp_path):
+    (tmp_path / "report.toml").write_text("[model]\n")
+    with pytest.raises(SretError, match="runs/report has another use"):
+        load_study(tmp_path / "report.toml")
+
+
+def test_the_spelling_of_a_folder_does_not_change_the_run(tmp_path, monkeypatch):
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / "train" / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    runs = [resolve("s", {}, {"dataset": "folder", "data_dir": d}) for d in ("images", "./images/")]
+    assert runs[0].run_id == runs[1].run_id
+    assert runs[0].model.num_classes == 2
 
 
 def test_any_field_can_be_set_by_a_flag():

@@ -7,7 +7,7 @@ from sret_cli.errors import SretError
 from sret_cli.measure import choose_device
 from sret_cli.spec import TrainSpec
 from sret_cli.study import Run
-from sret_cli.train import evaluate, evaluate_run, train
+from sret_cli.train import drawn_recursions, evaluate, evaluate_run, train
 from sret_cli.weights import load_model
 
 SHORT = {"epochs": 2, "warmup_epochs": 0, "batch_size": 240}
@@ -59,6 +59,19 @@ def test_recomputing_passes_changes_no_loss(tiny, tmp_path):
     assert losses(tmp_path / "none") == losses(tmp_path / "pass")
 
 
+def test_recursions_are_drawn_at_each_step_from_the_seed_and_the_step(tiny, tmp_path):
+    run = run_of(tiny, recursions_range=(1, 4))
+    drawn = [drawn_recursions(run.train, step) for step in range(100)]
+    assert sorted(set(drawn)) == [1, 2, 3, 4]
+    assert drawn == [drawn_recursions(run.train, step) for step in range(100)]
+    assert drawn != [drawn_recursions(run.train.with_values(seed=1), step) for step in range(100)]
+    for name in ("a", "b"):
+        train(run, tmp_path / name)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    with pytest.raises(SretError, match="4 recursions are more than the 2"):
+        train(Run("t", "t", tiny.with_values(nll="per_pass"), run.train), tmp_path / "c")
+
+
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine(tiny, tmp_path):
     train(run_of(tiny, epochs=4, warmup_epochs=1, lr=1e-2, min_lr=1e-4), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -71,7 +84,7 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine(tiny, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tiny, tmp_path):
     with pytest.raises(SretError, match=r"diverged: the loss is .* at step \d+ \(epoch") as refused:
-        train(run_of(tiny, lr=1e30, clip_grad=None), tmp_path)
+        train(run_of(tiny, lr=1e30, clip_grad=0.0), tmp_path)
     assert refused.value.code == 6
     assert not (tmp_path / "model.safetensors").exists()
 
