@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 
 StudyFile = Annotated[Path | None, typer.Argument(metavar="[STUDY]", help="A study file (TOML).")]
-Preset = Annotated[str | None, typer.Option(help="sret_t, sret_lt, sret_s, deep or nano.")]
+Preset = Annotated[str | None, typer.Option(help="sret_t, sret_lt, sret_s, deep, nano …")]
 Layers = Annotated[int | None, typer.Option(help="Layers (passes) in all: sets the recursions.")]
 Slices = Annotated[int | None, typer.Option(help="Slices of all passes; each stage takes the gcd.")]
 LaterSlices = Annotated[int | None, typer.Option(help="Slices of the later passes alone.")]
@@ -202,14 +202,16 @@ def profile(
     if study is not None:
         found = study_from(context, trains=False)
         outcome = run_study(found, runs, options, notes(), trains=False)
-        show_rows(outcome.rows, report.COST_TABLE, json_)
+        published = all("published_gmacs" in row for row in outcome.rows)
+        columns = report.PARITY_TABLE if published else report.COST_TABLE
+        show_rows(outcome.rows, columns, json_)
         return finish(outcome.failed)
     if flags_given(context).keys() & {*MODEL_FLAGS, "set_"}:
         found = study_from(context, trains=False)
     else:
-        from sret_cli.spec import PRESETS
+        from sret_cli.spec import BASE_PRESETS, PRESETS
 
-        presets = tuple(Run("profile", name, spec) for name, spec in PRESETS.items())
+        presets = tuple(Run("profile", name, PRESETS[name]) for name in BASE_PRESETS)
         found = Study("profile", presets)
     profiled = [profile_run(run, options) for run in found.runs]
     show_rows([row for row, _ in profiled], report.COST_TABLE, json_)

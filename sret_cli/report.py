@@ -25,6 +25,11 @@ COST_TABLE = (
     *("activation_bytes", "measured_batch_size", "forward_seconds", "step_seconds"),
     *("inference_images_per_second", "training_images_per_second", "peak_memory_bytes"),
 )
+PARITY_TABLE = (
+    *("params", "published_params_m", "params_m_minus_published"),
+    *("macs", "published_gmacs", "gmacs_minus_published"),
+    *("published_top1_percent", "published_distilled_top1_percent"),
+)
 RUN_TABLE = (
     *("layers", "params", "macs", "activation_bytes", "peak_memory_bytes", "step_seconds"),
     *("images_per_second", "train_seconds", "final_loss", "test_loss"),

@@ -11,8 +11,8 @@ PACKAGE = Path(sret_cli.__file__).parent
 
 # A file imports only from files above it.
 ORDER = (
-    *("__init__", "errors", "strict", "spec", "records", "study", "model", "weights", "profiler"),
-    *("measure", "data", "train", "launch", "views", "figures", "report", "cli", "__main__"),
+    *("__init__", "errors", "strict", "spec", "records", "published", "study", "model"),
+    *("reference", "weights", "profiler", "measure", "data", "train", "launch", "views", "figures", "report", "cli", "__main__"),
 )
 
 
