@@ -12,7 +12,8 @@ PACKAGE = Path(sret_cli.__file__).parent
 # A file imports only from files above it.
 ORDER = (
     *("__init__", "errors", "strict", "spec", "records", "published", "study", "model"),
-    *("reference", "weights", "profiler", "measure", "data", "train", "launch", "views", "figures", "report", "cli", "__main__"),
+    *("safe_read", "reference", "weights", "profiler", "measure", "data", "train", "launch"),
+    *("views", "figures", "report", "cli", "__main__"),
 )
 
 
@@ -56,7 +57,9 @@ def test_help_loads_neither_torch_nor_pandas():
     assert not loaded & heavy
 
 
-@pytest.mark.parametrize("name", ["spec", "study", "records", "launch", "views", "report"])
+@pytest.mark.parametrize(
+    "name", ["spec", "study", "records", "published", "launch", "views", "report"]
+)
 def test_light_files_load_no_heavy_package(name):
     loaded = loaded_by(f"import sret_cli.{name}")
     assert not loaded & {"torch", "timm", "fvcore", "pandas", "matplotlib", "scipy", "sklearn"}
