@@ -17,6 +17,7 @@ from sret_cli.study import Run, Study
 
 if TYPE_CHECKING:
     from sret_cli.profiler import Profile
+    from sret_cli.train import OnStep
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,17 @@ class Display:
     def on_step(self, done: int, total: int, text: str) -> None:
         """Moves the bar of the run under way."""
         self.progress.update(self.current, completed=done, total=total, text=text)
+
+    @contextmanager
+    def showing(self) -> "Iterator[OnStep]":
+        """Shows one task without runs: hands out what it is to be told of its progress."""
+        with self.progress:
+            self.progress.update(self.overall, visible=True)
+
+            def on_step(done: int, total: int, text: str) -> None:
+                self.progress.update(self.overall, completed=done, total=total, text=text)
+
+            yield on_step
 
     def finish(self, line: str) -> None:
         """Ticks a run off and leaves one line about it."""

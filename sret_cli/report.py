@@ -176,6 +176,13 @@ def breakdown_tables(profile: "Profile") -> list[Table]:
     ]
 
 
+def class_table(per_class: Sequence[Row]) -> Table:
+    """Top-1 of each class."""
+    columns = ("test_images", "top1_percent")
+    lines = [[row["class"], *(COLUMNS[c].text(row[c]) for c in columns)] for row in per_class]
+    return terminal_table(["Class", *(COLUMNS[c].heading for c in columns)], lines)
+
+
 def write_report(rows: Sequence[Row], spec: ReportSpec, directory: Path) -> list[Path]:
     """Writes table.md, table.csv and the figures that the rows allow; returns the files."""
     from sret_cli.figures import plot, plots, save_figure

@@ -5,6 +5,7 @@ allocated, and what is read takes no more memory than the file has bytes.
 """
 
 import argparse
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -100,7 +101,8 @@ def _read_zip(path: Path, start: bytes, size: int) -> Any:
         )
     if sum(entry.file_size for entry in entries) > size:
         raise SretError(f"{damaged}: its entries are larger than the file", CHECKPOINT)
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of protocols and of sparse tensors, which are refused
         try:
             calls = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             if not calls:

@@ -127,9 +127,12 @@ def load_reference(model: SReT, source: str | Path | State, reset_head: bool = F
             model; the error's `table` names keys that are missing, unexpected or misshapen.
     """
     if isinstance(source, Mapping):
-        tensors, where = without_prefix(source), "the state dict"
+        _load_reference(model, without_prefix(source), "the state dict", reset_head)
     else:
-        tensors, where = read_tensors(Path(source)), str(source)
+        _load_reference(model, read_tensors(Path(source)), str(source), reset_head)
+
+
+def _load_reference(model: SReT, tensors: dict[str, Tensor], where: str, reset_head: bool) -> None:
     state = model.state_dict()
     entries = layout(model.spec, state)
     if reset_head:
@@ -204,7 +207,7 @@ def read_reference(
             notes[0] += f"; they do not tell slices: took {slices}, then {later}"
             notes[0] += " (--slices or --preset say otherwise)"
     model = build_model(spec)
-    load_reference(model, tensors, reset_head)
+    _load_reference(model, tensors, str(path), reset_head)
     side, found = spec.sides[0], tensors["pos_embed"].shape[-1]
     if side != found:
         notes.append(f"resampled position embeddings from {found}x{found} to {side}x{side}")
