@@ -220,6 +220,8 @@ def evaluate_run(
         "params": sum(p.numel() for p in model.parameters()),
         **evaluation.row(),
         "per_class": evaluation.per_class(classes),
+        "model.img_size": model.spec.img_size,
+        "reference_shuffle": reference_shuffle,
         "device_name": device_name(target_device),
         "torch_version": torch.__version__,
     }
