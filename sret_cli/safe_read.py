@@ -5,6 +5,8 @@ allocated, and what is read takes no more memory than the file has bytes.
 """
 
 import argparse
+import pickletools
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -22,6 +24,16 @@ from sret_cli.errors import CHECKPOINT, SretError
 # and shapes take 6 MB in a safetensors header or a pickle.
 MAX_TENSORS = 50_000
 MAX_HEADER_BYTES = 16 * 2**20
+
+# What a checkpoint's pickle may name, beside storages and types of torch: less than `weights_only`
+# does, which would also make a bytearray of any size, and what libraries have declared safe. It has
+# the last word all the same.
+NAMES = {
+    *("argparse.Namespace", "collections.OrderedDict", "_codecs.encode"),
+    *("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"),
+    *("torch.Size", "torch.device"),
+}
+TYPES = re.compile(r"torch\.(storage\.)?(\w+Storage|b?float\d+|u?int\d+)")
 
 State = Mapping[str, Tensor]
 
@@ -86,35 +98,41 @@ def _read_zip(path: Path, start: bytes, size: int) -> Any:
     if not start.startswith(b"PK\x03\x04"):
         raise SretError(f"{damaged}: it is {_looks_like(start)}, no zip", CHECKPOINT)
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise SretError(f"{damaged}: {error}", CHECKPOINT) from None
-    pickles = [e for e in entries if e.filename.rpartition("/")[2] == "data.pkl"]
-    if len(pickles) != 1:
-        raise SretError(f"{damaged}: it has {len(pickles)} files data.pkl", CHECKPOINT)
-    if len(entries) > MAX_TENSORS or pickles[0].file_size > MAX_HEADER_BYTES:
-        raise SretError(
-            f"{path} has {len(entries):,} entries and a pickle of {pickles[0].file_size:,} bytes; "
-            f"at most {MAX_TENSORS:,} and {MAX_HEADER_BYTES:,} are read",
-            CHECKPOINT,
-        )
-    if sum(entry.file_size for entry in entries) > size:
-        raise SretError(f"{damaged}: its entries are larger than the file", CHECKPOINT)
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of protocols and of sparse tensors, which are refused
-        try:
-            calls = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            if not calls:
+        strange = sorted(n for n in _names(path, size) if n not in NAMES and not TYPES.fullmatch(n))
+        if not strange:
+            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # they would stand beside the one line
                 return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a foreign file can fail torch's reader in any way
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise SretError(f"{damaged}: {reason}", CHECKPOINT) from None
+    except SretError:
+        raise
+    except Exception as error:  # a foreign file can fail its readers in any way
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise SretError(f"{damaged}: {reason}", CHECKPOINT) from None
+    calls = ascii(", ".join(strange[:3]))[1:-1]
     raise SretError(
-        f"{path} is refused: its pickle would call {', '.join(sorted(calls)[:3])}; only tensors "
-        "and plain values are read, so get its state dict alone, or safetensors",
+        f"{path} is refused: its pickle would call {calls}; only tensors and plain values are "
+        "read, so get its state dict alone, or safetensors",
         CHECKPOINT,
     )
+
+
+def _names(path: Path, size: int) -> set[str]:
+    """The classes and functions that a checkpoint's pickle names; refuses what is too large."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        pickles = [e for e in entries if e.filename.rpartition("/")[2] == "data.pkl"]
+        if len(pickles) != 1:
+            raise zipfile.BadZipFile(f"it has {len(pickles)} files data.pkl")
+        if sum(entry.file_size for entry in entries) > size:
+            raise zipfile.BadZipFile("its entries are larger than the file")
+        if len(entries) > MAX_TENSORS or pickles[0].file_size > MAX_HEADER_BYTES:
+            raise SretError(
+                f"{path} has {len(entries):,} entries and a pickle of {pickles[0].file_size:,} "
+                f"bytes; at most {MAX_TENSORS:,} and {MAX_HEADER_BYTES:,} are read",
+                CHECKPOINT,
+            )
+        code = pickletools.genops(archive.read(pickles[0]))
+        return {str(name).replace(" ", ".") for op, name, _ in code if op.name == "GLOBAL"}
 
 
 def _checked(value: Any, path: Path, size: int) -> dict[str, Tensor]:
@@ -131,11 +149,14 @@ def _checked(value: Any, path: Path, size: int) -> dict[str, Tensor]:
         )
     room: dict[tuple, int] = {}
     for key, tensor in value.items():
-        if not isinstance(key, str) or not isinstance(tensor, Tensor):
-            what = type(tensor).__name__
-            raise SretError(f"{path}: {key!r} is no tensor but {what}", CHECKPOINT)
+        if not isinstance(key, str) or not key.isprintable():
+            raise SretError(f"{path}: {key!r} is no name of a tensor", CHECKPOINT)
+        if not isinstance(tensor, Tensor):
+            kind = type(tensor).__name__
+            raise SretError(f"{path}: {key} is no tensor but {kind}", CHECKPOINT)
         plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
-        if not plain or tensor.is_quantized or tensor.is_complex():
+        numbers = not (tensor.is_quantized or tensor.is_complex() or tensor.dtype is torch.bool)
+        if not plain or not numbers:
             raise SretError(f"{path}: {key} is no plain tensor of numbers", CHECKPOINT)
         room[tensor.data_ptr(), tensor.shape, tensor.stride()] = tensor.nbytes
     if sum(room.values()) > size:

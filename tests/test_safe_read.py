@@ -1,4 +1,4 @@
-import io
+import argparse
 import json
 import os
 import pickle
@@ -7,6 +7,7 @@ import struct
 import time
 import warnings
 import zipfile
+from fractions import Fraction
 
 import pytest
 import torch
@@ -62,6 +63,15 @@ def test_a_pickle_that_would_execute_something_is_refused(here, value):
 def test_classes_other_than_namespace_are_refused(here):
     torch.save({"model": {"w": torch.zeros(3)}, "args": here}, "path.pth")
     assert "its pickle would call pathlib" in refused(here / "path.pth")
+
+
+def test_a_pickle_that_would_only_fill_the_memory_is_refused(here):
+    class Fill:
+        def __reduce__(self):
+            return bytearray, (10**10,)
+
+    torch.save({"model": {"weight": torch.zeros(3)}, "args": Fill()}, "fill.pth")
+    assert "its pickle would call __builtin__.bytearray" in refused(here / "fill.pth")
 
 
 def test_a_file_that_is_no_checkpoint_says_what_it_is(here):
@@ -163,11 +173,13 @@ def test_tensors_that_claim_more_than_the_file_holds_are_refused(here):
         ([torch.zeros(1)], "holds list, not named tensors"),
         (torch.zeros(1), "holds Tensor, not named tensors"),
         ({}, "holds dict, not named tensors"),
-        ({"model": {"w": 3}}, "'w' is no tensor but int"),
-        ({3: torch.zeros(1)}, "3 is no tensor"),
-        ({"w": torch.eye(3).to_sparse()}, "w is no plain tensor of numbers"),
+        ({"model": {"w": 3}}, "w is no tensor but int"),
+        ({3: torch.zeros(1)}, "3 is no name of a tensor"),
+        ({"a\nb\x1b[2J": torch.zeros(1)}, r"'a\nb\x1b[2J' is no name of a tensor"),
+        ({"w": torch.eye(3).to_sparse()}, "would call torch._utils._rebuild_sparse_tensor"),
         ({"w": torch.zeros(3, dtype=torch.complex64)}, "w is no plain tensor of numbers"),
-        ({"w": torch.zeros(3, device="meta")}, "w is no plain tensor of numbers"),
+        ({"w": torch.zeros(3).bool()}, "w is no plain tensor of numbers"),
+        ({"w": torch.zeros(3, device="meta")}, "would call torch._utils._rebuild_meta_tensor"),
     ],
 )
 def test_what_is_not_named_plain_tensors_is_refused(here, value, message):
@@ -183,8 +195,14 @@ def test_the_prefix_of_data_parallel_training_is_taken_off_where_all_keys_have_i
 
 
 def test_reading_leaves_torchs_list_of_safe_classes_as_it_was(here):
-    before = torch.serialization.get_safe_globals()
+    before = set(torch.serialization.get_safe_globals())
     torch.save({"w": torch.zeros(1)}, "a.pth")
     read_tensors(here / "a.pth")
-    assert torch.serialization.get_safe_globals() == before
-    assert io.BytesIO not in before
+    assert set(torch.serialization.get_safe_globals()) == before
+    assert argparse.Namespace not in before
+
+
+def test_a_class_that_a_library_declared_safe_is_refused_all_the_same(here):
+    with torch.serialization.safe_globals([Fraction]):
+        torch.save({"w": torch.zeros(1), "half": Fraction(1, 2)}, "half.pth")
+        assert "its pickle would call fractions.Fraction" in refused(here / "half.pth")
