@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 
 StudyFile = Annotated[Path | None, typer.Argument(metavar="[STUDY]", help="A study file (TOML).")]
-Preset = Annotated[str | None, typer.Option(help="sret_t, sret_lt, sret_s, deep or nano.")]
+Preset = Annotated[str | None, typer.Option(help="sret_t, sret_lt, sret_s, deep, nano …")]
 Layers = Annotated[int | None, typer.Option(help="Layers (passes) in all: sets the recursions.")]
 Slices = Annotated[int | None, typer.Option(help="Slices of all passes; each stage takes the gcd.")]
 LaterSlices = Annotated[int | None, typer.Option(help="Slices of the later passes alone.")]
@@ -63,11 +63,12 @@ class PipeClosed(Exception):
 
 
 class Output(Console):
-    """Where tables and results go: stdout, wide where it is no terminal."""
+    """Where tables go, results to stdout: wide where it is no terminal."""
 
-    def __init__(self) -> None:
-        wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200
-        super().__init__(width=wide, highlight=False, markup=False)
+    def __init__(self, stderr: bool = False) -> None:
+        terminal = (sys.stderr if stderr else sys.stdout).isatty()
+        wide = None if terminal or "COLUMNS" in os.environ else 200
+        super().__init__(width=wide, highlight=False, markup=False, stderr=stderr)
 
     def on_broken_pipe(self) -> None:
         """Lets `main` end quietly, where rich would exit with 1."""
@@ -226,14 +227,16 @@ def profile(
     if study is not None:
         found = study_from(context, trains=False)
         outcome = run_study(found, runs, options, notes(), trains=False)
-        show_rows(outcome.rows, report.COST_TABLE, json_)
+        published = all("published_gmacs" in row for row in outcome.rows)
+        columns = report.PARITY_TABLE if published else report.COST_TABLE
+        show_rows(outcome.rows, columns, json_)
         return finish(outcome.failed)
     if flags_given(context).keys() & {*MODEL_FLAGS, "set_"}:
         found = study_from(context, trains=False)
     else:
-        from sret_cli.spec import PRESETS
+        from sret_cli.spec import BASE_PRESETS, PRESETS
 
-        presets = tuple(Run("profile", name, spec) for name, spec in PRESETS.items())
+        presets = tuple(Run("profile", name, PRESETS[name]) for name in BASE_PRESETS)
         found = Study("profile", presets)
     profiled = [profile_run(run, options) for run in found.runs]
     show_rows([row for row, _ in profiled], report.COST_TABLE, json_)
@@ -289,7 +292,22 @@ def evaluate(
         Path | None,
         typer.Argument(metavar="[RUN]", help="A run's directory; the newest if not given."),
     ] = None,
-    data_dir: DataDir = None,
+    data_dir: Annotated[
+        str | None,
+        typer.Option(help="A folder with val/ or test/, and as many classes as the model."),
+    ] = None,
+    img_size: Annotated[
+        int | None, typer.Option(help="Of the images; position embeddings are resampled.")
+    ] = None,
+    slices: Slices = None,
+    recursive_slices: LaterSlices = None,
+    reference_shuffle: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SEED", help="Draw as the reference did: depends on batches and order."
+        ),
+    ] = None,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Top-1 of each class.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 256,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     device: Device = "auto",
@@ -297,16 +315,77 @@ def evaluate(
     runs: Runs = Path("runs"),
     json_: Json = False,
 ) -> None:
-    """Evaluate a trained run on its test images, or on those of another folder."""
+    """Evaluate a run, or a converted model, on test images; twice the same is bitwise the same."""
     from sret_cli import report
+    from sret_cli.launch import Display
     from sret_cli.records import newest_run
     from sret_cli.train import evaluate_run
 
     check_device(device)
     directory = directory or newest_run(runs)
-    row = evaluate_run(directory, data_dir, batch_size, precision, device, workers)
+    given = {"img_size": img_size, "slices": slices, "recursive_slices": recursive_slices}
+    changes = {key: value for key, value in given.items() if value is not None}
+    with Display(notes(), f"evaluate {directory}", 1).showing() as on_step:
+        row = evaluate_run(
+            *(directory, data_dir, batch_size, precision, device, workers, changes),
+            *(reference_shuffle, on_step),
+        )
     notes().print(f"evaluated {directory} on {row['device_name']}")
     show_rows([row], report.EVAL_TABLE, json_)
+    if per_class and not json_:
+        Output().print(report.class_table(row["per_class"]))
+
+
+@app.command()
+def convert(
+    file: Annotated[
+        Path, typer.Argument(help="A .pth, .pt or .safetensors file, in the reference's layout.")
+    ],
+    out: Annotated[Path, typer.Option(help="Write config.json and model.safetensors there.")],
+    preset: Annotated[str | None, typer.Option(help="The design, if not to be recognised.")] = None,
+    slices: Slices = None,
+    recursive_slices: LaterSlices = None,
+    img_size: Annotated[
+        int | None, typer.Option(help="Resample the position embeddings for these images.")
+    ] = None,
+    reset_head: Annotated[
+        bool, typer.Option("--reset-head", help="A fresh head, with --num-classes.")
+    ] = False,
+    num_classes: Annotated[int | None, typer.Option(help="Classes of the fresh head.")] = None,
+    set_: Set = None,
+    to_reference: Annotated[
+        bool, typer.Option("--to-reference", help="Read our directory FILE, and write model.pth.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Read a checkpoint of the reference and write ours, or with --to-reference the other way.
+
+    Nothing in a checkpoint is executed: one that would do more than hold tensors is refused.
+    """
+    import torch
+
+    from sret_cli.study import model_settings
+    from sret_cli.weights import load_model, read_reference, save_model, save_reference, sha256
+
+    given = {"slices": slices, "recursive_slices": recursive_slices}
+    given |= {"img_size": img_size, "num_classes": num_classes, **model_settings(set_ or [])}
+    changes = {key: value for key, value in given.items() if value is not None}
+    if to_reference:
+        if changes or preset or reset_head:
+            raise SretError("--to-reference writes a model as it is; leave out the rest", USAGE)
+        model, name = load_model(file), file.name
+        notes().print(f"wrote {save_reference(model, out)}")
+    else:
+        torch.manual_seed(0)  # of a fresh head
+        model, name, remarks = read_reference(file, preset, changes, reset_head)
+        source = {"file": file.name, "sha256": sha256(file)}
+        save_model(model, out, {"name": name, "source": source})
+        for remark in (*remarks, f"wrote {out}/config.json and {out}/model.safetensors"):
+            notes().print(remark)
+    params = sum(p.numel() for p in model.parameters())
+    row = {"name": name, "layers": model.spec.layers, "params": params}
+    row |= {f"model.{key}": value for key, value in model.spec.model_dump(mode="json").items()}
+    show_rows([row], ("layers", "params"), json_)
 
 
 @app.command(name="report")
@@ -415,6 +494,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = app(args=[a for a in arguments if a != "--debug"], standalone_mode=False)
         sys.stdout.flush()
     except SretError as error:
+        if error.table:
+            from sret_cli.report import terminal_table
+
+            headings, *lines = map(list, error.table)
+            Output(stderr=True).print(terminal_table(headings, lines))
         code = _fail(str(error), error.code, debug)
     except typer.TyperException as error:
         code = _fail(error.format_message(), USAGE, debug)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sret_cli.errors import DATA, SretError
 from sret_cli.spec import ModelSpec, TrainSpec
-from sret_cli.study import class_folders, folder_classes
+from sret_cli.study import DIGITS_CLASSES, class_folders, folder_classes
 
 DIGITS_MEAN, DIGITS_STD = 0.305, 0.376  # of all pixels, scaled to 0..1
 MODES = {1: "L", 3: "RGB"}
@@ -168,22 +168,9 @@ def load_data(train: TrainSpec, model: ModelSpec, workers: int = 0) -> tuple[Loa
     Raises:
         SretError: a folder is missing or has no images, or the model takes no images of this kind.
     """
-    if model.in_chans not in MODES:
-        raise SretError(f"in_chans = {model.in_chans}: images have 1 or 3 channels", DATA)
-    mode = MODES[model.in_chans]
-    if train.dataset == "digits":
-        sources = digits()
-        mean, std = (DIGITS_MEAN,), (DIGITS_STD,)
-    else:
-        sources = image_folder(Path(train.data_dir or ""))
-        mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    transform = partial(
-        create_transform,
-        (model.in_chans, model.img_size, model.img_size),
-        interpolation=train.interpolation,
-        mean=_per_channel(mean, model.in_chans),
-        std=_per_channel(std, model.in_chans),
-    )
+    transform, mode = _transform(train, model)
+    digital = train.dataset == "digits"
+    sources = digits() if digital else image_folder(Path(train.data_dir or ""))
     try:
         augment = transform(
             is_training=True,
@@ -200,6 +187,40 @@ def load_data(train: TrainSpec, model: ModelSpec, workers: int = 0) -> tuple[Loa
         Loader(Samples(sources[0], augment, mode, train.seed), train.batch_size, True, workers),
         Loader(Samples(sources[1], plain, mode, None), train.batch_size, False, workers),
     )
+
+
+def load_test_data(
+    train: TrainSpec, model: ModelSpec, workers: int = 0
+) -> tuple[Loader, tuple[str, ...]]:
+    """The loader of a run's test images alone, and the names of the classes, in their order.
+
+    Raises:
+        SretError: as `load_data`; a folder needs no `train/`.
+    """
+    transform, mode = _transform(train, model)
+    if train.dataset == "digits":
+        source, classes = digits()[1], tuple(map(str, range(DIGITS_CLASSES)))
+    else:
+        source, classes = test_folder(Path(train.data_dir or ""))
+    samples = Samples(source, transform(is_training=False, crop_pct=train.crop_pct), mode, None)
+    return Loader(samples, train.batch_size, False, workers), classes
+
+
+def _transform(train: TrainSpec, model: ModelSpec) -> tuple[partial, str]:
+    """The transform by timm, to which `is_training` is still to be given, and PIL's mode."""
+    if model.in_chans not in MODES:
+        raise SretError(f"in_chans = {model.in_chans}: images have 1 or 3 channels", DATA)
+    digital = train.dataset == "digits"
+    mean = (DIGITS_MEAN,) if digital else IMAGENET_DEFAULT_MEAN
+    std = (DIGITS_STD,) if digital else IMAGENET_DEFAULT_STD
+    transform = partial(
+        create_transform,
+        (model.in_chans, model.img_size, model.img_size),
+        interpolation=train.interpolation,
+        mean=_per_channel(mean, model.in_chans),
+        std=_per_channel(std, model.in_chans),
+    )
+    return transform, MODES[model.in_chans]
 
 
 def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
@@ -230,24 +251,46 @@ def image_folder(data_dir: Path) -> tuple[Source, Source]:
     Raises:
         SretError: a folder or a class has no images, or the test images have other classes.
     """
-    classes = folder_classes(data_dir)
+    folder_classes(data_dir)  # train/ is there
+    test, classes = test_folder(data_dir)
+    train = _images(data_dir / "train", classes)
+    empty = sorted(set(range(len(classes))) - set(train.targets))
+    if empty:
+        raise SretError(f"no images of class {classes[empty[0]]!r} in {data_dir / 'train'}", DATA)
+    return train, test
+
+
+def test_folder(data_dir: Path) -> tuple[Source, tuple[str, ...]]:
+    """Images of `test/`, `val/` or `validation/`, one folder a class, and the class names, sorted.
+
+    The classes are the folders of `train/` where there is one, else those of the test images. A
+    folder may be empty: so a part of the classes keeps its numbers.
+
+    Raises:
+        SretError: the folder is missing or has no images, or a class that `train/` has not.
+    """
+    if not data_dir.is_dir():
+        raise SretError(f"no folder {data_dir}; --data-dir names one with test/ or val/", DATA)
     tests = [data_dir / name for name in ("test", "val", "validation")]
     test = next((folder for folder in tests if folder.is_dir()), None)
     if test is None:
         raise SretError(f"{data_dir} has no test/ and no val/; put images to test on in one", DATA)
-    others = sorted(set(class_folders(test)) - set(classes))
-    if others:
-        raise SretError(f"{test} has the class {others[0]!r}, which train/ has not; add it", DATA)
-    sources = []
-    for folder in (data_dir / "train", test):
-        found = [(path, n) for n, name in enumerate(classes) for path in find_images(folder / name)]
-        if not found:
-            raise SretError(f"no images in {folder}; put them in one folder a class", DATA)
-        sources.append(Source([path for path, _ in found], [target for _, target in found]))
-    empty = sorted(set(range(len(classes))) - set(sources[0].targets))
-    if empty:
-        raise SretError(f"no images of class {classes[empty[0]]!r} in {data_dir / 'train'}", DATA)
-    return sources[0], sources[1]
+    classes = class_folders(test)
+    if (data_dir / "train").is_dir():
+        tested, classes = classes, folder_classes(data_dir)
+        others = [name for name in tested if name not in set(classes)]
+        if others:
+            raise SretError(
+                f"{test} has the class {others[0]!r}, which train/ has not; add it", DATA
+            )
+    return _images(test, tuple(classes)), tuple(classes)
+
+
+def _images(folder: Path, classes: tuple[str, ...]) -> Source:
+    found = [(path, n) for n, name in enumerate(classes) for path in find_images(folder / name)]
+    if not found:
+        raise SretError(f"no images in {folder}; put them in one folder a class", DATA)
+    return Source([path for path, _ in found], [target for _, target in found])
 
 
 def find_images(folder: Path) -> list[Path]:

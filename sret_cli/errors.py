@@ -1,5 +1,6 @@
 """What a user can mend: one error of one line, and the exit codes of the process."""
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 
 USAGE, SPEC, DATA, CHECKPOINT, SOME_FAILED, RESOURCES = 2, 3, 4, 5, 6, 7
@@ -11,11 +12,13 @@ class SretError(Exception):
     Args:
         message: the line.
         code: the exit code of the process; 3, a spec or study that can't be, unless told.
+        table: lines of cells, headings first, that are shown over the line where they help.
     """
 
-    def __init__(self, message: str, code: int = SPEC) -> None:
+    def __init__(self, message: str, code: int = SPEC, table: Sequence[Sequence[str]] = ()) -> None:
         super().__init__(message)
         self.code = code
+        self.table = table
 
 
 def out_of_memory(error: BaseException) -> SretError | None:

@@ -12,12 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sret_cli import records
 from sret_cli.errors import RESOURCES, SOME_FAILED, SretError, out_of_memory
+from sret_cli.published import published_columns
 from sret_cli.records import Row
-from sret_cli.spec import PRESETS
 from sret_cli.study import Run, Study
 
 if TYPE_CHECKING:
     from sret_cli.profiler import Profile
+    from sret_cli.train import OnStep
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,17 @@ class Display:
         """Moves the bar of the run under way."""
         self.progress.update(self.current, completed=done, total=total, text=text)
 
+    @contextmanager
+    def showing(self) -> "Iterator[OnStep]":
+        """Shows one task without runs: hands out what it is to be told of its progress."""
+        with self.progress:
+            self.progress.update(self.overall, visible=True)
+
+            def on_step(done: int, total: int, text: str) -> None:
+                self.progress.update(self.overall, completed=done, total=total, text=text)
+
+            yield on_step
+
     def finish(self, line: str) -> None:
         """Ticks a run off and leaves one line about it."""
         self.progress.advance(self.overall)
@@ -76,15 +88,14 @@ class Display:
 
 
 def profile_run(run: Run, options: Options) -> tuple[Row, "Profile"]:
-    """The row of a run that is measured and not kept, beside published figures of its preset."""
-    from sret_cli.profiler import PUBLISHED, profile
+    """The row of a run that is measured and not kept, beside published figures of its model."""
+    from sret_cli.profiler import profile
 
     costs = profile(run)
     row = {**run.row(), **records.provenance(), **costs.row()}
+    row |= published_columns(run.model, costs.params, costs.macs)
     if options.measure_batch_size is not None:
         row |= _speed(run, options)
-    if run.model == PRESETS.get(run.name) and run.name in PUBLISHED:
-        row["published_gmacs"], row["published_params_m"], _ = PUBLISHED[run.name]
     return row, costs
 
 
@@ -171,7 +182,8 @@ def _do(measurement: str, run: Run, directory: Path, options: Options, display: 
     if measurement == "cost":
         from sret_cli.profiler import profile
 
-        return profile(run).row()
+        costs = profile(run)
+        return {**costs.row(), **published_columns(run.model, costs.params, costs.macs)}
     if measurement == "speed":
         return _speed(run, options)
     from sret_cli.train import train

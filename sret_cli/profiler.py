@@ -34,10 +34,6 @@ KINDS = ("stem", "projections", "attention products", "mlp", "nll", "norms", "po
 # Operators that do matrix products: one of these without a rule would be a silent gap.
 PRODUCT = re.compile(r"mm_?$|mv_?$|matmul|conv|dot|attention|einsum|linear|lstm|gru|rnn|cdist|fft")
 
-# Published multiply-adds (G), parameters (M) and top-1 (%) at 224 px without distillation:
-# README of github.com/szq0214/SReT and table 3 of arXiv 2111.05297.
-PUBLISHED = {"sret_t": (1.1, 4.8, 76.0), "sret_lt": (1.2, 5.0, 76.7), "sret_s": (4.2, 20.9, 81.9)}
-
 
 @dataclass(frozen=True)
 class Counts:

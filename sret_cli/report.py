@@ -25,6 +25,11 @@ COST_TABLE = (
     *("activation_bytes", "measured_batch_size", "forward_seconds", "step_seconds"),
     *("inference_images_per_second", "training_images_per_second", "peak_memory_bytes"),
 )
+PARITY_TABLE = (
+    *("params", "published_params_m", "params_m_minus_published"),
+    *("macs", "published_gmacs", "gmacs_minus_published"),
+    *("published_top1_percent", "published_distilled_top1_percent"),
+)
 RUN_TABLE = (
     *("layers", "params", "macs", "activation_bytes", "peak_memory_bytes", "step_seconds"),
     *("images_per_second", "train_seconds", "final_loss", "test_loss"),
@@ -169,6 +174,13 @@ def breakdown_tables(profile: "Profile") -> list[Table]:
         terminal_table(headings, lines, "By stage"),
         terminal_table(["Kind", macs.heading, "Share (%)"], kinds, "By kind of work"),
     ]
+
+
+def class_table(per_class: Sequence[Row]) -> Table:
+    """Top-1 of each class."""
+    columns = ("test_images", "top1_percent")
+    lines = [[row["class"], *(COLUMNS[c].text(row[c]) for c in columns)] for row in per_class]
+    return terminal_table(["Class", *(COLUMNS[c].heading for c in columns)], lines)
 
 
 def write_report(rows: Sequence[Row], spec: ReportSpec, directory: Path) -> list[Path]:

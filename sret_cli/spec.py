@@ -438,6 +438,14 @@ PRESETS: dict[str, ModelSpec] = {
         recursive_slices=(1, 1, 1),
     ),
 }
+BASE_PRESETS = tuple(PRESETS)
+
+# The other published variants: `published.csv` has their figures.
+_UNSLICED: dict[str, Any] = {"slices": 1, "recursive_slices": 1}
+PRESETS |= {f"{name}_unsliced": PRESETS[name].with_values(**_UNSLICED) for name in BASE_PRESETS[:3]}
+PRESETS["sret_lt_16_14"] = PRESETS["sret_lt"].with_values(slices=(16, 14, 1), recursive_slices=1)
+for _name, _size in (("sret_t", 384), ("sret_s", 384), ("sret_s", 512)):
+    PRESETS[f"{_name}_{_size}"] = PRESETS[_name].with_values(**_UNSLICED, img_size=_size)
 
 
 def preset(name: str) -> ModelSpec:

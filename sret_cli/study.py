@@ -327,6 +327,20 @@ def parse_setting(text: str) -> tuple[str, str, Any]:
         return table, name, value.strip()
 
 
+def model_settings(settings: list[str]) -> Table:
+    """The fields of a model that texts such as "model.mlp_ratio=4" set, where nothing is trained.
+
+    Raises:
+        SretError: a text has another form, or names no field of the model.
+    """
+    values = {}
+    for table, key, value in map(parse_setting, settings):
+        if table == "train":
+            raise SretError(f"--set train.{key}: nothing is trained here; use it with `sret train`")
+        values[key] = value
+    return values
+
+
 def dataset_classes(train: TrainSpec) -> int:
     """How many classes a run's data has.
 

@@ -5,18 +5,19 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
-from torch import nn
+from torch import Tensor, nn
 
 from sret_cli import records
-from sret_cli.data import Loader, load_data
+from sret_cli.data import Loader, load_data, load_test_data
 from sret_cli.errors import DATA, SOME_FAILED, SretError, nearest
 from sret_cli.measure import choose_device, device_name
 from sret_cli.model import build_model
@@ -38,6 +39,22 @@ class Evaluation:
     top1_percent: float
     top5_percent: float
     test_images: int
+    images_by_class: tuple[int, ...] = ()
+    correct_by_class: tuple[int, ...] = ()
+
+    def row(self) -> Row:
+        """The measurements of a row."""
+        names = ("test_loss", "top1_percent", "top5_percent", "test_images")
+        return {name: getattr(self, name) for name in names}
+
+    def per_class(self, classes: tuple[str, ...]) -> list[Row]:
+        """Images and top-1 of each class that images were tested of, in the order of the names."""
+        counts = zip(classes, self.images_by_class, self.correct_by_class, strict=False)
+        return [
+            {"class": name, "test_images": images, "top1_percent": 100 * correct / images}
+            for name, images, correct in counts
+            if images
+        ]
 
 
 def default_workers(train: TrainSpec) -> int:
@@ -65,9 +82,7 @@ def train(
         raise SretError("this run has no [train] table; add one, or use `sret profile`")
     spec, target_device = run.train, choose_device(device)
     directory = directory or run.directory(Path("runs"))
-    if target_device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    use_deterministic_kernels(target_device)
     torch.manual_seed(spec.seed)
     workers = default_workers(spec) if workers is None else workers
     train_loader, test_loader = load_data(spec, run.model, workers)
@@ -129,14 +144,14 @@ def train(
             what = f"test loss is {evaluation.test_loss}"
             _stop_if_diverged(evaluation.test_loss, what, step, epoch + 1, lr)
             final_loss = sum(losses) / len(losses)
-            log(epoch=epoch + 1, train_loss=final_loss, **vars(evaluation))
+            log(epoch=epoch + 1, train_loss=final_loss, **evaluation.row())
     save_weights(model, directory)
     return {
         "epochs_trained": spec.epochs,
         "train_seconds": seconds,
         "images_per_second": images / seconds,
         "final_loss": final_loss,
-        **vars(evaluation),
+        **evaluation.row(),
         "device_name": device_name(target_device),
         "torch_version": torch.__version__,
     }
@@ -182,37 +197,75 @@ def evaluate_run(
     precision: str = "fp32",
     device: str = "auto",
     workers: int | None = None,
+    changes: Mapping[str, Any] | None = None,
+    reference_shuffle: int | None = None,
+    on_step: OnStep = lambda done, total, text: None,
 ) -> Row:
-    """Evaluates the weights in a run's directory on its test images, or on another folder's.
+    """Evaluates a directory's weights on its run's test images, or on another folder's.
+
+    A folder's images have ImageNet's mean and deviation; those of a model that was not trained here
+    are resized and cropped as ImageNet's are, bicubic and with `crop_pct` 0.875. Another folder has
+    as many classes as the model. On one machine, two evaluations with the same batch size agree
+    bitwise: on a CPU always, on CUDA as far as torch has deterministic kernels.
+
+    Args:
+        directory: of a run, or of a model that was built or converted.
+        data_dir: a folder with `val/` or `test/`; the run's own if None.
+        batch_size: images a step.
+        precision: fp32 or bf16.
+        device: auto, cpu or cuda.
+        workers: processes that load images.
+        changes: fields of the spec to evaluate with instead, such as `img_size`.
+        reference_shuffle: draw the permutations of tokens as the reference does, after this seed.
+        on_step: is told of the progress.
 
     Raises:
         SretError: the directory holds no model, or the data are not there or have other classes.
     """
     config = load_config(directory)
     settings = dict(config.get("train") or {})
+    if not settings and data_dir is None:
+        raise SretError(
+            f"{directory} was not trained here; name a folder with val/ by --data-dir", DATA
+        )
     if data_dir is not None:
         settings = {**settings, "dataset": "folder", "data_dir": data_dir}
     spec = TrainSpec(**{**settings, "batch_size": max(batch_size, 2), "precision": precision})
     target_device = choose_device(device)
-    model = load_model(directory).to(target_device)
+    use_deterministic_kernels(target_device)
+    model = load_model(directory, changes).to(target_device)
     workers = default_workers(spec) if workers is None else workers
-    _, test_loader = load_data(spec, model.spec, workers)
-    if max(test_loader.samples.source.targets) >= model.num_classes:
+    test_loader, classes = load_test_data(spec, model.spec, workers)
+    own_data = data_dir is None  # whose classes a run may have room beside
+    if len(classes) > model.num_classes or (len(classes) < model.num_classes and not own_data):
         raise SretError(
-            f"the test images have more classes than the model's {model.num_classes}; "
-            "name the data that it was trained on",
+            f"the test images have {len(classes):,} classes, and the model has "
+            f"{model.num_classes:,}; name data of as many (folders of the others may be empty)",
             DATA,
         )
-    evaluation = evaluate(model, test_loader, target_device, precision)
+    if reference_shuffle is not None:
+        model.set_reference_shuffle()
+        torch.manual_seed(reference_shuffle)
+    evaluation = evaluate(model, test_loader, target_device, precision, on_step)
     return {
         "run_id": directory.name,
         "name": config.get("name"),
         "layers": model.spec.layers,
         "params": sum(p.numel() for p in model.parameters()),
-        **vars(evaluation),
+        **evaluation.row(),
+        "per_class": evaluation.per_class(classes),
+        "model.img_size": model.spec.img_size,
+        "reference_shuffle": reference_shuffle,
         "device_name": device_name(target_device),
         "torch_version": torch.__version__,
     }
+
+
+def use_deterministic_kernels(device: torch.device) -> None:
+    """Makes CUDA repeat itself as far as torch has deterministic kernels; a CPU always does."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -235,6 +288,8 @@ def evaluate(
     training = model.training
     model.eval()
     loss, top1, top5, images = 0.0, 0, 0, 0
+    tested: list[Tensor] = []
+    correct: list[Tensor] = []
     with torch.inference_mode():
         for done, (x, target) in enumerate(loader.epoch(0)):
             target = target.to(device)
@@ -243,8 +298,17 @@ def evaluate(
             loss += F.cross_entropy(output.float(), target, reduction="sum").item()
             best = output.topk(min(5, output.shape[1])).indices.eq(target[:, None])
             top1 += int(best[:, 0].sum())
+            tested.append(target.bincount(minlength=output.shape[1]))
+            correct.append(target[best[:, 0]].bincount(minlength=output.shape[1]))
             top5 += int(best.sum())
             images += len(x)
             on_step(done + 1, len(loader), f"{images} images")
     model.train(training)
-    return Evaluation(loss / images, 100 * top1 / images, 100 * top5 / images, images)
+    return Evaluation(
+        loss / images,
+        100 * top1 / images,
+        100 * top5 / images,
+        images,
+        tuple(torch.stack(tested).sum(0).tolist()),
+        tuple(torch.stack(correct).sum(0).tolist()),
+    )

@@ -50,6 +50,10 @@ COLUMNS = {
     "test_images": Column("Test images", 1, 0),
     "published_gmacs": Column("Published FLOPs (G)", 1, 1),
     "published_params_m": Column("Published params (M)", 1, 1),
+    "params_m_minus_published": Column("Params − published (M)", 1, 1),
+    "gmacs_minus_published": Column("FLOPs − published (G)", 1, 1),
+    "published_top1_percent": Column("Published top-1 (%)", 1, 1),
+    "published_distilled_top1_percent": Column("Published top-1, distilled (%)", 1, 1),
 }
 
 

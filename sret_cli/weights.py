@@ -1,18 +1,32 @@
-"""Models on disk: `config.json` and `model.safetensors`, in and out."""
+"""Models on disk, in and out: ours, and checkpoints in the reference's layout.
 
+Ours are `config.json` and `model.safetensors`. A reference checkpoint is a `.pth` or `.pt` zip, as
+torch.save writes it, or `.safetensors`.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+import torch
+from safetensors.torch import save
+from torch import Tensor
 
 from sret_cli.errors import CHECKPOINT, USAGE, SretError
 from sret_cli.model import SReT, build_model
 from sret_cli.records import make_directory, read_json, write_atomically, write_json
-from sret_cli.spec import ModelSpec
+from sret_cli.reference import from_reference, layout, recognise, to_reference
+from sret_cli.safe_read import State, read_tensors, without_prefix
+from sret_cli.spec import ModelSpec, preset
+from sret_cli.study import resolve_model
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+REFERENCE_FILE = "model.pth"
+
+MAX_TABLE_LINES = 20
 
 
 def save_weights(model: SReT, directory: Path) -> Path:
@@ -34,15 +48,21 @@ def check_no_model(directory: Path) -> None:
         raise SretError(f"{directory} holds a model already; choose another directory", USAGE)
 
 
-def save_model(model: SReT, directory: Path) -> None:
+def save_model(model: SReT, directory: Path, about: Mapping[str, Any] | None = None) -> None:
     """Writes `config.json` and `model.safetensors` of a model that is not a run's.
+
+    Args:
+        model: the model.
+        directory: where; made where it is missing.
+        about: what `config.json` says beside the spec.
 
     Raises:
         SretError: the directory cannot be written to, or holds a model already.
     """
     check_no_model(directory)
     save_weights(model, directory)
-    write_json(directory / CONFIG_FILE, {"model": model.spec.model_dump(mode="json")})
+    spec = model.spec.model_dump(mode="json")
+    write_json(directory / CONFIG_FILE, {**(about or {}), "model": spec})
 
 
 def load_config(directory: Path) -> dict[str, Any]:
@@ -54,7 +74,7 @@ def load_config(directory: Path) -> dict[str, Any]:
     if not (directory / CONFIG_FILE).is_file():
         raise SretError(
             f"{directory} has no {CONFIG_FILE}; name a run's directory or one that "
-            "`sret build --out` wrote",
+            "`sret build --out` or `sret convert` wrote",
             CHECKPOINT,
         )
     try:
@@ -66,29 +86,209 @@ def load_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def load_model(directory: Path) -> SReT:
+def load_model(directory: Path, changes: Mapping[str, Any] | None = None) -> SReT:
     """The model that a directory holds, with its weights.
+
+    Args:
+        directory: a run's, or one of `save_model`.
+        changes: fields of the spec to build it with instead, such as `img_size`, for which the
+            position embeddings are resampled; single numbers of slices fit each stage.
 
     Raises:
         SretError: a file is missing or damaged, or the weights are of another model.
     """
-    spec = ModelSpec(**load_config(directory)["model"])
+    spec = changed(ModelSpec(**load_config(directory)["model"]), changes or {})
     path = directory / WEIGHTS_FILE
     if not path.is_file():
         raise SretError(f"{directory} has no {WEIGHTS_FILE}; train the run first", CHECKPOINT)
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise SretError(f"{path} is damaged or no safetensors file: {error}", CHECKPOINT) from None
+    tensors = read_tensors(path)
+    if changes and "img_size" in changes:
+        tensors = _fitted(tensors, spec)
     model = build_model(spec)
-    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    found = {k: tuple(v.shape) for k, v in tensors.items()}
-    if expected != found:
-        wrong = sorted(k for k in expected.keys() | found if expected.get(k) != found.get(k))
-        raise SretError(
-            f"{path} is of another model: {len(wrong)} tensors differ, first {wrong[0]} "
-            f"(has {found.get(wrong[0])}, needs {expected.get(wrong[0])})",
-            CHECKPOINT,
-        )
-    model.load_state_dict(tensors)
+    _check_shapes(model.state_dict(), tensors, str(path))
+    model.load_state_dict(_like(model.state_dict(), tensors, str(path)))
     return model
+
+
+def changed(spec: ModelSpec, changes: Mapping[str, Any]) -> ModelSpec:
+    """A spec with other fields; single numbers of slices fit each stage, as `--slices` does.
+
+    Raises:
+        SretError: the fields do not fit together, such as slices that no longer divide the tokens.
+    """
+    if not changes:
+        return spec
+    table = {**spec.model_dump(), **changes}
+    if "slices" in changes and "recursive_slices" not in changes:
+        table["recursive_slices"] = changes["slices"]
+    return resolve_model(table)
+
+
+def load_reference(model: SReT, source: str | Path | State, reset_head: bool = False) -> None:
+    """Loads weights in the reference's layout into a model.
+
+    Position embeddings of another image size are resampled.
+
+    Args:
+        model: the model, of the same design.
+        source: a `.pth`, `.pt` or `.safetensors` file, or a state dict.
+        reset_head: leave the model's own head, as for another number of classes.
+
+    Raises:
+        SretError: the file cannot be read safely or is damaged, or its weights are of another
+            model; the error's `table` names keys that are missing, unexpected or misshapen.
+    """
+    if isinstance(source, Mapping):
+        _load_reference(model, without_prefix(source), "the state dict", reset_head)
+    else:
+        _load_reference(model, read_tensors(Path(source)), str(source), reset_head)
+
+
+def _load_reference(model: SReT, tensors: dict[str, Tensor], where: str, reset_head: bool) -> None:
+    state = model.state_dict()
+    entries = layout(model.spec, state)
+    if reset_head:
+        entries = [e for e in entries if not e.key.startswith("head.")]
+        tensors = {k: v for k, v in tensors.items() if not k.startswith("head.")}
+    expected = {k: state[ours] if c is None else state[ours][:1] for k, ours, c in entries}
+    tensors = _fitted(tensors, model.spec)
+    _check_shapes(expected, tensors, where)
+    ours = from_reference(entries, tensors)
+    model.load_state_dict(_like(state, ours, where), strict=not reset_head)
+
+
+def resample_pos_embed(pos_embed: Tensor, side: int) -> Tensor:
+    """Position embeddings `[1, C, Y, X]` for a square of that side, by timm's bicubic function."""
+    if pos_embed.shape[-2:] == (side, side):
+        return pos_embed
+    from timm.layers import resample_abs_pos_embed_nhwc
+
+    resampled = resample_abs_pos_embed_nhwc(pos_embed.permute(0, 2, 3, 1), [side, side])
+    return resampled.permute(0, 3, 1, 2).contiguous()
+
+
+def _fitted(tensors: dict[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
+    """The state dict with position embeddings of the spec's image size."""
+    found = tensors.get("pos_embed")
+    if found is None or found.ndim != 4 or found.shape[:2] != (1, spec.embed_dims[0]):
+        return tensors  # of another model: the check of shapes says so
+    return {**tensors, "pos_embed": resample_pos_embed(found, spec.sides[0])}
+
+
+class Converted(NamedTuple):
+    """A model read from a reference checkpoint, the preset's name, and what was assumed."""
+
+    model: SReT
+    name: str
+    notes: list[str]
+
+
+def read_reference(
+    path: Path,
+    preset_name: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    reset_head: bool = False,
+) -> Converted:
+    """The model that a reference checkpoint holds; its design is recognised from the shapes.
+
+    Args:
+        path: a `.pth`, `.pt` or `.safetensors` file.
+        preset_name: the design, where it is not to be recognised.
+        changes: fields of the spec that stand before those recognised.
+        reset_head: give the model a fresh head.
+
+    Raises:
+        SretError: as `load_reference`, or the design cannot be recognised.
+    """
+    tensors, changes = read_tensors(path), dict(changes or {})
+    if preset_name is not None:
+        name: str | None = preset_name
+        table = preset(preset_name).model_dump()
+        if "head.weight" in tensors and tensors["head.weight"].ndim == 2:
+            table["num_classes"] = len(tensors["head.weight"])
+    else:
+        name, table = recognise(tensors, changes)
+    if "slices" in changes and "recursive_slices" not in changes:
+        table["recursive_slices"] = changes["slices"]
+    spec = resolve_model({**table, **changes})
+    notes = []
+    if preset_name is None:
+        notes.append(f"recognised {name or 'no preset'} from the shapes")
+        if not {"slices", "recursive_slices"} & changes.keys():
+            slices, later = ("-".join(map(str, s)) for s in (spec.slices, spec.recursive_slices))
+            notes[0] += f"; they do not tell slices: took {slices}, then {later}"
+            notes[0] += " (--slices or --preset say otherwise)"
+    model = build_model(spec)
+    _load_reference(model, tensors, str(path), reset_head)
+    side, found = spec.sides[0], tensors["pos_embed"].shape[-1]
+    if side != found:
+        notes.append(f"resampled position embeddings from {found}x{found} to {side}x{side}")
+    if reset_head:
+        notes.append(f"fresh head for {spec.num_classes} classes")
+    return Converted(model, name or "converted", notes)
+
+
+def save_reference(model: SReT, directory: Path) -> Path:
+    """Writes `model.pth` in the reference's layout, under "model", atomically; returns the file.
+
+    Raises:
+        SretError: the reference has no such model, or the directory cannot be written to.
+    """
+    tensors = {k: v.detach().cpu() for k, v in model.state_dict().items()}
+    file = BytesIO()
+    torch.save({"model": to_reference(model.spec, tensors)}, file)
+    path = make_directory(directory) / REFERENCE_FILE
+    if path.exists():
+        raise SretError(f"{path} is there already; choose another directory", USAGE)
+    write_atomically(path, file.getvalue())
+    return path
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_shapes(expected: State, found: State, where: str) -> None:
+    """Refuses a state dict of another model, with a table of the keys that differ."""
+    lines = []
+    for key in (*expected, *(k for k in found if k not in expected)):
+        needs, has = (tuple(s[key].shape) if key in s else None for s in (expected, found))
+        if needs != has:
+            what = "missing" if has is None else "unexpected" if needs is None else "misshapen"
+            lines.append((key, what, *("–" if s is None else str(s) for s in (has, needs))))
+    if not lines:
+        return
+    kinds = [
+        (kind, sum(line[1] == kind for line in lines))
+        for kind in ("missing", "unexpected", "misshapen")
+    ]
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds if count)
+    key, _, has_shape, needs_shape = lines[0]
+    hint = "; --reset-head gives it a fresh head" * all(
+        line[0].startswith("head.") for line in lines
+    )
+    shown = [("Key", "Is", "Has the shape", "Needs"), *lines[:MAX_TABLE_LINES]]
+    if len(lines) > MAX_TABLE_LINES:
+        shown.append((f"… and {len(lines) - MAX_TABLE_LINES:,} more", "", "", ""))
+    raise SretError(
+        f"{where} is of another model: {len(lines):,} tensors differ ({counts}), first {key} "
+        f"(has {has_shape}, needs {needs_shape}){hint}",
+        CHECKPOINT,
+        shown,
+    )
+
+
+def _like(state: State, tensors: State, where: str) -> dict[str, Tensor]:
+    """Tensors in the types of a model's own; refuses NaN and infinity."""
+    cast = {key: tensor.to(state[key].dtype) for key, tensor in tensors.items()}
+    for key, tensor in cast.items():
+        if not tensor.isfinite().all():
+            bad = int((~tensor.isfinite()).sum())
+            raise SretError(
+                f"{where}: {key} has {bad:,} values that are NaN or infinite; the checkpoint is "
+                "of a run that diverged, or damaged",
+                CHECKPOINT,
+            )
+    return cast

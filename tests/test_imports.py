@@ -11,9 +11,9 @@ PACKAGE = Path(sret_cli.__file__).parent
 
 # A file imports only from files above it.
 ORDER = (
-    *("__init__", "errors", "strict", "depth", "spec", "registry", "records", "cost", "study"),
-    *("model", "weights", "profiler", "measure", "data", "train", "launch", "views", "figures"),
-    *("report", "cli", "__main__"),
+    *("__init__", "errors", "strict", "depth", "spec", "registry", "records", "published", "cost"),
+    *("study", "model", "safe_read", "reference", "weights", "profiler", "measure", "data"),
+    *("train", "launch", "views", "figures", "report", "cli", "__main__"),
 )
 
 
@@ -57,7 +57,9 @@ def test_help_loads_neither_torch_nor_pandas():
     assert not loaded & heavy
 
 
-@pytest.mark.parametrize("name", ["spec", "cost", "study", "records", "launch", "views", "report"])
+@pytest.mark.parametrize(
+    "name", ["spec", "cost", "study", "records", "published", "launch", "views", "report"]
+)
 def test_light_files_load_no_heavy_package(name):
     loaded = loaded_by(f"import sret_cli.{name}")
     assert not loaded & {"torch", "timm", "fvcore", "pandas", "matplotlib", "scipy", "sklearn"}

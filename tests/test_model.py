@@ -3,7 +3,7 @@ import torch
 
 from sret_cli.errors import SretError
 from sret_cli.model import build_model
-from sret_cli.spec import PRESETS
+from sret_cli.spec import BASE_PRESETS, PRESETS
 
 SMALL = {"img_size": 32, "stem_strides": (1, 2, 1), "num_classes": 10, "slices": 1}
 
@@ -14,7 +14,7 @@ def image(spec, batch=2):
     return torch.randn(size, generator=generator)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", BASE_PRESETS)
 @pytest.mark.parametrize("nll", ["per_pass", "per_block", "none"])
 @pytest.mark.parametrize("loop", ["internal", "external"])
 def test_output_is_finite_and_every_parameter_gets_a_gradient(name, nll, loop):

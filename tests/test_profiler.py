@@ -9,7 +9,7 @@ from sret_cli.errors import SretError
 from sret_cli.measure import choose_device, measure
 from sret_cli.model import build_model
 from sret_cli.profiler import count_module, saved_bytes, trace
-from sret_cli.spec import PRESETS
+from sret_cli.spec import BASE_PRESETS, PRESETS
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -38,7 +38,7 @@ def test_costs_are_those_of_the_reference_to_the_unit(name, values, params, macs
     assert (costs.params, costs.macs) == (params, macs)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", BASE_PRESETS)
 @pytest.mark.parametrize("values", [{}, UNSLICED], ids=["sliced", "unsliced"])
 @pytest.mark.parametrize("loop", ["internal", "external"])
 def test_traced_signatures_add_up_to_the_full_trace_to_the_unit(name, values, loop):
