@@ -1,3 +1,4 @@
+import signal
 import sys
 
 import pytest
@@ -33,10 +34,13 @@ def sret(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "250")
 
+    terminate = signal.getsignal(signal.SIGTERM)
+
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["sret", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             main()
+        signal.signal(signal.SIGTERM, terminate)  # `main` sets its own
         out, err = capsys.readouterr()
         return ended.value.code, out, err
 

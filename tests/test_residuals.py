@@ -1,17 +1,27 @@
-"""How the residual rules fare at 1,000 shared passes, at initialisation: what the README says."""
-
-import math
+"""How the residual rules fare in 1,000 shared passes at initialisation: what the README says."""
 
 import pytest
 from benchmarks.residuals import RULES, probe
 
+# Root mean squares over 1,000 layers of 10 blocks: output over input, and gradient back likewise.
+# Measured by benchmarks/residuals.py; the tests allow a quarter to each side.
+AT_1000 = {
+    "lrc": (127, 26),
+    "plain": (127, 26),
+    "layerscale": (1.0, 1.0),
+    "rezero": (1.0, 1.0),
+    "sqrt": (3.79, 2.87),
+    "loop": (1.06, 1.06),
+    "deepnorm": (1.01, 0.000368),
+}
 
-@pytest.fixture(scope="module")
-def at_1000():
-    return {rule: probe(rule, 1000) for rule in RULES}
+
+def test_every_rule_is_probed():
+    assert set(AT_1000) == set(RULES)
 
 
-def test_no_rule_overflows_in_a_thousand_passes(at_1000):
-    for norms in at_1000.values():
-        assert math.isfinite(norms.forward)
-        assert math.isfinite(norms.backward)
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
+def test_signal_and_gradient_in_a_thousand_passes_are_as_the_readme_says(rule):
+    norms = probe(rule, 1000)
+    assert (norms.forward, norms.backward) == pytest.approx(AT_1000[rule], rel=0.25)
