@@ -20,8 +20,9 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from sret_cli.backbone import Spec
 from sret_cli.errors import DATA, SretError
-from sret_cli.spec import ModelSpec, TrainSpec
+from sret_cli.spec import TrainSpec
 from sret_cli.study import folder_classes
 
 DIGITS_MEAN, DIGITS_STD = 0.305, 0.376  # of all pixels, scaled to 0..1
@@ -148,7 +149,7 @@ def collate(samples: list[tuple[Tensor, int] | SretError]) -> tuple[Tensor, Tens
     return torch.stack([image for image, _ in good]), torch.tensor([target for _, target in good])
 
 
-def load_data(train: TrainSpec, model: ModelSpec, workers: int = 0) -> tuple[Loader, Loader]:
+def load_data(train: TrainSpec, model: Spec, workers: int = 0) -> tuple[Loader, Loader]:
     """The loaders of a run's training and test images.
 
     Raises:

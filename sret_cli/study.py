@@ -2,7 +2,7 @@
 
 A study file has tables `[model]` and `[train]`, whose product with `[grid]` (all combinations),
 `[zip]` (axes that move together) and `[[runs]]` (an explicit list) is the list of runs, and
-`[report]`.
+`[report]`. A list `baselines` above the tables adds untouched models of timm's.
 """
 
 import hashlib
@@ -14,14 +14,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from sret_cli.backbone import BackboneSpec, Spec
 from sret_cli.errors import DATA, USAGE, SretError, nearest
 from sret_cli.records import MEASUREMENTS
 from sret_cli.spec import ModelSpec, TrainSpec, preset
 from sret_cli.strict import Strict
 
 Table = dict[str, Any]
-TABLES = ("model", "train", "grid", "zip", "runs", "report")
+TABLES = ("model", "train", "grid", "zip", "runs", "baselines", "report")
 MODEL_KEYS = ("preset", "layers", *ModelSpec.model_fields)
+BACKBONE_KEYS = tuple(BackboneSpec.model_fields)
 DIGITS_CLASSES = 10
 
 
@@ -31,7 +33,7 @@ class Run:
 
     study: str
     name: str
-    model: ModelSpec
+    model: Spec
     train: TrainSpec | None = None
 
     @property
@@ -69,7 +71,7 @@ class ReportSpec(Strict):
         """The `[report]` table of a study, with columns that exist."""
         table = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
         spec = cls(**table)
-        fields = [f"model.{f}" for f in ModelSpec.model_fields]
+        fields = [f"model.{f}" for f in dict.fromkeys((*ModelSpec.model_fields, *BACKBONE_KEYS))]
         fields += [f"train.{f}" for f in TrainSpec.model_fields]
         for column in (spec.x, *spec.y):
             if column not in (*MEASUREMENTS, *fields):
@@ -133,11 +135,14 @@ def study_of(name: str, tables: Table) -> Study:
     for key, value in tables.items():
         if key not in TABLES:
             raise SretError(f"unknown table [{key}]; {nearest(key, list(TABLES))}")
-        if not isinstance(value, list if key == "runs" else dict):
+        if key == "baselines":
+            if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+                raise SretError(f"baselines = {value!r}: give a list of timm's names of models")
+        elif not isinstance(value, list if key == "runs" else dict):
             raise SretError(f"{key} = {value!r}: write {key} as a table, [{key}]")
     if not any(key in tables for key in TABLES if key != "report"):
         raise SretError(f"a study has at least one of the tables {', '.join(TABLES[:-1])}")
-    runs = []
+    runs, baselines = [], []
     for point in _points(tables):
         model, train = dict(tables.get("model", {})), dict(tables.get("train", {}))
         label = point.pop("name", None)
@@ -145,8 +150,14 @@ def study_of(name: str, tables: Table) -> Study:
             table, _, name_in_table = key.partition(".")
             (model if table == "model" else train)[name_in_table] = value
         trains = "train" in tables or any(key.startswith("train.") for key in point)
-        runs.append(resolve(name, model, train if trains else None, label))
-    return Study(name, tuple(dict.fromkeys(runs)), ReportSpec.of(tables.get("report", {})))
+        if "model" in tables or "runs" in tables or model or "baselines" not in tables:
+            runs.append(resolve(name, model, train if trains else None, label))
+        images = {k: model[k] for k in ("img_size", "in_chans", "num_classes") if k in model}
+        for backbone in tables.get("baselines", ()):
+            baseline = {**images, "backbone": backbone}
+            baselines.append(resolve(name, baseline, train if trains else None))
+    unique = tuple(dict.fromkeys([*runs, *baselines]))
+    return Study(name, unique, ReportSpec.of(tables.get("report", {})))
 
 
 def _points(tables: Table) -> Iterator[Table]:
@@ -177,7 +188,8 @@ def _points(tables: Table) -> Iterator[Table]:
 
 
 def _check_key(place: str, key: str) -> None:
-    keys = [f"model.{k}" for k in MODEL_KEYS] + [f"train.{k}" for k in TrainSpec.model_fields]
+    keys = [f"model.{k}" for k in dict.fromkeys((*MODEL_KEYS, *BACKBONE_KEYS))]
+    keys += [f"train.{k}" for k in TrainSpec.model_fields]
     if key not in keys:
         hint = f'; write it in quotes, "{key}.…"' if key in ("model", "train") else ""
         raise SretError(f"{place} unknown key {key!r}{hint}; {nearest(key, keys)}")
@@ -198,11 +210,11 @@ def resolve(study: str, model: Table, train: Table | None, name: str | None = No
     else:
         train_spec = None
     trains_digits = train_spec is not None and train_spec.dataset == "digits"
-    chosen = model.get("preset", "nano" if trains_digits else "deep")
+    chosen = model.get("backbone") or model.get("preset", "nano" if trains_digits else "deep")
     classes = dataset_classes(train_spec) if train_spec is not None else None
     if classes is not None and "num_classes" not in model:
         model = model | {"num_classes": classes}
-    spec = resolve_model({**model, "preset": chosen})
+    spec = resolve_model(model if "backbone" in model else {**model, "preset": chosen})
     if classes is not None and spec.num_classes < classes:
         raise SretError(
             f"num_classes = {spec.num_classes} is fewer than the {classes} classes of the data; "
@@ -211,12 +223,16 @@ def resolve(study: str, model: Table, train: Table | None, name: str | None = No
     return Run(study, name or str(chosen), spec, train_spec)
 
 
-def resolve_model(table: Table) -> ModelSpec:
-    """The spec of a `[model]` table.
+def resolve_model(table: Table) -> Spec:
+    """The spec of a `[model]` table: of a backbone where it has one.
 
-    Beside the spec's fields it takes `preset`, `layers` (as `--layers`), and single numbers for
-    `slices` and `recursive_slices`, which fit each stage (as `--slices`).
+    Beside a `ModelSpec`'s fields it takes `preset`, `layers` (as `--layers`), and single numbers
+    for `slices` and `recursive_slices`, which fit each stage (as `--slices`).
     """
+    if "backbone" in table:
+        return _resolve_backbone(table)
+    if "share" in table:
+        raise SretError("[model] share ties the blocks of timm's models; give a backbone with it")
     _check_keys("model", table, list(MODEL_KEYS))
     try:
         values = dict(table)
@@ -233,6 +249,17 @@ def resolve_model(table: Table) -> ModelSpec:
         spec = base.with_values(**values, **dict.fromkeys(fits, 1))
         spec = spec.with_values(**{key: spec.fit_slices(wanted) for key, wanted in fits.items()})
         return spec if layers is None else spec.at(layers=layers)
+    except SretError as error:
+        raise SretError(f"[model] {error}", error.code) from None
+
+
+def _resolve_backbone(table: Table) -> BackboneSpec:
+    for key in table:
+        if key in MODEL_KEYS and key not in BACKBONE_KEYS:
+            raise SretError(f"[model] {key} does not go with a backbone; leave one of the two out")
+    _check_keys("model", table, list(BACKBONE_KEYS))
+    try:
+        return BackboneSpec(**table)
     except SretError as error:
         raise SretError(f"[model] {error}", error.code) from None
 

@@ -5,17 +5,18 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import nn
 
+from sret_cli.backbone import read_spec
 from sret_cli.errors import CHECKPOINT, USAGE, SretError
-from sret_cli.model import SReT, build_model
 from sret_cli.records import make_directory, read_json, write_atomically, write_json
-from sret_cli.spec import ModelSpec
+from sret_cli.recurse import build_any
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 
 
-def save_weights(model: SReT, directory: Path) -> Path:
+def save_weights(model: nn.Module, directory: Path) -> Path:
     """Writes a model's state dict, atomically; returns the file."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     path = directory / WEIGHTS_FILE
@@ -23,7 +24,7 @@ def save_weights(model: SReT, directory: Path) -> Path:
     return path
 
 
-def save_model(model: SReT, directory: Path) -> None:
+def save_model(model: Any, directory: Path) -> None:
     """Writes `config.json` and `model.safetensors` of a model that is not a run's.
 
     Raises:
@@ -54,13 +55,13 @@ def load_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def load_model(directory: Path) -> SReT:
-    """The model that a directory holds, with its weights.
+def load_model(directory: Path) -> Any:
+    """The model, of either kind of spec, that a directory holds, with its weights.
 
     Raises:
         SretError: a file is missing or damaged, or the weights are of another model.
     """
-    spec = ModelSpec(**load_config(directory)["model"])
+    spec = read_spec(load_config(directory)["model"])
     path = directory / WEIGHTS_FILE
     if not path.is_file():
         raise SretError(f"{directory} has no {WEIGHTS_FILE}; train the run first", CHECKPOINT)
@@ -68,7 +69,7 @@ def load_model(directory: Path) -> SReT:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise SretError(f"{path} is damaged or no safetensors file: {error}", CHECKPOINT) from None
-    model = build_model(spec)
+    model = build_any(spec)
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     found = {k: tuple(v.shape) for k, v in tensors.items()}
     if expected != found:

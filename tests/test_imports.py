@@ -11,8 +11,20 @@ PACKAGE = Path(sret_cli.__file__).parent
 
 # A file imports only from files above it.
 ORDER = (
-    *("__init__", "errors", "strict", "spec", "records", "study", "model", "weights", "profiler"),
-    *("measure", "data", "train", "launch", "views", "figures", "report", "cli", "__main__"),
+    *("__init__", "errors", "strict", "spec", "backbone", "records", "study", "model", "recurse"),
+    *(
+        "weights",
+        "profiler",
+        "measure",
+        "data",
+        "train",
+        "launch",
+        "views",
+        "figures",
+        "report",
+        "cli",
+        "__main__",
+    ),
 )
 
 
@@ -56,13 +68,15 @@ def test_help_loads_neither_torch_nor_pandas():
     assert not loaded & heavy
 
 
-@pytest.mark.parametrize("name", ["spec", "study", "records", "launch", "views", "report"])
+@pytest.mark.parametrize(
+    "name", ["spec", "backbone", "study", "records", "launch", "views", "report"]
+)
 def test_light_files_load_no_heavy_package(name):
     loaded = loaded_by(f"import sret_cli.{name}")
     assert not loaded & {"torch", "timm", "fvcore", "pandas", "matplotlib", "scipy", "sklearn"}
 
 
-@pytest.mark.parametrize("name", ["model", "profiler", "weights"])
+@pytest.mark.parametrize("name", ["model", "recurse", "profiler", "weights", "measure"])
 def test_model_and_costs_do_not_need_timm(name):
     loaded = loaded_by(f"import sret_cli.{name}")
     assert "torch" in loaded
