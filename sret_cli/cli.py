@@ -26,6 +26,11 @@ app = typer.Typer(
 StudyFile = Annotated[Path | None, typer.Argument(metavar="[STUDY]", help="A study file (TOML).")]
 Preset = Annotated[str | None, typer.Option(help="sret_t, sret_lt, sret_s, deep, nano …")]
 Layers = Annotated[int | None, typer.Option(help="Layers (passes) in all: sets the recursions.")]
+Backbone = Annotated[str | None, typer.Option(help="A model of timm's, in the preset's place.")]
+Recursions = Annotated[int | None, typer.Option(help="Passes through each block.")]
+Share = Annotated[
+    str | None, typer.Option(help="A backbone's blocks with one set of weights: N or all.")
+]
 Slices = Annotated[int | None, typer.Option(help="Slices of all passes; each stage takes the gcd.")]
 LaterSlices = Annotated[int | None, typer.Option(help="Slices of the later passes alone.")]
 Nll = Annotated[str | None, typer.Option(help="per_pass, per_block or none.")]
@@ -48,7 +53,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 MODEL_FLAGS = (
     *("preset", "layers", "slices", "recursive_slices", "nll", "img_size", "num_classes"),
-    *("params", "macs", "twin"),
+    *("params", "macs", "twin", "backbone", "recursions", "share"),
 )
 TRAIN_FLAGS = ("dataset", "data_dir", "epochs", "batch_size", "seed", "precision")
 
@@ -94,6 +99,8 @@ def study_from(context: typer.Context, trains: bool) -> Any:
 
     given = flags_given(context)
     model = {key: given[key] for key in MODEL_FLAGS if key in given}
+    if model.get("share", "").isdecimal():
+        model["share"] = int(model["share"])
     train = {key: given[key] for key in (TRAIN_FLAGS if trains else ("data_dir",)) if key in given}
     settings, path = list(given.get("set_", ())), given.get("study")
     if "data_dir" in train and not trains and path is None:
@@ -102,14 +109,15 @@ def study_from(context: typer.Context, trains: bool) -> Any:
     if path is None:
         spec = study.runs[0].model
         for field in ("recursive_slices", "slices"):
-            note_fitted_slices(spec, field, given.get(field))
+            if field in given:
+                note_fitted_slices(spec, field, given[field])
     return study
 
 
-def note_fitted_slices(spec: Any, field: str, wanted: int | None) -> None:
+def note_fitted_slices(spec: Any, field: str, wanted: int) -> None:
     """Says which stages take other slices than were asked for."""
     for stage, (slices, tokens) in enumerate(zip(getattr(spec, field), spec.tokens, strict=True)):
-        if wanted is not None and slices != wanted:
+        if slices != wanted:
             many = "1 slice" if slices == 1 else f"{slices} slices"
             notes().print(f"stage {stage + 1}: its {tokens} tokens take {many}, not {wanted}")
 
@@ -134,7 +142,10 @@ def build(
     context: typer.Context,
     study: StudyFile = None,
     preset: Preset = None,
+    backbone: Backbone = None,
     layers: Layers = None,
+    recursions: Recursions = None,
+    share: Share = None,
     slices: Slices = None,
     recursive_slices: LaterSlices = None,
     nll: Nll = None,
@@ -153,7 +164,7 @@ def build(
     """Build a model, run one image through it, and print its stages."""
     import torch
 
-    from sret_cli.model import build_model
+    from sret_cli.recurse import build_any
     from sret_cli.report import build_summary, build_table
     from sret_cli.weights import check_no_model, load_model, save_model
 
@@ -169,7 +180,7 @@ def build(
         specs = dict.fromkeys(run.model for run in study_from(context, trains=False).runs)
         if out is not None and len(specs) > 1:
             raise SretError(f"--out takes one model, and {study} has {len(specs)}", USAGE)
-        models = [build_model(spec) for spec in specs]
+        models = [build_any(spec) for spec in specs]
     summaries = [build_summary(model) for model in models]
     if out is not None:
         save_model(models[0], out)
@@ -185,7 +196,10 @@ def profile(
     context: typer.Context,
     study: StudyFile = None,
     preset: Preset = None,
+    backbone: Backbone = None,
     layers: Layers = None,
+    recursions: Recursions = None,
+    share: Share = None,
     slices: Slices = None,
     recursive_slices: LaterSlices = None,
     nll: Nll = None,
@@ -250,7 +264,10 @@ def train(
     context: typer.Context,
     study: StudyFile = None,
     preset: Preset = None,
+    backbone: Backbone = None,
     layers: Layers = None,
+    recursions: Recursions = None,
+    share: Share = None,
     slices: Slices = None,
     recursive_slices: LaterSlices = None,
     nll: Nll = None,

@@ -20,8 +20,9 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from sret_cli.backbone import Spec
 from sret_cli.errors import DATA, SretError
-from sret_cli.spec import ModelSpec, TrainSpec
+from sret_cli.spec import TrainSpec
 from sret_cli.study import DIGITS_CLASSES, class_folders, folder_classes
 
 DIGITS_MEAN, DIGITS_STD = 0.305, 0.376  # of all pixels, scaled to 0..1
@@ -162,7 +163,7 @@ def collate(samples: list[tuple[Tensor, int] | SretError]) -> tuple[Tensor, Tens
     return torch.stack([image for image, _ in good]), torch.tensor([target for _, target in good])
 
 
-def load_data(train: TrainSpec, model: ModelSpec, workers: int = 0) -> tuple[Loader, Loader]:
+def load_data(train: TrainSpec, model: Spec, workers: int = 0) -> tuple[Loader, Loader]:
     """The loaders of a run's training and test images.
 
     Raises:
@@ -190,7 +191,7 @@ def load_data(train: TrainSpec, model: ModelSpec, workers: int = 0) -> tuple[Loa
 
 
 def load_test_data(
-    train: TrainSpec, model: ModelSpec, workers: int = 0
+    train: TrainSpec, model: Spec, workers: int = 0
 ) -> tuple[Loader, tuple[str, ...]]:
     """The loader of a run's test images alone, and the names of the classes, in their order.
 
@@ -206,7 +207,7 @@ def load_test_data(
     return Loader(samples, train.batch_size, False, workers), classes
 
 
-def _transform(train: TrainSpec, model: ModelSpec) -> tuple[partial, str]:
+def _transform(train: TrainSpec, model: Spec) -> tuple[partial, str]:
     """The transform by timm, to which `is_training` is still to be given, and PIL's mode."""
     if model.in_chans not in MODES:
         raise SretError(f"in_chans = {model.in_chans}: images have 1 or 3 channels", DATA)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sret_cli import records
+from sret_cli.backbone import BackboneSpec
 from sret_cli.errors import RESOURCES, SOME_FAILED, SretError, out_of_memory
 from sret_cli.published import published_columns
 from sret_cli.records import Row
@@ -117,8 +118,10 @@ def run_study(
     and the others go on.
 
     Raises:
-        SretError: the data, the device or the root cannot be used, which would fail every run.
+        SretError: the data, the device or the root cannot be used, which would fail every run; or
+            a run's backbone cannot be built, which is found out before the first run starts.
     """
+    _check_backbones(study, root)
     outcome = Outcome()
     display = Display(console, study.name, len(study.runs))
     with _says_what_was_kept(study, root, outcome, console), display.progress:
@@ -162,6 +165,15 @@ def _remove_unless_finished(directory: Path) -> None:
         for parent in list(directory.parents)[:2]:
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
+
+
+def _check_backbones(study: Study, root: Path) -> None:
+    new = [run for run in study.runs if records.read_row(run.directory(root)) is None]
+    for spec in dict.fromkeys(run.model for run in new):
+        if isinstance(spec, BackboneSpec) and len(new) > 1:
+            from sret_cli.recurse import build_backbone
+
+            build_backbone(spec)
 
 
 def _missing(row: Row, run: Run, options: Options, trains: bool) -> list[str]:
@@ -218,7 +230,8 @@ def _out_of_memory_is_an_error() -> Iterator[None]:
 
 
 def _summary(run: Run, row: Row, done: bool) -> str:
-    parts = [f"{run.run_id} {run.name}", f"{row['layers']} layers"]
+    parts = [f"{run.run_id} {run.name}"]
+    parts += [f"{row['layers']} layers"] if row["layers"] is not None else []
     if run.train is not None:
         parts.append(f"seed {run.train.seed}")
     if row["error"]:

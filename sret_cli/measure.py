@@ -9,10 +9,11 @@ from itertools import accumulate
 import torch
 from torch import nn
 
+from sret_cli.backbone import BackboneSpec, Spec
 from sret_cli.cost import count
 from sret_cli.errors import RESOURCES, USAGE, SretError
-from sret_cli.model import build_model
 from sret_cli.records import Row
+from sret_cli.recurse import build_any
 from sret_cli.spec import ModelSpec
 
 FP32_BYTES = 4
@@ -40,15 +41,16 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def measure(spec: ModelSpec, device: torch.device, batch_size: int, precision: str) -> Row:
+def measure(spec: Spec, device: torch.device, batch_size: int, precision: str) -> Row:
     """Time and memory of inference and of a training step (forward, backward, AdamW) on a device.
 
     Times are medians of at least 5 rounds after 2 of warm-up, with the interquartile range beside
     them. `peak_memory_bytes` is the training step's: what CUDA's allocator had at the most, or on
     a CPU the weights and optimizer state and the most that torch allocated on top of them.
     """
-    _check_memory(spec, device, batch_size)
-    model = build_model(spec).to(device)
+    if not isinstance(spec, BackboneSpec):
+        _check_memory(spec, device, batch_size)
+    model = build_any(spec).to(device)
     size = (batch_size, spec.in_chans, spec.img_size, spec.img_size)
     x = torch.randn(size, device=device)
     target = torch.randint(max(spec.num_classes, 1), (batch_size,), device=device)

@@ -8,6 +8,7 @@ fused attention puts out no score matrix. `activation_bytes` are what autograd r
 image for the backward pass, in fp32, without parameters and the masks of dropout.
 
 Passes of equal shape and slices cost the same: each such signature is traced once and multiplied.
+timm's models are traced whole; the costs of many recursions follow from those of two and three.
 """
 
 import re
@@ -15,13 +16,15 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sret_cli.backbone import BackboneSpec, Spec
 from sret_cli.model import NLL, Block, Pool, SReT, Stem, fixed_permutations
+from sret_cli.recurse import build_backbone, count_layers
 from sret_cli.spec import ModelSpec, SretError
 from sret_cli.study import Run
 
@@ -62,9 +65,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Profile:
-    """The exact costs of a spec: parts that add up to the whole network."""
+    """The exact costs of a spec: parts that add up to the whole network.
 
-    spec: ModelSpec
+    A backbone's are not told apart by stage, and its `layers` are None where they are not known.
+    """
+
+    spec: Spec
+    layers: int | None
     params: int
     params_by_stage: tuple[int, ...]
     parts: tuple[Part, ...]
@@ -88,23 +95,24 @@ class Profile:
         return self._sum("activation_bytes")
 
     def macs_by_kind(self) -> dict[str, int]:
-        """Multiply-adds of each kind of work, in the order of `KINDS`."""
+        """Multiply-adds of each kind of work, or of each operator of a backbone."""
         total: Counter[str] = Counter()
         for part in self.parts:
             for kind, macs in part.counts.macs_by_kind:
                 total[kind] += part.times * macs
-        return {kind: total[kind] for kind in KINDS}
+        return {kind: total[kind] for kind in (KINDS if self.params_by_stage else total)}
 
     def macs_by_stage(self) -> tuple[int, ...]:
         """Multiply-adds of each stage's passes; stem, pools and head are not in them."""
         return tuple(
             sum(p.times * p.counts.macs for p in self.parts if p.stage == stage)
-            for stage in range(self.spec.stages)
+            for stage in range(len(self.params_by_stage))
         )
 
     def row(self) -> dict[str, Any]:
         """The measurements of a row."""
         return {
+            "layers": self.layers,
             "params": self.params,
             "macs": self.macs,
             "activations": self.activations,
@@ -207,12 +215,45 @@ def trace(spec: ModelSpec) -> Profile:
     parts.append(head)
     alone = sum(p.counts.params for p in parts if p.stage is None)
     params = sum(params_by_stage) + alone + dims[0] * sides[0] ** 2
-    return Profile(spec, params, tuple(params_by_stage), tuple(parts))
+    return Profile(spec, spec.layers, params, tuple(params_by_stage), tuple(parts))
+
+
+@cache
+def trace_backbone(spec: BackboneSpec) -> Profile:
+    """The exact costs of a backbone, from full traces of the model with three recursions at most.
+
+    Every further recursion costs what the third adds to two: the same passes once more.
+
+    Raises:
+        SretError: timm cannot build the model so, or a matrix product has no rule.
+    """
+    if spec.recursions > 3:
+        two, three = (trace_backbone(spec.with_values(recursions=n)) for n in (2, 3))
+        first, more = two.parts[0].counts, _minus(three.parts[0].counts, two.parts[0].counts)
+        times = spec.recursions - 2
+        params = first.params + times * more.params
+        parts = (Part(None, "model", 1, first), Part(None, "recursion", times, more))
+        layers = two.layers and two.layers // 2 * spec.recursions
+        return Profile(spec, layers, params, (), parts)
+    with torch.random.fork_rng(devices=[]):
+        model = build_backbone(spec)
+        counts = count_module(model, torch.zeros(1, spec.in_chans, spec.img_size, spec.img_size))
+    whole = Part(None, "model", 1, counts)
+    return Profile(spec, count_layers(model), counts.params, (), (whole,))
+
+
+def _minus(counts: Counts, other: Counts) -> Counts:
+    macs = Counter(dict(counts.macs_by_kind))
+    macs.subtract(dict(other.macs_by_kind))
+    names = ("params", "activations", "activation_bytes")
+    differences = {name: getattr(counts, name) - getattr(other, name) for name in names}
+    return Counts(macs_by_kind=tuple(macs.items()), **differences)
 
 
 def profile(run: Run) -> Profile:
     """The exact costs of a run's model."""
-    return trace(run.model)
+    model = run.model
+    return trace_backbone(model) if isinstance(model, BackboneSpec) else trace(model)
 
 
 def count_module(module: nn.Module, x: Tensor) -> Counts:
@@ -237,7 +278,7 @@ def count_module(module: nn.Module, x: Tensor) -> Counts:
         activations.set_op_handle("aten::scaled_dot_product_attention", _output_elements)
         total_activations = int(activations.total())
     module.train()
-    kept = saved_bytes(module, x)
+    kept = _kept_of_one_image(module, x)
     module.train(training)
     return Counts(
         params=sum(p.numel() for p in module.parameters()),
@@ -282,12 +323,12 @@ def _output_elements(inputs: list[Any], outputs: list[Any]) -> int:
 
 
 def _by_kind(module: nn.Module, by_operator: dict[str, Counter[str]]) -> Counter[str]:
-    """Sorts a traced module's multiply-adds into `KINDS` (other modules: all is "other")."""
+    """Sorts a traced module's multiply-adds into `KINDS` (other modules: by operator)."""
     alone = {Stem: "stem", Pool: "pools", _Head: "head"}.get(type(module))
     if alone:
         return Counter({alone: int(sum(by_operator[""].values()))})
     if not isinstance(module, _Pass):
-        return Counter({"other": int(sum(by_operator[""].values()))})
+        return Counter({operator: int(macs) for operator, macs in by_operator[""].items()})
     inside = {name: int(sum(by_operator[name].values())) for name in by_operator}
     attention = int(by_operator["block.attn"]["scaled_dot_product_attention"])
     kinds = Counter(
@@ -300,6 +341,16 @@ def _by_kind(module: nn.Module, by_operator: dict[str, Counter[str]]) -> Counter
     )
     kinds["norms"] = inside[""] - kinds.total()
     return kinds
+
+
+def _kept_of_one_image(module: nn.Module, x: Tensor) -> int:
+    try:
+        return saved_bytes(module, x)
+    except ValueError as error:  # BatchNorm wants more than one value: what a third image adds
+        if "more than 1 value per channel" not in str(error):
+            raise
+        two, three = (saved_bytes(module, x.repeat(n, 1, 1, 1)) for n in (2, 3))
+        return three - two
 
 
 def saved_bytes(module: nn.Module, x: Tensor) -> int:

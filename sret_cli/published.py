@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
+from sret_cli.backbone import Spec
 from sret_cli.records import Row
-from sret_cli.spec import PRESETS, ModelSpec
+from sret_cli.spec import PRESETS
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def published_table() -> tuple[Published, ...]:
     )
 
 
-def published_columns(spec: ModelSpec, params: int, macs: int) -> Row:
+def published_columns(spec: Spec, params: int, macs: int) -> Row:
     """What the table says of a spec, beside what was counted; nothing where it is not in it.
 
     The differences are ours, rounded to the one decimal that is printed, minus the printed ones.

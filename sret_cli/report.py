@@ -12,11 +12,11 @@ from rich.table import Table
 
 from sret_cli import records
 from sret_cli.records import Row
+from sret_cli.spec import ModelSpec
 from sret_cli.study import ReportSpec
 from sret_cli.views import COLUMNS, FLOPS_NOTE, group, heading, mean_and_deviation, varying
 
 if TYPE_CHECKING:
-    from sret_cli.model import SReT
     from sret_cli.profiler import Profile
 
 COST = ("params", "macs", "peak_memory_bytes", "activation_bytes")
@@ -101,9 +101,11 @@ def csv_text(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def build_summary(model: "SReT") -> dict[str, Any]:
+def build_summary(model: Any) -> dict[str, Any]:
     """What `sret build` says of a model, after one image ran through it, as plain values."""
     import torch
+
+    from sret_cli.recurse import count_layers, describe
 
     spec = model.spec
     x = torch.randn(1, spec.in_chans, spec.img_size, spec.img_size)
@@ -111,19 +113,26 @@ def build_summary(model: "SReT") -> dict[str, Any]:
     with torch.inference_mode():
         logits = model.eval()(x)
     seconds = time.perf_counter() - start
-    params = [sum(p.numel() for p in stage.parameters()) for stage in model.stages]
     total = sum(p.numel() for p in model.parameters())
-    names = ("embed_dims", "blocks", "recursions", "slices", "recursive_slices")
-    stages = [
-        {"tokens": spec.tokens[s], **{n: getattr(spec, n)[s] for n in names}, "params": params[s]}
-        for s in range(spec.stages)
-    ]
+    if isinstance(spec, ModelSpec):
+        params = [sum(p.numel() for p in stage.parameters()) for stage in model.stages]
+        names = ("embed_dims", "blocks", "recursions", "slices", "recursive_slices")
+        stages: list[dict[str, Any]] = [
+            {
+                "tokens": spec.tokens[s],
+                **{n: getattr(spec, n)[s] for n in names},
+                "params": params[s],
+            }
+            for s in range(spec.stages)
+        ]
+    else:
+        stages = [{"name": name, **values} for name, values in describe(model).items()]
     return {
         "model": spec.model_dump(mode="json"),
         "stages": stages,
-        "layers": spec.layers,
+        "layers": count_layers(model),
         "params": total,
-        "params_outside_stages": total - sum(params),
+        "params_outside_stages": total - sum(stage["params"] for stage in stages),
         "forward_seconds": seconds,
         "logits_are_finite": bool(logits.isfinite().all()),
     }
@@ -138,29 +147,40 @@ def build_table(summary: dict[str, Any]) -> Table:
         caption_justify="left",
         show_footer=True,
     )
+    backbone = "backbone" in summary["model"]
     columns = ["Stage", "Tokens", "Width", "Blocks x recursions", "Layers"]
     columns += ["Slices, first pass", "Slices, later", "Params (M)"]
-    total = {"Stage": "total", "Layers": f"{summary['layers']:,}"}
+    if backbone:
+        columns = ["Stage", "Sets of weights", "Layers", "Params (M)"]
+    layers = "–" if summary["layers"] is None else f"{summary['layers']:,}"
+    total = {"Stage": "total", "Layers": layers}
     total["Params (M)"] = COLUMNS["params"].text(summary["params"])
     for column in columns:
         table.add_column(column, footer=total.get(column, ""), justify="right")
+    outside = COLUMNS["params"].text(summary["params_outside_stages"])
+    if backbone:
+        for stage in summary["stages"]:
+            line = [stage["name"], str(stage["blocks"]), f"{stage['layers']:,}"]
+            table.add_row(*line, COLUMNS["params"].text(stage["params"]))
+        table.add_row("all else", "", "", outside)
+        return table
     for number, stage in enumerate(summary["stages"], 1):
         blocks, recursions = stage["blocks"], stage["recursions"]
         line = [number, stage["tokens"], stage["embed_dims"], f"{blocks} x {recursions}"]
         line += [f"{blocks * recursions:,}", stage["slices"], stage["recursive_slices"]]
         table.add_row(*map(str, line), COLUMNS["params"].text(stage["params"]))
-    outside = COLUMNS["params"].text(summary["params_outside_stages"])
     table.add_row("stem, pools, head", "", "", "", "", "", "", outside)
     return table
 
 
 def breakdown_tables(profile: "Profile") -> list[Table]:
-    """Where a model's cost lies: by stage and by kind of work."""
+    """Where a model's cost lies: by stage, where stages are known, and by kind of work."""
     spec, macs = profile.spec, COLUMNS["macs"]
     headings = ["Stage", "Tokens", "Width", "Layers", "Params (M)", macs.heading, "Share (%)"]
     lines = []
     stages = zip(profile.params_by_stage, profile.macs_by_stage(), strict=True)
     for s, (params, cost) in enumerate(stages):
+        assert isinstance(spec, ModelSpec)
         layers = f"{spec.blocks[s] * spec.recursions[s]:,}"
         line = [str(s + 1), str(spec.tokens[s]), str(spec.embed_dims[s]), layers]
         line += [COLUMNS["params"].text(params), macs.text(cost)]
@@ -170,8 +190,9 @@ def breakdown_tables(profile: "Profile") -> list[Table]:
         for kind, cost in profile.macs_by_kind().items()
         if cost
     ]
+    by_stage = [terminal_table(headings, lines, "By stage")] if lines else []
     return [
-        terminal_table(headings, lines, "By stage"),
+        *by_stage,
         terminal_table(["Kind", macs.heading, "Share (%)"], kinds, "By kind of work"),
     ]
 

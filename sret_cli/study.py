@@ -2,7 +2,8 @@
 
 A study file has tables `[model]` and `[train]`, whose product with `[grid]` (all combinations),
 `[zip]` (axes that move together) and `[[runs]]` (an explicit list) is the list of runs, and
-`[report]`. A list `twins` above the tables adds the controls of every run, of the kinds it names.
+`[report]`. A list `twins` above the tables adds the controls of every run, of the kinds it names;
+a list `baselines` adds untouched models of timm's.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from sret_cli.backbone import BackboneSpec, Spec
 from sret_cli.cost import TWIN_KINDS, fit_width, parse_quantity, twin
 from sret_cli.errors import DATA, USAGE, SretError, nearest
 from sret_cli.records import MEASUREMENTS
@@ -22,8 +24,9 @@ from sret_cli.spec import ModelSpec, TrainSpec, preset
 from sret_cli.strict import Strict
 
 Table = dict[str, Any]
-TABLES = ("model", "train", "grid", "zip", "runs", "twins", "report")
+TABLES = ("model", "train", "grid", "zip", "runs", "twins", "baselines", "report")
 MODEL_KEYS = ("preset", "layers", "params", "macs", "twin", *ModelSpec.model_fields)
+BACKBONE_KEYS = tuple(BackboneSpec.model_fields)
 DIGITS_CLASSES = 10
 RESERVED = ("train", "profile", "report")
 
@@ -34,7 +37,7 @@ class Run:
 
     study: str
     name: str
-    model: ModelSpec
+    model: Spec
     train: TrainSpec | None = None
 
     @property
@@ -80,7 +83,7 @@ class ReportSpec(Strict):
         """The `[report]` table of a study, with columns that exist."""
         table = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
         spec = cls(**table)
-        fields = [f"model.{f}" for f in ModelSpec.model_fields]
+        fields = [f"model.{f}" for f in dict.fromkeys((*ModelSpec.model_fields, *BACKBONE_KEYS))]
         fields += [f"train.{f}" for f in TrainSpec.model_fields]
         for column in (spec.x, *spec.y):
             if column not in (*MEASUREMENTS, *fields):
@@ -153,6 +156,9 @@ def study_of(name: str, tables: Table) -> Study:
             raise SretError(f"unknown table [{key}]; {nearest(key, list(TABLES))}")
         if key == "twins":
             _check_twins(value)
+        elif key == "baselines":
+            if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+                raise SretError(f"baselines = {value!r}: give a list of timm's names of models")
         elif not isinstance(value, list if key == "runs" else dict):
             written = f"[[{key}]]" if key == "runs" else f"[{key}]"
             raise SretError(f"{key} = {value!r}: write {key} as {written}")
@@ -160,7 +166,7 @@ def study_of(name: str, tables: Table) -> Study:
             raise SretError("runs is an empty list; write each run as [[runs]], or leave it out")
     if not any(key in tables for key in TABLES if key != "report"):
         raise SretError(f"a study has at least one of the tables {', '.join(TABLES[:-1])}")
-    runs = []
+    runs, baselines = [], []
     for point in _points(tables):
         model, train = dict(tables.get("model", {})), dict(tables.get("train", {}))
         label = point.pop("name", None)
@@ -168,14 +174,20 @@ def study_of(name: str, tables: Table) -> Study:
             table, _, name_in_table = key.partition(".")
             (model if table == "model" else train)[name_in_table] = value
         trains = "train" in tables or any(key.startswith("train.") for key in point)
-        runs.append(resolve(name, model, train if trains else None, label))
+        if "model" in tables or "runs" in tables or model or "baselines" not in tables:
+            runs.append(resolve(name, model, train if trains else None, label))
+        images = {k: model[k] for k in ("img_size", "in_chans", "num_classes") if k in model}
+        for backbone in tables.get("baselines", ()):
+            baseline = {**images, "backbone": backbone}
+            baselines.append(resolve(name, baseline, train if trains else None))
     by_id: dict[str, Run] = {}
     for run in runs:
         same = by_id.setdefault(run.run_id, run)
         if same.name != run.name:
             raise SretError(f"{same.name!r} and {run.name!r} are the same run; leave one out")
     runs = with_twins(list(by_id.values()), tables.get("twins", []))
-    return Study(name, tuple(runs), ReportSpec.of(tables.get("report", {})))
+    by_id = {run.run_id: run for run in [*runs, *baselines]}
+    return Study(name, tuple(by_id.values()), ReportSpec.of(tables.get("report", {})))
 
 
 def _check_twins(kinds: Any) -> None:
@@ -187,9 +199,14 @@ def _check_twins(kinds: Any) -> None:
 
 
 def with_twins(runs: list[Run], kinds: list[str]) -> list[Run]:
-    """The runs, and after them their twins of some kinds; what is there already is not added."""
+    """The runs, and after them their twins of some kinds; what is there already is not added.
+
+    Models of timm's have none.
+    """
     found, control, added = {run.run_id for run in runs}, cache(twin), []
     for run, kind in product(runs, kinds):
+        if isinstance(run.model, BackboneSpec):
+            continue
         try:
             model = control(run.model, kind)
         except SretError as error:
@@ -231,7 +248,8 @@ def _points(tables: Table) -> Iterator[Table]:
 
 
 def _check_key(place: str, key: str) -> None:
-    keys = [f"model.{k}" for k in MODEL_KEYS] + [f"train.{k}" for k in TrainSpec.model_fields]
+    keys = [f"model.{k}" for k in dict.fromkeys((*MODEL_KEYS, *BACKBONE_KEYS))]
+    keys += [f"train.{k}" for k in TrainSpec.model_fields]
     if key not in keys:
         hint = f'; write it in quotes, "{key}.…"' if key in ("model", "train") else ""
         raise SretError(f"{place} unknown key {key!r}{hint}; {nearest(key, keys)}")
@@ -252,11 +270,11 @@ def resolve(study: str, model: Table, train: Table | None, name: str | None = No
     else:
         train_spec = None
     trains_digits = train_spec is not None and train_spec.dataset == "digits"
-    chosen = model.get("preset", "nano" if trains_digits else "deep")
+    chosen = model.get("backbone") or model.get("preset", "nano" if trains_digits else "deep")
     classes = dataset_classes(train_spec) if train_spec is not None else None
     if classes is not None and "num_classes" not in model:
         model = model | {"num_classes": classes}
-    spec = resolve_model({**model, "preset": chosen})
+    spec = resolve_model(model if "backbone" in model else {**model, "preset": chosen})
     if classes is not None and spec.num_classes < classes:
         raise SretError(
             f"num_classes = {spec.num_classes} is fewer than the {classes} classes of the data; "
@@ -266,13 +284,20 @@ def resolve(study: str, model: Table, train: Table | None, name: str | None = No
     return Run(study, name or f"{chosen}{twinned}", spec, train_spec)
 
 
-def resolve_model(table: Table) -> ModelSpec:
-    """The spec of a `[model]` table.
+def resolve_model(table: Table) -> Spec:
+    """The spec of a `[model]` table: of a backbone where it has one."""
+    return _resolve_backbone(table) if "backbone" in table else resolve_sret(table)
 
-    Beside the spec's fields it takes `preset`, `layers` (as `--layers`), and single numbers for
-    `slices` and `recursive_slices`, which fit each stage (as `--slices`). `params` or `macs` then
-    sets the width (as `--params`), and `twin` gives the control of all that (as `--twin`).
+
+def resolve_sret(table: Table) -> ModelSpec:
+    """The spec of a `[model]` table without a backbone.
+
+    Beside a `ModelSpec`'s fields it takes `preset`, `layers` (as `--layers`), and single numbers
+    for `slices` and `recursive_slices`, which fit each stage (as `--slices`). `params` or `macs`
+    then sets the width (as `--params`), and `twin` gives the control of all that (as `--twin`).
     """
+    if "share" in table:
+        raise SretError("[model] share ties the blocks of timm's models; give a backbone with it")
     _check_keys("model", table, list(MODEL_KEYS))
     try:
         values = dict(table)
@@ -293,6 +318,17 @@ def resolve_model(table: Table) -> ModelSpec:
         spec = spec if layers is None else spec.at(layers=layers)
         spec = fit_width(spec, **budget) if budget else spec
         return spec if kind is None else twin(spec, kind)
+    except SretError as error:
+        raise SretError(f"[model] {error}", error.code) from None
+
+
+def _resolve_backbone(table: Table) -> BackboneSpec:
+    for key in table:
+        if key in MODEL_KEYS and key not in BACKBONE_KEYS:
+            raise SretError(f"[model] {key} does not go with a backbone; leave one of the two out")
+    _check_keys("model", table, list(BACKBONE_KEYS))
+    try:
+        return BackboneSpec(**table)
     except SretError as error:
         raise SretError(f"[model] {error}", error.code) from None
 

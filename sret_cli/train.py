@@ -20,8 +20,8 @@ from sret_cli import records
 from sret_cli.data import Loader, load_data, load_test_data
 from sret_cli.errors import DATA, SOME_FAILED, SretError, nearest
 from sret_cli.measure import choose_device, device_name
-from sret_cli.model import build_model
 from sret_cli.records import Row
+from sret_cli.recurse import build_any, count_layers
 from sret_cli.spec import TrainSpec
 from sret_cli.study import Run
 from sret_cli.weights import CONFIG_FILE, load_config, load_model, save_weights
@@ -86,7 +86,7 @@ def train(
     torch.manual_seed(spec.seed)
     workers = default_workers(spec) if workers is None else workers
     train_loader, test_loader = load_data(spec, run.model, workers)
-    model = build_model(run.model).to(target_device)
+    model = build_any(run.model).to(target_device)
     model.set_grad_checkpointing(spec.recompute == "pass")
     if spec.recursions_range is not None:
         model.set_recursions(spec.recursions_range[1])  # refuses what it has no weights for
@@ -250,7 +250,7 @@ def evaluate_run(
     return {
         "run_id": directory.name,
         "name": config.get("name"),
-        "layers": model.spec.layers,
+        "layers": count_layers(model),
         "params": sum(p.numel() for p in model.parameters()),
         **evaluation.row(),
         "per_class": evaluation.per_class(classes),

@@ -65,7 +65,7 @@ def heading(column: str) -> str:
 
 
 def show(value: Any) -> str:
-    """A spec field's value as a short text: tuples as 8-4-1."""
+    """A spec field's value as a short text: tuples as 8-4-1, none as a dash."""
     if value is None:
         return "–"
     if isinstance(value, list | tuple):

@@ -12,15 +12,17 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
+from sret_cli.backbone import read_spec
 from sret_cli.errors import CHECKPOINT, USAGE, SretError
 from sret_cli.model import SReT, build_model
 from sret_cli.records import make_directory, read_json, write_atomically, write_json
+from sret_cli.recurse import build_any
 from sret_cli.reference import from_reference, layout, recognise, to_reference
 from sret_cli.safe_read import State, read_tensors, without_prefix
 from sret_cli.spec import ModelSpec, preset
-from sret_cli.study import resolve_model
+from sret_cli.study import resolve_sret
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -29,7 +31,7 @@ REFERENCE_FILE = "model.pth"
 MAX_TABLE_LINES = 20
 
 
-def save_weights(model: SReT, directory: Path) -> Path:
+def save_weights(model: nn.Module, directory: Path) -> Path:
     """Writes a model's state dict, atomically; returns the file."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     path = directory / WEIGHTS_FILE
@@ -48,7 +50,7 @@ def check_no_model(directory: Path) -> None:
         raise SretError(f"{directory} holds a model already; choose another directory", USAGE)
 
 
-def save_model(model: SReT, directory: Path, about: Mapping[str, Any] | None = None) -> None:
+def save_model(model: Any, directory: Path, about: Mapping[str, Any] | None = None) -> None:
     """Writes `config.json` and `model.safetensors` of a model that is not a run's.
 
     Args:
@@ -86,8 +88,8 @@ def load_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def load_model(directory: Path, changes: Mapping[str, Any] | None = None) -> SReT:
-    """The model that a directory holds, with its weights.
+def load_model(directory: Path, changes: Mapping[str, Any] | None = None) -> Any:
+    """The model, of either kind of spec, that a directory holds, with its weights.
 
     Args:
         directory: a run's, or one of `save_model`.
@@ -97,14 +99,18 @@ def load_model(directory: Path, changes: Mapping[str, Any] | None = None) -> SRe
     Raises:
         SretError: a file is missing or damaged, or the weights are of another model.
     """
-    spec = changed(ModelSpec(**load_config(directory)["model"]), changes or {})
+    spec = read_spec(load_config(directory)["model"])
+    if isinstance(spec, ModelSpec):
+        spec = changed(spec, changes or {})
+    elif changes:
+        raise SretError(f"{', '.join(changes)} of a timm model cannot be changed after training")
     path = directory / WEIGHTS_FILE
     if not path.is_file():
         raise SretError(f"{directory} has no {WEIGHTS_FILE}; train the run first", CHECKPOINT)
     tensors = read_tensors(path)
-    if changes and "img_size" in changes:
+    if changes and "img_size" in changes and isinstance(spec, ModelSpec):
         tensors = _fitted(tensors, spec)
-    model = build_model(spec)
+    model = build_any(spec)
     _check_shapes(model.state_dict(), tensors, str(path))
     model.load_state_dict(_like(model.state_dict(), tensors, str(path)))
     return model
@@ -121,7 +127,7 @@ def changed(spec: ModelSpec, changes: Mapping[str, Any]) -> ModelSpec:
     table = {**spec.model_dump(), **changes}
     if "slices" in changes and "recursive_slices" not in changes:
         table["recursive_slices"] = changes["slices"]
-    return resolve_model(table)
+    return resolve_sret(table)
 
 
 def load_reference(model: SReT, source: str | Path | State, reset_head: bool = False) -> None:
@@ -210,7 +216,7 @@ def read_reference(
         name, table = recognise(tensors, changes)
     if "slices" in changes and "recursive_slices" not in changes:
         table["recursive_slices"] = changes["slices"]
-    spec = resolve_model({**table, **changes})
+    spec = resolve_sret({**table, **changes})
     notes = []
     if preset_name is None:
         notes.append(f"recognised {name or 'no preset'} from the shapes")

@@ -11,9 +11,10 @@ PACKAGE = Path(sret_cli.__file__).parent
 
 # A file imports only from files above it.
 ORDER = (
-    *("__init__", "errors", "strict", "depth", "spec", "registry", "records", "published", "cost"),
-    *("study", "model", "safe_read", "reference", "weights", "profiler", "measure", "data"),
-    *("train", "launch", "views", "figures", "report", "cli", "__main__"),
+    *("__init__", "errors", "strict", "depth", "spec", "registry", "backbone", "records"),
+    *("published", "cost", "study", "model", "recurse", "safe_read", "reference", "weights"),
+    *("profiler", "measure", "data", "train", "launch", "views", "figures", "report", "cli"),
+    "__main__",
 )
 
 
@@ -58,14 +59,15 @@ def test_help_loads_neither_torch_nor_pandas():
 
 
 @pytest.mark.parametrize(
-    "name", ["spec", "cost", "study", "records", "published", "launch", "views", "report"]
+    "name",
+    ["spec", "backbone", "cost", "study", "records", "published", "launch", "views", "report"],
 )
 def test_light_files_load_no_heavy_package(name):
     loaded = loaded_by(f"import sret_cli.{name}")
     assert not loaded & {"torch", "timm", "fvcore", "pandas", "matplotlib", "scipy", "sklearn"}
 
 
-@pytest.mark.parametrize("name", ["model", "profiler", "weights"])
+@pytest.mark.parametrize("name", ["model", "recurse", "profiler", "weights", "measure"])
 def test_model_and_costs_do_not_need_timm(name):
     loaded = loaded_by(f"import sret_cli.{name}")
     assert "torch" in loaded

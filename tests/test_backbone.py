@@ -1,0 +1,147 @@
+import json
+
+import pytest
+import torch
+from families import logits
+
+from sret_cli.backbone import BackboneSpec
+from sret_cli.errors import SretError
+from sret_cli.study import study_of
+from sret_cli.train import evaluate_run, train
+from sret_cli.weights import load_model, save_model
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"backbone": "deit_tini_patch16_224"},
+            "no model 'deit_tini_patch16_224'; the nearest are",
+        ),
+        ({"backbone": "hf-hub:someone/something"}, "has no model 'hf-hub:someone/something'"),
+        ({"backbone": "vit_tiny_patch16_224.no"}, "no weights 'no' for it; leave .no out"),
+        ({"backbone": "vit_small", "share": "some"}, "share = 'some': give a number"),
+        ({"backbone": "vit_small", "share": 0}, "share = 0: give a number"),
+        ({"backbone": "vit_small", "recursions": 0}, "recursions = 0"),
+        ({"backbone": "vit_small", "nll": "each"}, "nll = 'each'"),
+        ({"backbone": 3}, "backbone = 3"),
+    ],
+)
+def test_a_backbone_that_cannot_be_says_why(values, message):
+    with pytest.raises(SretError, match=message):
+        BackboneSpec(**values)
+
+
+def test_baselines_are_rows_for_every_training_and_image_size():
+    tables = {
+        "baselines": ["vit_small", "pit_small"],
+        "model": {"preset": "nano", "img_size": 32},
+        "train": {"epochs": 2},
+        "grid": {"model.recursions": [1, 2], "train.seed": [0, 1]},
+    }
+    runs = study_of("s", tables).runs
+    assert [(r.name, r.train.seed) for r in runs] == [
+        *(("nano", 0), ("nano", 1), ("nano", 0), ("nano", 1)),
+        *(("vit_small", 0), ("pit_small", 0), ("vit_small", 1), ("pit_small", 1)),
+    ]
+    assert all(run.model.img_size == 32 and run.model.num_classes == 10 for run in runs)
+    assert runs[-1].model.untouched
+    assert runs[-1].row()["model.backbone"] == "pit_small"
+    alone = study_of("s", {"baselines": ["vit_tiny_patch16_224"], "train": {}})
+    assert [(run.name, run.model.img_size) for run in alone.runs] == [("vit_tiny_patch16_224", 224)]
+    with pytest.raises(SretError, match="give a list of timm's names"):
+        study_of("s", {"baselines": "vit_small"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backbone", "vit_smal"], "no model 'vit_smal'"),
+        (["--backbone", "vit_small", "--layers", 20], "layers does not go with a backbone"),
+        (["--backbone", "vit_small", "--set", "model.slices=2"], "slices does not go with"),
+        (["--share", 2], "give a backbone with it"),
+        (["--backbone", "resnet18", "--recursions", 2], "resnet18 cannot be made recursive"),
+    ],
+)
+def test_flags_that_do_not_fit_get_one_line(sret, arguments, message):
+    code, out, err = sret("build", *arguments)
+    assert (code, out) == (3, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_backbone_is_built_written_and_read_back(sret, tmp_path):
+    flags = ("--backbone", "pit_small", "--img-size", 32, "--recursions", 2, "--share", "all")
+    code, out, _ = sret("build", *flags, "--out", "model", "--json")
+    built = json.loads(out)
+    assert (code, built["layers"], len(built["stages"])) == (0, 12, 3)
+    assert [stage["blocks"] for stage in built["stages"]] == [1, 1, 1]
+    code, out, _ = sret("build", "--from", "model")
+    assert code == 0
+    assert "transformers.2.blocks" in out
+    model = load_model(tmp_path / "model")
+    save_model(model, tmp_path / "again")
+    assert torch.equal(logits(model), logits(load_model(tmp_path / "again")))
+
+
+def test_a_backbone_is_profiled_and_measured(sret):
+    flags = ("--backbone", "swin_small", "--img-size", 32, "--recursions", 2)
+    code, out, _ = sret("profile", *flags, "--device", "cpu", "--batch-size", 2, "--json")
+    (row,) = json.loads(out)
+    assert code == 0
+    assert (row["layers"], row["model.backbone"], row["model.share"]) == (12, "swin_small", 1)
+    assert row["step_seconds"] > 0
+    code, out, _ = sret("profile", *flags)
+    assert code == 0
+    assert "matmul" in out
+
+
+def test_a_study_with_a_backbone_that_cannot_be_is_refused_before_anything_is_done(sret, tmp_path):
+    text = (
+        'baselines = ["vit_small"]\n[model]\nbackbone = "resnet18"\nimg_size = 32\nrecursions = 2\n'
+    )
+    (tmp_path / "s.toml").write_text(text)
+    code, _, err = sret("profile", "s.toml")
+    assert code == 3
+    assert "resnet18 cannot be made recursive" in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_study_of_both_kinds_is_one_table(sret, tmp_path):
+    (tmp_path / "s.toml").write_text(
+        """
+        baselines = ["xcit_small"]
+        [model]
+        img_size = 16
+        [train]
+        epochs = 1
+        warmup_epochs = 0
+        batch_size = 480
+        recompute = "pass"
+        [[runs]]
+        "model.preset" = "nano"
+        "model.embed_dims" = [8, 16, 32]
+        [[runs]]
+        name = "recursive"
+        "model.backbone" = "vit_small"
+        "model.recursions" = 2
+        "model.nll" = "per_block"
+        """
+    )
+    code, out, _ = sret("run", "s.toml")
+    assert code == 0
+    lines = [line for line in out.splitlines() if "│" in line]
+    assert [line.split("│")[1].strip() for line in lines] == ["nano", "recursive", "xcit_small"]
+    assert [line.split("│")[2].strip() for line in lines] == ["8", "8", "4"]
+    assert sret("eval")[0] == 0
+
+
+def test_training_a_recursive_backbone_lowers_the_loss_and_is_repeatable(tmp_path):
+    tables = {
+        "model": {"backbone": "vit_small", "img_size": 16, "recursions": 2, "share": 2},
+        "train": {"epochs": 2, "warmup_epochs": 0, "batch_size": 120},
+    }
+    (run,) = study_of("s", tables).runs
+    rows = [train(run, tmp_path / name) for name in ("a", "b")]
+    assert rows[0]["final_loss"] == rows[1]["final_loss"] < 2.3
+    assert evaluate_run(tmp_path / "a")["top1_percent"] == rows[0]["top1_percent"]
