@@ -13,7 +13,7 @@ PACKAGE = Path(sret_cli.__file__).parent
 ORDER = (
     *("__init__", "errors", "strict", "depth", "spec", "registry", "records", "published", "cost"),
     *("study", "model", "safe_read", "reference", "weights", "profiler", "measure", "data"),
-    *("train", "launch", "views", "figures", "report", "cli", "__main__"),
+    *("train", "launch", "views", "export", "figures", "report", "cli", "__main__"),
 )
 
 
