@@ -453,6 +453,65 @@ def run(
     finish(outcome.failed)
 
 
+@app.command()
+def export(
+    context: typer.Context,
+    directory: Annotated[
+        Path | None,
+        typer.Argument(metavar="[DIR]", help="A run, or what `sret build --out` wrote."),
+    ] = None,
+    to: Annotated[str, typer.Option(help="safetensors, torch-export or onnx.")] = "safetensors",
+    preset: Preset = None,
+    layers: Layers = None,
+    slices: Slices = None,
+    recursive_slices: LaterSlices = None,
+    nll: Nll = None,
+    img_size: ImgSize = None,
+    num_classes: NumClasses = None,
+    params: Params = None,
+    macs: Macs = None,
+    twin: Twin = None,
+    set_: Set = None,
+    seed: Annotated[int, typer.Option(help="Of the weights, where flags say the model.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="A new directory; exports/NAME-FORMAT if not given.")
+    ] = None,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+) -> None:
+    """Write a model as safetensors, torch.export or ONNX, check its logits, add a model card.
+
+    DIR is the newest run if not given; with flags it is an untrained model. The shared weights
+    stand once in the file, whatever the depth.
+    """
+    import torch
+
+    from sret_cli.export import check_export, export_model
+    from sret_cli.model import build_model
+    from sret_cli.records import newest_run, read_row
+    from sret_cli.weights import load_model
+
+    flags = [f for f in (*MODEL_FLAGS, "set_") if f in flags_given(context)]
+    if directory is not None and flags:
+        raise SretError(f"{directory} is a whole model; leave out {', '.join(flags)}", USAGE)
+    if flags:
+        run = study_from(context, trains=False).runs[0]
+        torch.manual_seed(seed)
+        name, model, row = run.name, build_model(run.model), None
+    else:
+        directory = directory or newest_run(runs)
+        model, row = load_model(directory), read_row(directory)
+        name = row["name"] if row else directory.name
+    out = out or Path("exports") / f"{name}-{to}"
+    check_export(to, out)
+    with notes().status(f"exporting {name} to {to}"):
+        written = export_model(model, to, out, name, row)
+    if json_:
+        return print_json({**vars(written), "file": str(written.file)})
+    print(written)
+    notes().print(f"wrote {out}/README.md, the model card")
+
+
 def check_device(name: str | None) -> None:
     """Refuses a device that is not there before anything is done."""
     if name not in (None, "auto", "cpu"):

@@ -23,7 +23,7 @@ def pytest_configure():
     torch.set_num_threads(2)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny():
     return TINY
 

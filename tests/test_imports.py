@@ -13,8 +13,8 @@ PACKAGE = Path(sret_cli.__file__).parent
 ORDER = (
     *("__init__", "errors", "strict", "depth", "spec", "registry", "backbone", "records"),
     *("published", "cost", "study", "model", "recurse", "safe_read", "reference", "weights"),
-    *("profiler", "measure", "data", "train", "launch", "views", "figures", "report", "cli"),
-    "__main__",
+    *("profiler", "measure", "data", "train", "launch", "views", "export", "figures", "report"),
+    *("cli", "__main__"),
 )
 
 
