@@ -318,6 +318,9 @@ def evaluate(
     ] = None,
     slices: Slices = None,
     recursive_slices: LaterSlices = None,
+    recursions: Annotated[
+        str | None, typer.Option(metavar="1,2,4", help="Run the same blocks so often instead.")
+    ] = None,
     reference_shuffle: Annotated[
         int | None,
         typer.Option(
@@ -335,22 +338,33 @@ def evaluate(
     """Evaluate a run, or a converted model, on test images; twice the same is bitwise the same."""
     from sret_cli import report
     from sret_cli.launch import Display
-    from sret_cli.records import newest_run
+    from sret_cli.records import make_directory, newest_run
     from sret_cli.train import evaluate_run
 
     check_device(device)
     directory = directory or newest_run(runs)
     given = {"img_size": img_size, "slices": slices, "recursive_slices": recursive_slices}
     changes = {key: value for key, value in given.items() if value is not None}
+    counts = recursion_counts(recursions)
     with Display(notes(), f"evaluate {directory}", 1).showing() as on_step:
-        row = evaluate_run(
-            *(directory, data_dir, batch_size, precision, device, workers, changes),
-            *(reference_shuffle, on_step),
-        )
-    notes().print(f"evaluated {directory} on {row['device_name']}")
-    show_rows([row], report.EVAL_TABLE, json_)
-    if per_class and not json_:
+        rows = [
+            evaluate_run(
+                *(directory, data_dir, batch_size, precision, device, workers, changes),
+                *(reference_shuffle, on_step, count),
+            )
+            for count in counts
+        ]
+    notes().print(f"evaluated {directory} on {rows[0]['device_name']}")
+    show_rows(rows, report.EVAL_TABLE, json_)
+    for row in rows if per_class and not json_ else ():
         Output().print(report.class_table(row["per_class"]))
+    if len(rows) > 1:
+        from sret_cli.figures import plot, save_figure
+
+        figure = plot(rows, "layers", ["top1_percent", "test_loss"])
+        stem = make_directory(directory / "report") / "recursions"
+        files = save_figure(figure, stem)
+        notes().print(f"wrote {', '.join(map(str, files))}")
 
 
 @app.command()
@@ -518,6 +532,19 @@ def check_device(name: str | None) -> None:
         from sret_cli.measure import choose_device
 
         choose_device(str(name))
+
+
+def recursion_counts(text: str | None) -> list[int | None]:
+    """The numbers of a text such as "1,2,4"; None alone, the model's own, where there is none."""
+    if text is None:
+        return [None]
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise SretError(f"--recursions {text}: write whole numbers from 1, as in 1,2,4,8", USAGE)
+    return list(dict.fromkeys(counts))
 
 
 def show_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:

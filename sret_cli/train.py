@@ -20,6 +20,7 @@ from sret_cli import records
 from sret_cli.data import Loader, load_data, load_test_data
 from sret_cli.errors import DATA, SOME_FAILED, SretError, nearest
 from sret_cli.measure import choose_device, device_name
+from sret_cli.model import SReT
 from sret_cli.records import Row
 from sret_cli.recurse import build_any, count_layers
 from sret_cli.spec import TrainSpec
@@ -200,6 +201,7 @@ def evaluate_run(
     changes: Mapping[str, Any] | None = None,
     reference_shuffle: int | None = None,
     on_step: OnStep = lambda done, total, text: None,
+    recursions: int | None = None,
 ) -> Row:
     """Evaluates a directory's weights on its run's test images, or on another folder's.
 
@@ -218,9 +220,11 @@ def evaluate_run(
         changes: fields of the spec to evaluate with instead, such as `img_size`.
         reference_shuffle: draw the permutations of tokens as the reference does, after this seed.
         on_step: is told of the progress.
+        recursions: run the same blocks so many times instead, in every stage.
 
     Raises:
-        SretError: the directory holds no model, or the data are not there or have other classes.
+        SretError: the directory holds no model, or none for so many recursions, or the data are
+            not there or have other classes.
     """
     config = load_config(directory)
     settings = dict(config.get("train") or {})
@@ -234,6 +238,12 @@ def evaluate_run(
     target_device = choose_device(device)
     use_deterministic_kernels(target_device)
     model = load_model(directory, changes).to(target_device)
+    layers = count_layers(model)
+    if recursions is not None:
+        if not isinstance(model, SReT):
+            raise SretError(f"{directory} holds a timm model; its recursions cannot be changed")
+        model.set_recursions(recursions)
+        layers = model.spec.with_values(recursions=recursions).layers
     workers = default_workers(spec) if workers is None else workers
     test_loader, classes = load_test_data(spec, model.spec, workers)
     own_data = data_dir is None  # whose classes a run may have room beside
@@ -250,8 +260,9 @@ def evaluate_run(
     return {
         "run_id": directory.name,
         "name": config.get("name"),
-        "layers": count_layers(model),
+        "layers": layers,
         "params": sum(p.numel() for p in model.parameters()),
+        "recursions": recursions,
         **evaluation.row(),
         "per_class": evaluation.per_class(classes),
         "model.img_size": model.spec.img_size,

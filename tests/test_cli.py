@@ -158,6 +158,24 @@ def test_a_run_is_trained_evaluated_and_reported(sret):
     assert os.path.exists("here/training.png")
 
 
+def test_one_run_is_evaluated_at_other_recursion_counts(sret):
+    code, out, _ = sret("train", *QUICK, "--json")
+    (run,) = json.loads(out)
+    code, out, err = sret("eval", "--recursions", "1,2,4", "--json")
+    assert code == 0
+    rows = json.loads(out)
+    assert [(row["recursions"], row["layers"]) for row in rows] == [(1, 4), (2, 8), (4, 16)]
+    assert rows[1]["top1_percent"] == run["top1_percent"]
+    assert {row["params"] for row in rows} == {run["params"]}
+    assert os.path.exists(f"runs/train/{run['run_id']}/report/recursions.png")
+    for wrong in ("0,1", "two", "1;2"):
+        assert sret("eval", "--recursions", wrong)[0] == 2
+    sret("train", *QUICK, "--nll", "per_pass", "--runs", "other")
+    code, _, err = sret("eval", "--runs", "other", "--recursions", "1,4")
+    assert code == 3
+    assert "4 recursions are more than the 2 that this model has weights for" in err
+
+
 def test_a_run_that_fails_is_a_row_with_its_error_and_the_others_go_on(sret, study):
     study.write_text(STUDY.replace("epochs = 1\n", "epochs = 1\nclip_grad = 1e9\n", 1))
     study.write_text(study.read_text() + '"train.lr" = [1e30, 1e-3]\n')
