@@ -405,6 +405,7 @@ def convert(
         if changes or preset or reset_head:
             raise SretError("--to-reference writes a model as it is; leave out the rest", USAGE)
         model, name = load_model(file), file.name
+        refuse_backbone(model, "the reference's layout of")
         notes().print(f"wrote {save_reference(model, out)}")
     else:
         torch.manual_seed(0)  # of a fresh head
@@ -501,8 +502,8 @@ def export(
     import torch
 
     from sret_cli.export import check_export, export_model
-    from sret_cli.model import build_model
     from sret_cli.records import newest_run, read_row
+    from sret_cli.recurse import build_any
     from sret_cli.weights import load_model
 
     flags = [f for f in (*MODEL_FLAGS, "set_") if f in flags_given(context)]
@@ -511,11 +512,12 @@ def export(
     if flags:
         run = study_from(context, trains=False).runs[0]
         torch.manual_seed(seed)
-        name, model, row = run.name, build_model(run.model), None
+        name, model, row = run.name, build_any(run.model), None
     else:
         directory = directory or newest_run(runs)
         model, row = load_model(directory), read_row(directory)
         name = row["name"] if row else directory.name
+    refuse_backbone(model, f"{to} of")
     out = out or Path("exports") / f"{name}-{to}"
     check_export(to, out)
     with notes().status(f"exporting {name} to {to}"):
@@ -524,6 +526,15 @@ def export(
         return print_json({**vars(written), "file": str(written.file)})
     print(written)
     notes().print(f"wrote {out}/README.md, the model card")
+
+
+def refuse_backbone(model: Any, what: str) -> None:
+    """Refuses a model of timm's where only ours can be written."""
+    if hasattr(model.spec, "backbone"):
+        raise SretError(
+            f"{what} {model.spec.backbone} cannot be written: it is a timm model, not an SReT; "
+            "its weights are in model.safetensors of its directory"
+        )
 
 
 def check_device(name: str | None) -> None:

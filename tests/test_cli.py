@@ -258,6 +258,7 @@ def test_our_own_errors_are_not_hidden(sret, monkeypatch):
         (["train", "--epochs", 0], 3, "epochs = 0"),
         (["train", "--set", "train.opt=adamv"], 3, "unknown opt 'adamv'; did you mean"),
         (["train", "--runs", "file/x", *QUICK], 2, "cannot write file/x"),
+        (["export", "--set", "model.backbone=vit_tiny_patch16_224"], 3, "it is a timm model"),
         (["eval"], 4, "no directory runs"),
         (["eval", "nowhere"], 5, "nowhere has no config.json"),
         (["report"], 4, "no directory runs"),
