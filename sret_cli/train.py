@@ -24,7 +24,7 @@ from sret_cli.model import SReT
 from sret_cli.records import Row
 from sret_cli.recurse import build_any, count_layers
 from sret_cli.spec import TrainSpec
-from sret_cli.study import Run
+from sret_cli.study import Run, folder_classes
 from sret_cli.weights import CONFIG_FILE, load_config, load_model, save_weights
 
 METRICS_FILE = "metrics.jsonl"
@@ -105,9 +105,10 @@ def train(
     scheduler.step_update(0)
 
     records.make_directory(directory)
-    records.write_json(
-        directory / CONFIG_FILE, {"study": run.study, "name": run.name, **run.spec()}
-    )
+    config = {"study": run.study, "name": run.name, **run.spec()}
+    if spec.dataset == "folder":
+        config["classes"] = folder_classes(Path(spec.data_dir or ""))
+    records.write_json(directory / CONFIG_FILE, config)
     total, step, images, seconds = spec.epochs * len(train_loader), 0, 0, 0.0
     with records.LineFile(directory / METRICS_FILE) as metrics:
 
@@ -251,6 +252,14 @@ def evaluate_run(
         raise SretError(
             f"the test images have {len(classes):,} classes, and the model has "
             f"{model.num_classes:,}; name data of as many (folders of the others may be empty)",
+            DATA,
+        )
+    trained = config.get("classes", classes)
+    if not own_data and list(trained) != list(classes):
+        name = min(set(trained) ^ set(classes))
+        raise SretError(
+            f"the model was trained on other classes than the test images have, {name!r} for one; "
+            "name data with the same folders (they may be empty)",
             DATA,
         )
     if reference_shuffle is not None:

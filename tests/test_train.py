@@ -146,3 +146,22 @@ def test_training_on_cuda_is_repeatable(tiny, tmp_path, precision):
     for name in ("a", "b"):
         train(run_of(tiny, precision=precision), tmp_path / name, device="cuda")
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_images_of_other_classes_than_those_trained_on_are_refused(tiny, tmp_path):
+    from PIL import Image
+
+    for data, names in (("pets", ("cat", "dog")), ("farm", ("cow", "dog"))):
+        for split in ("train", "test"):
+            for name in names:
+                (tmp_path / data / split / name).mkdir(parents=True)
+                for number in range(2):
+                    path = tmp_path / data / split / name / f"{number}.png"
+                    Image.new("RGB", (16, 16)).save(path)
+    pets = {"dataset": "folder", "data_dir": str(tmp_path / "pets"), "batch_size": 2}
+    run = Run("test", "tiny", tiny.with_values(num_classes=2), TrainSpec(**{**SHORT, **pets}))
+    train(run, tmp_path / "run", workers=0)
+    assert evaluate_run(tmp_path / "run", str(tmp_path / "pets"), workers=0)["test_images"] == 4
+    with pytest.raises(SretError, match="trained on other classes .*, 'cat' for one") as refused:
+        evaluate_run(tmp_path / "run", str(tmp_path / "farm"), workers=0)
+    assert refused.value.code == 4
