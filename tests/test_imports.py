@@ -14,7 +14,7 @@ ORDER = (
     *("__init__", "errors", "strict", "depth", "spec", "registry", "backbone", "records"),
     *("published", "cost", "study", "model", "recurse", "safe_read", "reference", "weights"),
     *("profiler", "measure", "data", "train", "launch", "views", "export", "figures", "report"),
-    *("cli", "__main__"),
+    *("flags", "weight_commands", "cli", "__main__"),
 )
 
 

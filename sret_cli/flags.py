@@ -1,0 +1,126 @@
+"""What commands share: their flags, where output goes, and the study that flags describe."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from sret_cli.errors import USAGE, SretError
+
+StudyFile = Annotated[Path | None, typer.Argument(metavar="[STUDY]", help="A study file (TOML).")]
+Preset = Annotated[str | None, typer.Option(help="sret_t, sret_lt, sret_s, deep, nano …")]
+Layers = Annotated[int | None, typer.Option(help="Layers (passes) in all: sets the recursions.")]
+Backbone = Annotated[str | None, typer.Option(help="A model of timm's, in the preset's place.")]
+Recursions = Annotated[int | None, typer.Option(help="Passes through each block.")]
+Share = Annotated[
+    str | None, typer.Option(help="A backbone's blocks with one set of weights: N or all.")
+]
+Slices = Annotated[int | None, typer.Option(help="Slices of all passes; each stage takes the gcd.")]
+LaterSlices = Annotated[int | None, typer.Option(help="Slices of the later passes alone.")]
+Nll = Annotated[str | None, typer.Option(help="per_pass, per_block or none.")]
+ImgSize = Annotated[int | None, typer.Option(help="Height and width of the images.")]
+NumClasses = Annotated[int | None, typer.Option(help="Classes; those of the data if not given.")]
+Params = Annotated[str | None, typer.Option(help="Parameters, by the width: 14M (within 1 %).")]
+Macs = Annotated[str | None, typer.Option(help="FLOPs, by the width: 4.2G (within 1 %).")]
+Twin = Annotated[str | None, typer.Option(help="The untied control: layers, params or macs.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Any other field: model.mlp_ratio=4.")]
+Dataset = Annotated[str | None, typer.Option(help="digits (embedded) or folder.")]
+DataDir = Annotated[str | None, typer.Option(help="A folder with train/ and test/ or val/.")]
+Epochs = Annotated[int | None, typer.Option(help="Epochs of training.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images a step.")]
+Seed = Annotated[int | None, typer.Option(help="Of the weights, the order and the augmentation.")]
+Precision = Annotated[str | None, typer.Option(help="fp32 or bf16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Workers = Annotated[int | None, typer.Option(min=0, help="Processes that load images.")]
+Runs = Annotated[Path, typer.Option(help="Where run directories are.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+MODEL_FLAGS = (
+    *("preset", "layers", "slices", "recursive_slices", "nll", "img_size", "num_classes"),
+    *("params", "macs", "twin", "backbone", "recursions", "share"),
+)
+TRAIN_FLAGS = ("dataset", "data_dir", "epochs", "batch_size", "seed", "precision")
+
+
+def notes() -> Console:
+    """Where progress and notes go: stderr."""
+    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
+class PipeClosed(Exception):
+    """The reader of our output, such as head, has had enough."""
+
+
+class Output(Console):
+    """Where tables go, results to stdout: wide where it is no terminal."""
+
+    def __init__(self, stderr: bool = False) -> None:
+        terminal = (sys.stderr if stderr else sys.stdout).isatty()
+        wide = None if terminal or "COLUMNS" in os.environ else 200
+        super().__init__(width=wide, highlight=False, markup=False, stderr=stderr)
+
+    def on_broken_pipe(self) -> None:
+        """Lets `main` end quietly, where rich would exit with 1."""
+        raise PipeClosed
+
+
+def print_json(value: Any) -> None:
+    """The one JSON document on stdout."""
+    try:
+        print(json.dumps(value, indent=2), flush=True)
+    except BrokenPipeError:
+        raise PipeClosed from None
+
+
+def flags_given(context: typer.Context) -> dict[str, Any]:
+    """The arguments and flags of a command that are not left at nothing."""
+    return {k: v for k, v in context.params.items() if v is not None and v not in ([], ())}
+
+
+def study_from(context: typer.Context, trains: bool) -> Any:
+    """The study that a command's argument and flags describe; says where slices were fitted."""
+    from sret_cli.study import from_flags
+
+    given = flags_given(context)
+    model = {key: given[key] for key in MODEL_FLAGS if key in given}
+    if model.get("share", "").isdecimal():
+        model["share"] = int(model["share"])
+    train = {key: given[key] for key in (TRAIN_FLAGS if trains else ("data_dir",)) if key in given}
+    settings, path = list(given.get("set_", ())), given.get("study")
+    if "data_dir" in train and not trains and path is None:
+        raise SretError("--data-dir goes with a study here, whose classes it counts", USAGE)
+    study = from_flags(path, model, train if trains or path else None, settings)
+    if path is None:
+        spec = study.runs[0].model
+        for field in ("recursive_slices", "slices"):
+            if field in given:
+                note_fitted_slices(spec, field, given[field])
+    return study
+
+
+def note_fitted_slices(spec: Any, field: str, wanted: int) -> None:
+    """Says which stages take other slices than were asked for."""
+    for stage, (slices, tokens) in enumerate(zip(getattr(spec, field), spec.tokens, strict=True)):
+        if slices != wanted:
+            many = "1 slice" if slices == 1 else f"{slices} slices"
+            notes().print(f"stage {stage + 1}: its {tokens} tokens take {many}, not {wanted}")
+
+
+def check_device(name: str | None) -> None:
+    """Refuses a device that is not there before anything is done."""
+    if name not in (None, "auto", "cpu"):
+        from sret_cli.measure import choose_device
+
+        choose_device(str(name))
+
+
+def show_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
+    """Prints rows as a table, or whole as JSON."""
+    from sret_cli import report
+
+    if as_json:
+        return print_json(rows)
+    Output().print(report.terminal_table(*report.cells(rows, columns)))
