@@ -266,7 +266,7 @@ def test_recursions_without_weights_of_their_own_are_refused(tiny, values):
         model.set_recursions(3)
 
 
-@pytest.mark.parametrize("name", ["sret_t", "sret_lt", "sret_s", "deep", "nano"])
+@pytest.mark.parametrize("name", PRESETS)
 def test_timm_creates_the_presets(name):
     import timm
 
