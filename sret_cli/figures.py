@@ -72,7 +72,8 @@ def _draw(axes: Axes, rows: Sequence[Row], x: str, column: str, fields: Sequence
         color, marker = COLORS[index % len(COLORS)], MARKERS[(index + index // 7) % len(MARKERS)]
         at = sorted(points)
         means, deviations = zip(*(mean_and_deviation(points[p]) for p in at), strict=True)
-        axes.plot(at, means, color=color, label=", ".join(label))
+        axes.plot(at, means, color=color)
+        axes.plot([], [], color=color, marker=marker, markersize=4, label=", ".join(label))
         if any(deviations):
             low = [m - d for m, d in zip(means, deviations, strict=True)]
             high = [m + d for m, d in zip(means, deviations, strict=True)]
