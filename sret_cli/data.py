@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sret_cli.backbone import Spec
 from sret_cli.errors import DATA, SretError
-from sret_cli.spec import TrainSpec
+from sret_cli.recipe import TrainSpec
 from sret_cli.study import DIGITS_CLASSES, class_folders, folder_classes
 
 DIGITS_MEAN, DIGITS_STD = 0.305, 0.376  # of all pixels, scaled to 0..1

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from sret_cli.backbone import BackboneSpec, Spec
-from sret_cli.model import NLL, Block, Pool, SReT, Stem, fixed_permutations
+from sret_cli.blocks import NLL, Block
+from sret_cli.model import Pool, SReT, Stem, fixed_permutations
 from sret_cli.recurse import build_backbone, count_layers
 from sret_cli.spec import ModelSpec, SretError
 from sret_cli.study import Run

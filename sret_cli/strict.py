@@ -1,17 +1,27 @@
 """Values that are frozen and strict, and that say in one line what is wrong with them."""
 
 from functools import cached_property
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     ModelWrapValidatorHandler,
     ValidationError,
     model_validator,
 )
 
 from sret_cli.errors import SretError, nearest
+
+Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def as_tuples(value: Any) -> Any:
+    """A value of a file with its lists, and lists in them, as tuples."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def explain(error: ValidationError, cls: type[BaseModel]) -> str:

@@ -19,8 +19,9 @@ from typing import Any
 from sret_cli.backbone import BackboneSpec, Spec
 from sret_cli.cost import TWIN_KINDS, fit_width, parse_quantity, twin
 from sret_cli.errors import DATA, USAGE, SretError, nearest
+from sret_cli.recipe import TrainSpec
 from sret_cli.records import MEASUREMENTS
-from sret_cli.spec import ModelSpec, TrainSpec, preset
+from sret_cli.spec import ModelSpec, preset
 from sret_cli.strict import Strict
 
 Table = dict[str, Any]

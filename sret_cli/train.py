@@ -21,9 +21,9 @@ from sret_cli.data import Loader, load_data, load_test_data
 from sret_cli.errors import DATA, SOME_FAILED, SretError, nearest
 from sret_cli.measure import choose_device, device_name
 from sret_cli.model import SReT
+from sret_cli.recipe import TrainSpec
 from sret_cli.records import Row
 from sret_cli.recurse import build_any, count_layers
-from sret_cli.spec import TrainSpec
 from sret_cli.study import Run, folder_classes
 from sret_cli.weights import CONFIG_FILE, load_config, load_model, save_weights
 

@@ -11,10 +11,10 @@ PACKAGE = Path(sret_cli.__file__).parent
 
 # A file imports only from files above it.
 ORDER = (
-    *("__init__", "errors", "strict", "depth", "spec", "registry", "backbone", "records"),
-    *("published", "cost", "study", "model", "recurse", "safe_read", "reference", "weights"),
-    *("profiler", "measure", "data", "train", "launch", "views", "export", "figures", "report"),
-    *("flags", "weight_commands", "cli", "__main__"),
+    *("__init__", "errors", "strict", "depth", "recipe", "spec", "registry", "backbone"),
+    *("records", "published", "cost", "study", "blocks", "model", "recurse", "safe_read"),
+    *("reference", "weights", "profiler", "measure", "data", "train", "launch", "views"),
+    *("export", "figures", "report", "flags", "weight_commands", "cli", "__main__"),
 )
 
 

@@ -85,7 +85,7 @@ def test_training_draws_a_fresh_permutation_at_every_step_unless_it_is_fixed(tin
 
 
 def test_attention_stays_inside_its_slices(tiny):
-    from sret_cli.model import Attention
+    from sret_cli.blocks import Attention
 
     attention = Attention(8, 2, 0.0, 0.0).eval()
     x = torch.randn(1, 16, 8)
@@ -97,7 +97,7 @@ def test_attention_stays_inside_its_slices(tiny):
 
 
 def test_a_shuffle_is_undone_after_attention():
-    from sret_cli.model import Attention, inverse
+    from sret_cli.blocks import Attention, inverse
 
     attention = Attention(8, 2, 0.0, 0.0).eval()
     x, order = torch.randn(1, 16, 8), torch.randperm(16)
@@ -107,7 +107,7 @@ def test_a_shuffle_is_undone_after_attention():
 
 
 def test_sliced_attention_equals_attention_on_each_slice_alone():
-    from sret_cli.model import Attention
+    from sret_cli.blocks import Attention
 
     attention = Attention(8, 2, 0.0, 0.0).eval()
     x = torch.randn(2, 12, 8)
@@ -148,7 +148,7 @@ def test_plain_residuals_have_no_coefficients(tiny):
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
-    from sret_cli.model import drop_path
+    from sret_cli.blocks import drop_path
 
     torch.manual_seed(0)
     dropped = drop_path(torch.ones(10_000, 2, 3), 0.25)
@@ -177,7 +177,7 @@ def lrc_of_blocks(model):
 
 
 def test_a_branch_is_added_by_the_formula_of_its_rule(tiny):
-    from sret_cli.model import Block
+    from sret_cli.blocks import Block
 
     x = torch.randn(2, 16, 16)
     for rule, keep, scale in [
