@@ -14,6 +14,8 @@ from sret_cli.spec import ModelSpec
 
 LAYER_NORM_EPS = 1e-6
 
+Coefficient = Tensor | float
+
 
 class Mlp(nn.Module):
     """Linear, GELU, linear."""
@@ -26,8 +28,8 @@ class Mlp(nn.Module):
 
     def forward(self, x_BNC: Tensor) -> Tensor:
         """Maps each token by itself."""
-        hidden = F.dropout(F.gelu(self.fc1(x_BNC)), self.drop_rate, self.training)
-        return F.dropout(self.fc2(hidden), self.drop_rate, self.training)
+        hidden = dropout(F.gelu(self.fc1(x_BNC)), self.drop_rate, self.training)
+        return dropout(self.fc2(hidden), self.drop_rate, self.training)
 
 
 class Attention(nn.Module):
@@ -41,20 +43,16 @@ class Attention(nn.Module):
         self.drop_rate = drop_rate
         self.attn_drop_rate = attn_drop_rate
 
-    def forward(self, x_BNC: Tensor, slices: int, order_N: Tensor | None) -> Tensor:
-        """Attends within `slices` groups, of the tokens as they stand or permuted by `order_N`."""
+    def forward(self, x_BNC: Tensor, slices: int) -> Tensor:
+        """Attends within `slices` groups."""
         B, N, C = x_BNC.shape
-        if order_N is not None:
-            x_BNC = x_BNC.index_select(1, order_N)
         grouped = (B * slices, N // slices, 3, self.heads, C // self.heads)
         q, k, v = self.qkv(x_BNC).view(grouped).permute(2, 0, 3, 1, 4)  # each [B*G, H, n, D]
         x = F.scaled_dot_product_attention(
             q, k, v, dropout_p=self.attn_drop_rate if self.training else 0.0
         )
         x_BNC = x.transpose(1, 2).reshape(B, N, C)
-        if order_N is not None:
-            x_BNC = x_BNC.index_select(1, inverse(order_N))
-        return F.dropout(self.proj(x_BNC), self.drop_rate, self.training)
+        return dropout(self.proj(x_BNC), self.drop_rate, self.training)
 
 
 class Block(nn.Module):
@@ -67,7 +65,8 @@ class Block(nn.Module):
         self.attn = Attention(width, spec.num_heads[stage], spec.drop_rate, spec.attn_drop_rate)
         self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(width, spec.hidden(stage, "mlp"), spec.drop_rate)
-        self.keep, self.scale = spec.branch_scales(stage)
+        self.keep1, self.scale = spec.branch_scales(stage)
+        self.keep2 = self.keep1
         self.post_norm = spec.residual == "deepnorm"
         own = spec.residual == "lrc" and spec.lrc == "per_block"
         self.lrc = nn.Parameter(torch.ones(4)) if own else None
@@ -77,30 +76,39 @@ class Block(nn.Module):
         self,
         x_BNC: Tensor,
         slices: int,
-        order_N: Tensor | None,
-        drop_path_rate: float,
+        drop_2B11: Tensor | None = None,
         lrc_4: Tensor | None = None,
     ) -> Tensor:
         """One pass: x = c1*x + c2*Attn(LN(x)), then x = c3*x + c4*MLP(LN(x)).
 
-        The coefficients are the residual rule's (`ModelSpec`); `lrc_4` are a pass's own.
+        The coefficients are the residual rule's (`ModelSpec`); `lrc_4` are a pass's own. Drop path
+        multiplies the branches of each sample with `drop_2B11`.
         """
-        lrc_4 = self.lrc if lrc_4 is None else lrc_4
-        if lrc_4 is not None:
-            c1, c2, c3, c4 = lrc_4
-        else:
-            c1 = c3 = self.keep
-            c2 = self.scale if self.scale1 is None else self.scale1
-            c4 = self.scale if self.scale2 is None else self.scale2
-        rate = drop_path_rate if self.training else 0.0
+        c1, c2, c3, c4 = self._coefficients(self.lrc if lrc_4 is None else lrc_4)
+        if drop_2B11 is not None:
+            c2, c4 = c2 * drop_2B11[0], c4 * drop_2B11[1]
         if self.post_norm:
-            branch = drop_path(self.attn(x_BNC, slices, order_N), rate)
-            x_BNC = self.norm1(residual(x_BNC, branch, c1, c2))
-            return self.norm2(residual(x_BNC, drop_path(self.mlp(x_BNC), rate), c3, c4))
-        branch = self.attn(self.norm1(x_BNC), slices, order_N)
-        x_BNC = residual(x_BNC, drop_path(branch, rate), c1, c2)
-        branch = self.mlp(self.norm2(x_BNC))
-        return residual(x_BNC, drop_path(branch, rate), c3, c4)
+            x_BNC = self.norm1(residual(x_BNC, self.attn(x_BNC, slices), c1, c2))
+            return self.norm2(residual(x_BNC, self.mlp(x_BNC), c3, c4))
+        x_BNC = residual(x_BNC, self.attn(self.norm1(x_BNC), slices), c1, c2)
+        return residual(x_BNC, self.mlp(self.norm2(x_BNC)), c3, c4)
+
+    def _coefficients(self, lrc_4: Tensor | None) -> tuple[Coefficient, ...]:
+        if lrc_4 is not None:
+            return lrc_4.unbind()
+        scale1 = self.scale if self.scale1 is None else self.scale1
+        scale2 = self.scale if self.scale2 is None else self.scale2
+        return self.keep1, scale1, self.keep2, scale2
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Folds what multiplies the branches into their last projections, for inference."""
+        keep1, scale1, keep2, scale2 = self._coefficients(self.lrc)
+        fold(self.attn.proj, scale1)
+        fold(self.mlp.fc2, scale2)
+        self.lrc, self.scale1, self.scale2, self.scale = None, None, None, 1.0
+        hold(self, "keep1", keep1)
+        hold(self, "keep2", keep2)
 
 
 class NLL(nn.Module):
@@ -111,28 +119,46 @@ class NLL(nn.Module):
         width = spec.embed_dims[stage]
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(width, spec.hidden(stage, "nll"), spec.drop_rate)
-        self.keep, self.scale = spec.branch_scales(stage)
+        self.keep1, self.scale = spec.branch_scales(stage)
         self.post_norm = spec.residual == "deepnorm"
         self.lrc = nn.Parameter(torch.ones(2)) if spec.residual == "lrc" else None
         self.scale1 = learned_scale(spec, stage)
 
     def forward(self, x_BNC: Tensor) -> Tensor:
         """Returns c1*x + c2*MLP(LN(x))."""
-        if self.lrc is not None:
-            c1, c2 = self.lrc
-        else:
-            c1, c2 = self.keep, self.scale if self.scale1 is None else self.scale1
+        c1, c2 = self._coefficients()
         if self.post_norm:
             return self.norm(residual(x_BNC, self.mlp(x_BNC), c1, c2))
         return residual(x_BNC, self.mlp(self.norm(x_BNC)), c1, c2)
 
+    def _coefficients(self) -> tuple[Coefficient, ...]:
+        if self.lrc is not None:
+            return self.lrc.unbind()
+        return self.keep1, self.scale if self.scale1 is None else self.scale1
 
-def residual(x: Tensor, branch: Tensor, keep: Tensor | float, scale: Tensor | float) -> Tensor:
-    """Returns keep * x + scale * branch; a `keep` of 1.0 costs nothing."""
-    kept = x if isinstance(keep, float) and keep == 1.0 else keep * x
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Folds what multiplies the branch into its last projection, for inference."""
+        keep1, scale1 = self._coefficients()
+        fold(self.mlp.fc2, scale1)
+        self.lrc, self.scale1, self.scale = None, None, 1.0
+        hold(self, "keep1", keep1)
+
+
+def residual(x: Tensor, branch: Tensor, keep: Coefficient, scale: Coefficient) -> Tensor:
+    """Returns keep * x + scale * branch, in one pass over memory where a coefficient is 1."""
     if isinstance(scale, Tensor):
-        return torch.addcmul(kept, scale, branch)
-    return torch.add(kept, branch, alpha=scale)
+        if isinstance(keep, float) and keep == 1.0:
+            return torch.addcmul(x, scale, branch)
+        return (keep * x).addcmul_(scale, branch)
+    if isinstance(keep, Tensor):
+        return torch.addcmul(scale * branch if scale != 1.0 else branch, keep, x)
+    return torch.add(keep * x if keep != 1.0 else x, branch, alpha=scale)
+
+
+def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
+    """F.dropout, without a call where there is nothing to drop."""
+    return F.dropout(x, rate) if rate and training else x
 
 
 def learned_scale(spec: ModelSpec, stage: int) -> nn.Parameter | None:
@@ -145,19 +171,14 @@ def learned_scale(spec: ModelSpec, stage: int) -> nn.Parameter | None:
     return None
 
 
-def drop_path(branch: Tensor, rate: float) -> Tensor:
-    """The branch, dropped for a random share of samples and scaled up for the others.
-
-    "Deep Networks with Stochastic Depth", Huang et al., 2016. timm's `drop_path`, which would cost
-    its import.
-    """
-    if rate == 0.0:
-        return branch
-    keep = torch.empty((len(branch), 1, 1), dtype=branch.dtype, device=branch.device)
-    return branch * keep.bernoulli_(1 - rate).div_(1 - rate)
+def fold(linear: nn.Linear, scale: Coefficient) -> None:
+    """Multiplies what a linear layer puts out, by its weights; `scale` has one value or `out`."""
+    linear.weight.mul_(scale.unsqueeze(-1) if isinstance(scale, Tensor) else scale)
+    linear.bias.mul_(scale)
 
 
-def inverse(order_N: Tensor) -> Tensor:
-    """The permutation that undoes another."""
-    positions = torch.arange(len(order_N), device=order_N.device)
-    return torch.empty_like(order_N).scatter_(0, order_N, positions)
+def hold(module: nn.Module, name: str, value: Coefficient) -> None:
+    """Keeps a coefficient as a number, or as a buffer that the state dict has not."""
+    if isinstance(value, Tensor):
+        delattr(module, name)
+        module.register_buffer(name, value.detach().clone(), persistent=False)

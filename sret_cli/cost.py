@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from sret_cli.depth import divisors
 from sret_cli.errors import SretError, nearest
-from sret_cli.spec import ModelSpec
+from sret_cli.spec import ModelSpec, ends_shuffled
 
 FLOAT_BYTES, INDEX_BYTES = 4, 8  # of fp32, and of the int64 of a permutation
 TOLERANCE = 0.01
@@ -25,8 +25,15 @@ MAX_WIDTH = 65_536
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 TWIN_KINDS = ("layers", "params", "macs")
 
-# For each stage, how often a pass of some (slices, shuffled) runs.
-Signatures = tuple[Counter[tuple[int, bool]], ...]
+
+class Passes(NamedTuple):
+    """Of a stage: how many passes have how many slices, and how often tokens are reordered."""
+
+    by_slices: Counter[int]
+    gathers: int
+
+
+Signatures = tuple[Passes, ...]
 
 
 class Candidate(NamedTuple):
@@ -83,10 +90,13 @@ def count(spec: ModelSpec) -> Cost:
 
 
 def signatures(spec: ModelSpec) -> Signatures:
-    """For each stage, how many of its passes have which (slices, shuffled)."""
+    """What costs depend on, of each stage's schedule."""
     return tuple(
-        Counter((p.slices, p.shuffled) for p in spec.schedule(stage))
-        for stage in range(spec.stages)
+        Passes(
+            Counter(p.slices for p in schedule),
+            sum(p.gathers for p in schedule) + ends_shuffled(schedule),
+        )
+        for schedule in map(spec.schedule, range(spec.stages))
     )
 
 
@@ -138,23 +148,27 @@ def _head(spec: ModelSpec) -> Cost:
     return Cost(elements=spec.tokens[-1] * width) + _layer_norm(1, width) + classifier
 
 
-def _stage(spec: ModelSpec, stage: int, passes: Counter[tuple[int, bool]]) -> Cost:
-    """All passes of a stage, and the parameters of its blocks and NLLs, which are there once."""
+def _stage(spec: ModelSpec, stage: int, passes: Passes) -> Cost:
+    """All passes of a stage, and the parameters of its blocks and NLLs, which are there once.
+
+    A gather keeps its indices, unless they are a buffer of the model.
+    """
     nll = Cost() if spec.nll == "none" else _nll(spec, stage)
-    total, params = Cost(), 0
-    for (slices, shuffled), times in passes.items():
-        block = _block(spec, stage, slices, shuffled)
+    index_bytes = 0 if spec.shuffle == "fixed" else INDEX_BYTES * spec.tokens[stage]
+    total, params = Cost(activation_bytes=passes.gathers * index_bytes), 0
+    for slices, times in passes.by_slices.items():
+        block = _block(spec, stage, slices)
         params = spec.blocks[stage] * block.params + spec.nlls(stage) * nll.params
         total += times * (block + nll)
     if spec.residual == "lrc" and spec.lrc == "per_pass":  # passes have what blocks had
-        params += 4 * (passes.total() - spec.blocks[stage])
+        params += 4 * (passes.by_slices.total() - spec.blocks[stage])
     return replace(total, params=params)
 
 
-def _block(spec: ModelSpec, stage: int, slices: int, shuffled: bool) -> Cost:
+def _block(spec: ModelSpec, stage: int, slices: int) -> Cost:
     """One pass through a block: two norms, attention, MLP and two residual connections."""
     tokens, width = spec.tokens[stage], spec.embed_dims[stage]
-    attention = _attention(spec, stage, slices, shuffled)
+    attention = _attention(spec, stage, slices)
     mlp = _mlp(tokens, width, spec.hidden(stage, "mlp"))
     return 2 * _layer_norm(tokens, width) + attention + mlp + 2 * _residual(spec, stage)
 
@@ -173,19 +187,14 @@ def _residual(spec: ModelSpec, stage: int) -> Cost:
     return Cost(params=learned, activation_bytes=FLOAT_BYTES * kept)
 
 
-def _attention(spec: ModelSpec, stage: int, slices: int, shuffled: bool) -> Cost:
+def _attention(spec: ModelSpec, stage: int, slices: int) -> Cost:
     """Projections, and the two products of each slice.
 
     Kept beside the projections' inputs: q, k and v, and the logarithm of each token's sum in each
-    head. What attention puts out is the input of the last projection, kept once; the shuffle puts
-    a copy between them, and keeps its permutation and the inverse. A fixed permutation is a buffer
-    of the model, and not kept.
+    head. What attention puts out is the input of the last projection, kept once.
     """
     tokens, width = spec.tokens[stage], spec.embed_dims[stage]
     kept = FLOAT_BYTES * tokens * (3 * width + spec.num_heads[stage])
-    if shuffled:
-        permutations = 1 if spec.shuffle == "fixed" else 2
-        kept += FLOAT_BYTES * tokens * width + permutations * INDEX_BYTES * tokens
     products = 2 * tokens * (tokens // slices) * width
     fused = Cost(products=products, activations=tokens * width, activation_bytes=kept)
     return _linear(tokens, width, 3 * width) + fused + _linear(tokens, width, width)
@@ -272,7 +281,7 @@ def twin(spec: ModelSpec, kind: str) -> ModelSpec:
     """
     if kind not in TWIN_KINDS:
         raise SretError(f"unknown twin {kind!r}; {nearest(str(kind), list(TWIN_KINDS))}")
-    depths = tuple(passes.total() for passes in signatures(spec))
+    depths = tuple(map(spec.passes, range(spec.stages)))
     if not any(map(operator.gt, depths, spec.blocks)):
         return spec
     untied = spec.with_values(

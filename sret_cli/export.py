@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
@@ -31,7 +31,6 @@ from torch.fx import GraphModule
 from sret_cli.errors import CHECKPOINT, USAGE, SretError, nearest
 from sret_cli.model import SReT, Stage, build_model
 from sret_cli.records import Row, cannot_write, make_directory, write_atomically
-from sret_cli.spec import Pass
 from sret_cli.weights import CONFIG_FILE, WEIGHTS_FILE, load_model, save_model
 
 FILES = {"safetensors": WEIGHTS_FILE, "torch-export": "model.pt2", "onnx": "model.onnx"}
@@ -69,36 +68,35 @@ def find_cycles(kinds: Sequence[Any]) -> list[Cycle]:
 class LoopedStage(Stage):
     """A stage whose passes, where they repeat, are one loop of the exported program."""
 
-    orders: Iterator[Tensor] = iter(())
-
     def forward(
         self,
         x_BNC: Tensor,
         passes: Sequence[int] | None = None,
-        orders_SN: Tensor | None = None,
+        gathers_SN: Tensor | None = None,
         lrcs_K4: Tensor | None = None,
     ) -> Tensor:
-        """Walks the schedule; or some passes of it, with the permutations and LRCs of these."""
+        """Walks the schedule; or some passes of it, with the gathers and LRCs of these."""
         if passes is not None:
-            self.orders = iter(() if orders_SN is None else orders_SN.unbind())
+            orders = iter(() if gathers_SN is None else gathers_SN.unbind())
             lrcs = [None] * len(passes) if lrcs_K4 is None else lrcs_K4.unbind()
             for index, lrc_4 in zip(passes, lrcs, strict=True):
-                x_BNC = self.run_pass(x_BNC, index, lrc_4)
+                order_N = next(orders) if self.schedule[index].gathers else None
+                x_BNC = self.run_pass(x_BNC, index, order_N, lrc_4=lrc_4)
             return x_BNC
-        kinds = [(p.block, p.nll, p.slices, p.shuffled) for p in self.schedule]
+        kinds = [(p.block, p.nll, p.slices, p.gathers) for p in self.schedule]
         for cycle in find_cycles(kinds):
             x_BNC = self._loop(x_BNC, cycle)
-        return x_BNC
+        return x_BNC.index_select(1, self.gathers_RN[-1]) if self.ends_shuffled else x_BNC
 
     def _loop(self, x_BNC: Tensor, cycle: Cycle) -> Tensor:
         start, period, repeats = cycle
         passes = range(start, start + period)
-        before = sum(p.shuffled for p in self.schedule[:start])
-        shuffled = sum(self.schedule[index].shuffled for index in passes)
+        before = sum(p.gathers for p in self.schedule[:start])
+        gathers = sum(self.schedule[index].gathers for index in passes)
         own = {}  # what each round has of its own
-        if shuffled:
-            rows_PN = self.permutations_PN[before : before + repeats * shuffled]
-            own["orders_SN"] = rows_PN.unflatten(0, (repeats, shuffled))
+        if gathers:
+            rows_RN = self.gathers_RN[before : before + repeats * gathers]
+            own["gathers_SN"] = rows_RN.unflatten(0, (repeats, gathers))
         if self.lrc_P4 is not None:
             rows_P4 = self.lrc_P4[start : start + repeats * period]
             own["lrcs_K4"] = rows_P4.unflatten(0, (repeats, period))
@@ -118,9 +116,6 @@ class LoopedStage(Stage):
         (x_BNC,) = scan(body, [x_BNC], rounds, tuple(weights.values()))
         return x_BNC
 
-    def _order(self, p: Pass, x_BNC: Tensor) -> Tensor:
-        return next(self.orders)
-
 
 def to_program(model: SReT) -> ExportedProgram:
     """The model's evaluation as a program of torch.export, for batches of any size."""
@@ -128,6 +123,8 @@ def to_program(model: SReT) -> ExportedProgram:
     looped = build_model(spec)
     looped.stages = nn.ModuleList(LoopedStage(spec, stage) for stage in range(spec.stages))
     looped.load_state_dict(model.state_dict())
+    for stage in looped._stages():  # evaluation takes the gathers that follow from them
+        del stage.permutations_PN
     images = torch.zeros(2, spec.in_chans, spec.img_size, spec.img_size)
     looped.eval().requires_grad_(False)
     batch = Dim("batch", min=1)

@@ -5,7 +5,7 @@ once, and a stage walks its schedule (`ModelSpec.schedule`); the state dict has 
 tensor, whatever the depth.
 
 Tensors carry their shape in their name: B batch, N tokens, C channels, G slices, n tokens of a
-slice, H heads, D head width, P permutations, Y and X rows and columns.
+slice, H heads, D head width, P passes or permutations, R gathers, Y and X rows and columns.
 """
 
 from math import prod
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from sret_cli.blocks import LAYER_NORM_EPS, NLL, Attention, Block, Mlp
 from sret_cli.errors import SretError
 from sret_cli.registry import register_models
-from sret_cli.spec import ModelSpec, Pass
+from sret_cli.spec import ModelSpec, Pass, ends_shuffled
 
 SHUFFLE_SEED = 0  # of the permutations that evaluation uses
 
@@ -27,11 +27,11 @@ class Stage(nn.Module):
     """A bank of blocks and NLLs, and the schedule of passes over them."""
 
     permutations_PN: Tensor
+    gathers_RN: Tensor
 
     def __init__(self, spec: ModelSpec, stage: int) -> None:
         super().__init__()
-        self.schedule = self.full_schedule = spec.schedule(stage)
-        self.drop_path_rates = spec.drop_path_rates(stage)
+        self.full_schedule = spec.schedule(stage)
         self.per_pass = spec.nll == "per_pass" or spec.lrc == "per_pass"
         self.random_shuffle = spec.shuffle == "random"
         self.shuffle_seed = SHUFFLE_SEED + stage
@@ -40,32 +40,44 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(Block(spec, stage) for _ in range(spec.blocks[stage]))
         self.nlls = nn.ModuleList(NLL(spec, stage) for _ in range(spec.nlls(stage)))
         own = spec.residual == "lrc" and spec.lrc == "per_pass"
-        self.lrc_P4 = nn.Parameter(torch.ones(len(self.schedule), 4)) if own else None
+        self.lrc_P4 = nn.Parameter(torch.ones(len(self.full_schedule), 4)) if own else None
         # What belongs to one pass alone is found by the pass's block and visit.
-        self.lrc_row = {(p.block, p.visit): row for row, p in enumerate(self.schedule)}
-        shuffled = [p for p in self.schedule if p.shuffled]
-        self.shuffle_row = {(p.block, p.visit): row for row, p in enumerate(shuffled)}
-        permutations = fixed_permutations(len(shuffled), spec.tokens[stage], self.shuffle_seed)
-        self.register_buffer("permutations_PN", permutations, persistent=False)
+        self.lrc_row = {(p.block, p.visit): row for row, p in enumerate(self.full_schedule)}
+        self.shuffle_row: dict[tuple[int, int], int] = {}
+        empty = torch.empty(0, spec.tokens[stage], dtype=torch.long)
+        self.register_buffer("permutations_PN", empty, persistent=False)
+        self.register_buffer("gathers_RN", empty, persistent=False)
+        self.set_schedule(self.full_schedule, spec.drop_path_rates(stage))
 
     def forward(self, x_BNC: Tensor) -> Tensor:
-        """Walks the schedule."""
+        """Walks the schedule; all that is random about it is drawn before the first pass."""
+        gathers = iter(self._gathers().unbind())
+        drops = self._drop_path(x_BNC)
         lrcs = None if self.lrc_P4 is None else self.lrc_P4.unbind()
         for index, p in enumerate(self.schedule):
+            order_N = next(gathers) if p.gathers else None
+            drop_2B11 = None if drops is None else drops[index]
             lrc_4 = None if lrcs is None else lrcs[self.lrc_row[p.block, p.visit]]
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x_BNC = checkpoint(self.run_pass, x_BNC, index, lrc_4, use_reentrant=False)
+                x_BNC = checkpoint(
+                    self.run_pass, x_BNC, index, order_N, drop_2B11, lrc_4, use_reentrant=False
+                )
             else:
-                x_BNC = self.run_pass(x_BNC, index, lrc_4)
-        return x_BNC
+                x_BNC = self.run_pass(x_BNC, index, order_N, drop_2B11, lrc_4)
+        return x_BNC.index_select(1, next(gathers)) if self.ends_shuffled else x_BNC
 
-    def run_pass(self, x_BNC: Tensor, index: int, lrc_4: Tensor | None = None) -> Tensor:
+    def run_pass(
+        self,
+        x_BNC: Tensor,
+        index: int,
+        order_N: Tensor | None = None,
+        drop_2B11: Tensor | None = None,
+        lrc_4: Tensor | None = None,
+    ) -> Tensor:
         """The pass of that index in the schedule, and its NLL."""
         p = self.schedule[index]
-        order_N = self._order(p, x_BNC) if p.shuffled else None
-        rate = self.drop_path_rates[index]
-        x_BNC = self.blocks[p.block](x_BNC, p.slices, order_N, rate, lrc_4)
-        return x_BNC if p.nll is None else self.nlls[p.nll](x_BNC)
+        nll = None if p.nll is None else self.nlls[p.nll]
+        return one_pass(self.blocks[p.block], nll, p.slices, x_BNC, order_N, drop_2B11, lrc_4)
 
     def set_schedule(self, schedule: tuple[Pass, ...], drop_path_rates: tuple[float, ...]) -> None:
         """Walks another schedule from now on, over the same blocks.
@@ -92,13 +104,65 @@ class Stage(nn.Module):
             more = fixed_permutations(len(self.shuffle_row), tokens, self.shuffle_seed)
             self.permutations_PN = more.to(self.permutations_PN.device)
         self.schedule, self.drop_path_rates = schedule, drop_path_rates
+        self.ends_shuffled = ends_shuffled(schedule)
+        shuffled = [p for p in schedule if p.shuffled]
+        rows_P = [self.shuffle_row[p.block, p.visit] for p in shuffled]
+        self.gathers_RN = self._compose(self.permutations_PN[rows_P])
 
-    def _order(self, p: Pass, x_BNC: Tensor) -> Tensor:
+    def _gathers(self) -> Tensor:
+        """`[R, N]`: how each gather of the schedule, and that at its end, takes tokens."""
+        passes, tokens = sum(p.shuffled for p in self.schedule), self.gathers_RN.shape[1]
         if self.reference_shuffle:  # the reference draws on the CPU, in training and in eval
-            return torch.randperm(x_BNC.shape[1]).to(x_BNC.device)
-        if self.random_shuffle and self.training:
-            return torch.randperm(x_BNC.shape[1], device=x_BNC.device)
-        return self.permutations_PN[self.shuffle_row[p.block, p.visit]]
+            drawn = [torch.randperm(tokens) for _ in range(passes)]
+            return (
+                self._compose(torch.stack(drawn).to(self.gathers_RN.device))
+                if drawn
+                else self.gathers_RN
+            )
+        if self.random_shuffle and self.training and passes:
+            noise_PN = torch.rand(passes, tokens, device=self.gathers_RN.device)
+            return self._compose(noise_PN.argsort(1))
+        return self.gathers_RN
+
+    def _compose(self, orders_PN: Tensor) -> Tensor:
+        """The gathers from one order of tokens to the next, given that of each shuffled pass."""
+        gathered = [p.shuffled for p in self.schedule if p.gathers] + [False] * self.ends_shuffled
+        numbers = iter(range(len(orders_PN)))
+        rows_R = [next(numbers) if shuffled else -1 for shuffled in gathered]
+        own_N = torch.arange(orders_PN.shape[1], device=orders_PN.device)
+        orders_PN = torch.cat((orders_PN, own_N[None]))  # row -1: the tokens' own order
+        before_RN = orders_PN[[-1, *rows_R][: len(rows_R)]]
+        positions_RN = torch.empty_like(before_RN).scatter_(
+            1, before_RN, own_N.expand_as(before_RN)
+        )
+        return positions_RN.gather(1, orders_PN[rows_R])
+
+    def _drop_path(self, x_BNC: Tensor) -> tuple[Tensor, ...] | None:
+        """What multiplies each pass's branches, `[2, B, 1, 1]`; None where nothing is dropped.
+
+        "Deep Networks with Stochastic Depth", Huang et al., 2016.
+        """
+        if not self.training or not any(self.drop_path_rates):
+            return None
+        keep_P111 = 1 - torch.tensor(self.drop_path_rates, device=x_BNC.device).view(-1, 1, 1, 1)
+        kept_P2B = torch.rand(len(keep_P111), 2, len(x_BNC), 1, device=x_BNC.device) < keep_P111
+        return (kept_P2B / keep_P111).unsqueeze(-1).unbind()
+
+
+def one_pass(
+    block: nn.Module,
+    nll: nn.Module | None,
+    slices: int,
+    x_BNC: Tensor,
+    order_N: Tensor | None = None,
+    drop_2B11: Tensor | None = None,
+    lrc_4: Tensor | None = None,
+) -> Tensor:
+    """One layer: takes the tokens in an order, if one is given, through a block and its NLL."""
+    if order_N is not None:
+        x_BNC = x_BNC.index_select(1, order_N)
+    x_BNC = block(x_BNC, slices, drop_2B11, lrc_4)
+    return x_BNC if nll is None else nll(x_BNC)
 
 
 class Stem(nn.Module):
@@ -117,9 +181,10 @@ class Stem(nn.Module):
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
         """Images to the first stage's map of tokens."""
-        x_BCYX = F.relu(self.bn1(self.conv1(x_BCYX)))
-        x_BCYX = F.relu(self.bn2(self.conv2(x_BCYX)))
-        return F.relu(self.bn3(self.conv3(x_BCYX)))
+        x_BCYX = x_BCYX.contiguous(memory_format=torch.channels_last)  # tokens lie so, too
+        x_BCYX = F.relu(self.bn1(self.conv1(x_BCYX)), inplace=True)
+        x_BCYX = F.relu(self.bn2(self.conv2(x_BCYX)), inplace=True)
+        return F.relu(self.bn3(self.conv3(x_BCYX)), inplace=True)
 
 
 class Pool(nn.Module):

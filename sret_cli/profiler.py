@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from sret_cli.backbone import BackboneSpec, Spec
 from sret_cli.blocks import NLL, Block
-from sret_cli.model import Pool, SReT, Stem, fixed_permutations
+from sret_cli.model import Pool, SReT, Stem, one_pass
 from sret_cli.recurse import build_backbone, count_layers
-from sret_cli.spec import ModelSpec, SretError
+from sret_cli.spec import ModelSpec, SretError, ends_shuffled
 from sret_cli.study import Run
 
 with warnings.catch_warnings():  # fvcore uses torch.jit, whose deprecation is no news to our user
@@ -124,7 +124,9 @@ class Profile:
 class _Pass(nn.Module):
     """One pass and its NLL, alone: what a signature is traced on."""
 
-    def __init__(self, spec: ModelSpec, stage: int, slices: int, shuffled: bool) -> None:
+    order_N: Tensor | None
+
+    def __init__(self, spec: ModelSpec, stage: int, slices: int, gathers: bool) -> None:
         super().__init__()
         spec = spec.with_values(drop_rate=0.0, attn_drop_rate=0.0)
         self.block = Block(spec, stage)
@@ -132,15 +134,31 @@ class _Pass(nn.Module):
         own = spec.residual == "lrc" and spec.lrc == "per_pass"
         self.lrc_4 = nn.Parameter(torch.ones(4)) if own else None
         self.slices = slices
-        order_N = fixed_permutations(1, spec.tokens[stage], 0)[0] if shuffled else None
-        if spec.shuffle == "fixed":  # then it is a buffer, and not kept for the backward pass
-            self.register_buffer("order_N", order_N)
-        else:
-            self.order_N = order_N
+        _hold_order(self, spec, stage, gathers)
 
     def forward(self, x_BNC: Tensor) -> Tensor:
-        x_BNC = self.block(x_BNC, self.slices, self.order_N, 0.0, self.lrc_4)
-        return x_BNC if self.nll is None else self.nll(x_BNC)
+        return one_pass(self.block, self.nll, self.slices, x_BNC, self.order_N, lrc_4=self.lrc_4)
+
+
+class _Return(nn.Module):
+    """The gather that puts a stage's tokens back in their order, where its last pass has not."""
+
+    order_N: Tensor
+
+    def __init__(self, spec: ModelSpec, stage: int) -> None:
+        super().__init__()
+        _hold_order(self, spec, stage, True)
+
+    def forward(self, x_BNC: Tensor) -> Tensor:
+        return x_BNC.index_select(1, self.order_N)
+
+
+def _hold_order(module: nn.Module, spec: ModelSpec, stage: int, gathers: bool) -> None:
+    order_N = torch.arange(spec.tokens[stage]) if gathers else None
+    if spec.shuffle == "fixed":  # then it is a buffer, and not kept for the backward pass
+        module.register_buffer("order_N", order_N)
+    else:
+        module.__dict__["order_N"] = order_N
 
 
 class _Head(nn.Module):
@@ -194,7 +212,8 @@ def trace(spec: ModelSpec) -> Profile:
             before = (tokens[stage - 1], dims[stage - 1])
             pool = partial(Pool, spec, stage - 1)
             parts.append(part(None, "pools", 1, pool, before, dims[stage]))
-        signatures = Counter((p.slices, p.shuffled) for p in spec.schedule(stage))
+        schedule = spec.schedule(stage)
+        signatures = Counter((p.slices, p.gathers) for p in schedule)
         key = (
             spec.num_heads[stage],
             spec.hidden(stage, "mlp"),
@@ -202,11 +221,14 @@ def trace(spec: ModelSpec) -> Profile:
             spec.residual,
             spec.lrc,
         )
-        for (slices, shuffled), times in signatures.items():
-            module = partial(_Pass, spec, stage, slices, shuffled)
+        for (slices, gathers), times in signatures.items():
+            module = partial(_Pass, spec, stage, slices, gathers)
             parts.append(
-                part(stage, "pass", times, module, shape, *key, slices, shuffled and spec.shuffle)
+                part(stage, "pass", times, module, shape, *key, slices, gathers and spec.shuffle)
             )
+        if ends_shuffled(schedule):
+            back = partial(_Return, spec, stage)
+            parts.append(part(stage, "return", 1, back, shape, spec.shuffle))
         with torch.device("meta"):  # shapes alone
             banks = ((Block, spec.blocks[stage]), (NLL, spec.nlls(stage)))
             sizes = [n * sum(p.numel() for p in m(spec, stage).parameters()) for m, n in banks]

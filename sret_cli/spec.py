@@ -23,7 +23,9 @@ PER_STAGE = ("embed_dims", "num_heads", "blocks", "recursions", "slices", "recur
 class Pass(NamedTuple):
     """One execution of a block: what one layer of the network is.
 
-    `visit` counts the passes through the same block before it.
+    `visit` counts the passes through the same block before it. Tokens stay as a shuffled pass has
+    left them, since all but sliced attention takes them in any order: a pass `gathers` them where
+    it needs another order, be it shuffled or, after a shuffled pass, the tokens' own.
     """
 
     block: int
@@ -31,10 +33,17 @@ class Pass(NamedTuple):
     nll: int | None
     slices: int
     shuffled: bool
+    gathers: bool
 
 
 Width = Annotated[int, Field(ge=1, le=65_536)]
 Stride = Annotated[int, Field(ge=1, le=2)]
+
+
+def ends_shuffled(schedule: tuple[Pass, ...]) -> bool:
+    """Whether a stage has to put its tokens back in their order after its last pass."""
+    last = next((p for p in reversed(schedule) if p.gathers), None)
+    return last is not None and last.shuffled
 
 
 class ModelSpec(Strict):
@@ -220,18 +229,22 @@ class ModelSpec(Strict):
             order = [block for block in range(blocks) for _ in range(recursions)]
         else:
             order = list(range(blocks)) * recursions
-        passes, visits = [], [0] * blocks
+        passes, visits, astray = [], [0] * blocks, False
         for index, block in enumerate(order):
             visit = visits[block]
             visits[block] += 1
             slices = self.recursive_slices[stage] if visit else self.slices[stage]
+            shuffled = visit > 0 and slices > 1 and self.shuffle != "none"
+            gathers = shuffled or (astray and slices > 1)
+            astray = shuffled or (astray and not gathers)
             passes.append(
                 Pass(
                     block=block,
                     visit=visit,
                     nll={"per_pass": index, "per_block": block, "none": None}[self.nll],
                     slices=slices,
-                    shuffled=visit > 0 and slices > 1 and self.shuffle != "none",
+                    shuffled=shuffled,
+                    gathers=gathers,
                 )
             )
         return tuple(passes)

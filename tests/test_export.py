@@ -9,7 +9,7 @@ import torch
 from sret_cli import export
 from sret_cli.errors import SretError
 from sret_cli.export import Cycle, LoopedStage, export_model, find_cycles
-from sret_cli.model import build_model
+from sret_cli.model import Stage, build_model
 from sret_cli.spec import PRESETS
 from sret_cli.weights import save_model
 
@@ -125,7 +125,11 @@ def test_a_file_names_no_path_of_this_machine(exported):
 def test_a_program_with_other_logits_is_refused_and_leaves_nothing(
     recursive, tmp_path, monkeypatch, to
 ):
-    monkeypatch.setattr(LoopedStage, "_order", lambda self, p, x_BNC: next(self.orders).roll(1))
+    monkeypatch.setattr(
+        LoopedStage,
+        "_compose",
+        lambda self, orders_PN: Stage._compose(self, orders_PN).roll(1, 1),
+    )
     with pytest.raises(SretError, match=f"logits of the {to} program differ .* more than 0.0001"):
         export_model(recursive, to, tmp_path / "out")
     assert os.listdir(tmp_path) == []

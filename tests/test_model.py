@@ -91,19 +91,39 @@ def test_attention_stays_inside_its_slices(tiny):
     x = torch.randn(1, 16, 8)
     changed = x.clone()
     changed[:, :4] += 1
-    same = attention(x, 4, None)[:, 4:] == attention(changed, 4, None)[:, 4:]
+    same = attention(x, 4)[:, 4:] == attention(changed, 4)[:, 4:]
     assert same.all()
-    assert not torch.allclose(attention(x, 1, None)[:, 4:], attention(changed, 1, None)[:, 4:])
+    assert not torch.allclose(attention(x, 1)[:, 4:], attention(changed, 1)[:, 4:])
 
 
-def test_a_shuffle_is_undone_after_attention():
-    from sret_cli.blocks import Attention, inverse
+def test_tokens_that_stay_shuffled_give_what_tokens_put_back_after_each_pass_give(tiny):
+    spec = tiny.with_values(recursions=3, loop="external")
+    model = build_model(spec).eval()
+    x = image(spec)
+    stage = model.stages[1]
+    tokens = torch.randn(2, 16, 16)
+    rows = iter(stage.permutations_PN)
+    expected = tokens
+    for index, p in enumerate(stage.schedule):
+        order = next(rows) if p.shuffled else torch.arange(16)
+        shuffled = stage.run_pass(expected[:, order], index)
+        expected = shuffled[:, order.argsort()]
+    assert [p.gathers for p in stage.schedule] == [False] * 2 + [True] * 4
+    with torch.no_grad():
+        torch.testing.assert_close(stage(tokens), expected)
+        assert torch.equal(model(x), model(x))
 
-    attention = Attention(8, 2, 0.0, 0.0).eval()
-    x, order = torch.randn(1, 16, 8), torch.randperm(16)
-    whole = attention(x, 1, None)
-    torch.testing.assert_close(attention(x, 1, order), whole)
-    assert torch.equal(order[inverse(order)], torch.arange(16))
+
+def test_each_gather_leads_from_one_order_of_tokens_to_the_next(tiny):
+    stage = build_model(tiny.with_values(recursions=3)).stages[1]
+    assert [p.gathers for p in stage.schedule] == [False, True, True, True, True, True]
+    x, seen = torch.arange(16), []
+    for row in stage.gathers_RN:
+        x = x[row]
+        seen.append(x.tolist())
+    own, orders = list(range(16)), stage.permutations_PN.tolist()
+    # two shuffled passes of block 0, the first of block 1 in the tokens' own order, and so on
+    assert seen == [orders[0], orders[1], own, orders[2], orders[3], own]
 
 
 def test_sliced_attention_equals_attention_on_each_slice_alone():
@@ -111,8 +131,8 @@ def test_sliced_attention_equals_attention_on_each_slice_alone():
 
     attention = Attention(8, 2, 0.0, 0.0).eval()
     x = torch.randn(2, 12, 8)
-    alone = [attention(part, 1, None) for part in x.split(4, dim=1)]
-    torch.testing.assert_close(attention(x, 3, None), torch.cat(alone, dim=1))
+    alone = [attention(part, 1) for part in x.split(4, dim=1)]
+    torch.testing.assert_close(attention(x, 3), torch.cat(alone, dim=1))
 
 
 def test_checkpointing_leaves_loss_and_gradients_bitwise_as_they_are(tiny):
@@ -147,14 +167,22 @@ def test_plain_residuals_have_no_coefficients(tiny):
     assert sum("lrc" in name for name, _ in build_model(tiny).named_parameters()) == 8
 
 
-def test_drop_path_drops_whole_samples_and_keeps_the_mean():
-    from sret_cli.blocks import drop_path
-
+def test_drop_path_drops_whole_samples_and_keeps_the_mean(tiny):
     torch.manual_seed(0)
-    dropped = drop_path(torch.ones(10_000, 2, 3), 0.25)
+    stage = build_model(tiny.with_values(drop_path_rate=0.25)).stages[2]
+    assert stage.drop_path_rates == pytest.approx((0.25 * 6 / 7, 0.25))
+    dropped = stage._drop_path(torch.zeros(10_000, 4, 32))[1]
+    assert dropped.shape == (2, 10_000, 1, 1)
     assert dropped.unique().tolist() == [0.0, pytest.approx(4 / 3)]
-    assert (dropped == dropped[:, :1, :1]).all()
     assert dropped.mean().item() == pytest.approx(1, abs=0.02)
+    assert not torch.equal(dropped[0], dropped[1])
+    block, x = stage.blocks[0], torch.randn(3, 4, 32)
+    drops = torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, 2.0]]).view(2, 3, 1, 1)
+    y = block(x, 1, drops)
+    assert torch.equal(y[0], x[0])
+    attended = x + 2 * block.attn(block.norm1(x), 1)
+    torch.testing.assert_close(y[1], attended[1])
+    torch.testing.assert_close(y[2], (x + 2 * block.mlp(block.norm2(x)))[2])
 
 
 def test_lrc_per_pass_has_four_scalars_for_each_pass(tiny):
@@ -188,14 +216,14 @@ def test_a_branch_is_added_by_the_formula_of_its_rule(tiny):
         ("loop", 1.0, 1 / (2 * 4**0.5)),  # 2 recursions, 4 blocks
     ]:
         block = Block(tiny.with_values(residual=rule), 1).eval()
-        y = keep * x + scale * block.attn(block.norm1(x), 1, None)
+        y = keep * x + scale * block.attn(block.norm1(x), 1)
         y = keep * y + scale * block.mlp(block.norm2(y))
-        torch.testing.assert_close(block(x, 1, None, 0.0), y)
+        torch.testing.assert_close(block(x, 1), y)
     block = Block(tiny.with_values(residual="deepnorm"), 1).eval()
     keep = 24**0.25  # 8 layers of attention, MLP and NLL
-    y = block.norm1(keep * x + block.attn(x, 1, None))
+    y = block.norm1(keep * x + block.attn(x, 1))
     y = block.norm2(keep * y + block.mlp(y))
-    torch.testing.assert_close(block(x, 1, None, 0.0), y)
+    torch.testing.assert_close(block(x, 1), y)
 
 
 @pytest.mark.parametrize(("layers", "start"), [(16, 0.1), (24, 1e-5), (28, 1e-6)])

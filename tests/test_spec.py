@@ -58,10 +58,10 @@ def test_slices_that_do_not_divide_a_stage_name_those_that_do():
 def test_internal_loop_passes_a_block_in_a_row(tiny):
     spec = tiny.with_values(recursions=2, nll="per_pass")
     assert spec.schedule(1) == (
-        Pass(block=0, visit=0, nll=0, slices=2, shuffled=False),
-        Pass(block=0, visit=1, nll=1, slices=2, shuffled=True),
-        Pass(block=1, visit=0, nll=2, slices=2, shuffled=False),
-        Pass(block=1, visit=1, nll=3, slices=2, shuffled=True),
+        Pass(block=0, visit=0, nll=0, slices=2, shuffled=False, gathers=False),
+        Pass(block=0, visit=1, nll=1, slices=2, shuffled=True, gathers=True),
+        Pass(block=1, visit=0, nll=2, slices=2, shuffled=False, gathers=True),
+        Pass(block=1, visit=1, nll=3, slices=2, shuffled=True, gathers=True),
     )
 
 
