@@ -123,7 +123,7 @@ def to_program(model: SReT) -> ExportedProgram:
     looped = build_model(spec)
     looped.stages = nn.ModuleList(LoopedStage(spec, stage) for stage in range(spec.stages))
     looped.load_state_dict(model.state_dict())
-    for stage in looped._stages():  # evaluation takes the gathers that follow from them
+    for stage in looped.every_stage():  # evaluation takes the gathers that follow from them
         del stage.permutations_PN
     images = torch.zeros(2, spec.in_chans, spec.img_size, spec.img_size)
     looped.eval().requires_grad_(False)

@@ -26,13 +26,15 @@ if TYPE_CHECKING:
 class Options:
     """How and where runs are done, which does not change what they do.
 
-    `measure_batch_size` is None where nothing is to be timed.
+    `measure_batch_size` is None where nothing is to be timed; `compiles` is as in `compile_model`,
+    for what is timed.
     """
 
     device: str = "auto"
     workers: int | None = None
     measure_batch_size: int | None = None
     precision: str = "fp32"
+    compiles: str = "off"
 
 
 @dataclass
@@ -183,6 +185,7 @@ def _missing(row: Row, run: Run, options: Options, trains: bool) -> list[str]:
         or options.device not in ("auto", row["measured_device"])
         or row["measured_batch_size"] != options.measure_batch_size
         or row["measured_precision"] != options.precision
+        or row["measured_compile"] != options.compiles
     ):
         missing.append("speed")
     if trains and run.train is not None and row["final_loss"] is None:

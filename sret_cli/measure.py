@@ -4,14 +4,18 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
 from itertools import accumulate
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sret_cli.backbone import BackboneSpec, Spec
+from sret_cli.compilation import GraphedInference, OnFailure, compile_model
 from sret_cli.cost import count
 from sret_cli.errors import RESOURCES, USAGE, SretError
+from sret_cli.model import SReT
 from sret_cli.records import Row
 from sret_cli.recurse import build_any
 from sret_cli.spec import ModelSpec
@@ -41,8 +45,19 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def measure(spec: Spec, device: torch.device, batch_size: int, precision: str) -> Row:
+def measure(
+    spec: Spec,
+    device: torch.device,
+    batch_size: int,
+    precision: str,
+    compiles: str = "off",
+    on_failure: OnFailure | None = None,
+) -> Row:
     """Time and memory of inference and of a training step (forward, backward, AdamW) on a device.
+
+    Inference is that of the fused model (`SReT.fused`); where it is compiled on CUDA, in one graph
+    of kernels. `compiles` and `on_failure` are those of `compile_model`; time to compile is not in
+    the medians.
 
     Times are medians of at least 5 rounds after 2 of warm-up, with the interquartile range beside
     them. `peak_memory_bytes` is the training step's: what CUDA's allocator had at the most, or on
@@ -56,10 +71,8 @@ def measure(spec: Spec, device: torch.device, batch_size: int, precision: str) -
     target = torch.randint(max(spec.num_classes, 1), (batch_size,), device=device)
     optimizer = torch.optim.AdamW(model.parameters())
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-    def forward() -> None:
-        with torch.inference_mode(), autocast:
-            model(x)
+    forward = inference(model, x, precision, compiles, on_failure)
+    compile_model(model, compiles, on_failure)
 
     def step() -> None:
         with autocast:
@@ -68,15 +81,15 @@ def measure(spec: Spec, device: torch.device, batch_size: int, precision: str) -
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    model.eval()
     forward_seconds, forward_iqr = median_seconds(forward, device)
-    model.train()
+    del forward
     step_seconds, step_iqr = median_seconds(step, device)
     return {
         "measured_device": device.type,
         "measured_device_name": device_name(device),
         "measured_batch_size": batch_size,
         "measured_precision": precision,
+        "measured_compile": compiles,
         "forward_seconds": forward_seconds,
         "forward_seconds_iqr": forward_iqr,
         "step_seconds": step_seconds,
@@ -104,7 +117,24 @@ def _check_memory(spec: ModelSpec, device: torch.device, batch_size: int) -> Non
         )
 
 
-def median_seconds(call: Callable[[], None], device: torch.device) -> tuple[float, float]:
+def inference(
+    model: nn.Module, x: Tensor, precision: str, compiles: str, on_failure: OnFailure | None = None
+) -> Callable[[], object]:
+    """A call that puts images through a copy of the model that is made for inference."""
+    copy = model.fused() if isinstance(model, SReT) else deepcopy(model).eval()
+    compile_model(copy, compiles, on_failure)
+    if x.device.type == "cuda" and compiles != "off":
+        return partial(GraphedInference(copy, x, precision), x)
+    autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16")
+
+    def forward() -> None:
+        with torch.inference_mode(), autocast:
+            copy(x)
+
+    return forward
+
+
+def median_seconds(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
     """Median and interquartile range of a call's wall time: 5 to 50 rounds, about 2 seconds."""
     seconds: list[float] = []
     for _ in range(2):

@@ -8,11 +8,13 @@ Tensors carry their shape in their name: B batch, N tokens, C channels, G slices
 slice, H heads, D head width, P passes or permutations, R gathers, Y and X rows and columns.
 """
 
+from copy import deepcopy
 from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 from sret_cli.blocks import LAYER_NORM_EPS, NLL, Attention, Block, Mlp
@@ -37,6 +39,7 @@ class Stage(nn.Module):
         self.shuffle_seed = SHUFFLE_SEED + stage
         self.reference_shuffle = False
         self.grad_checkpointing = False
+        self.one_pass = one_pass  # or its compiled form
         self.blocks = nn.ModuleList(Block(spec, stage) for _ in range(spec.blocks[stage]))
         self.nlls = nn.ModuleList(NLL(spec, stage) for _ in range(spec.nlls(stage)))
         own = spec.residual == "lrc" and spec.lrc == "per_pass"
@@ -77,7 +80,7 @@ class Stage(nn.Module):
         """The pass of that index in the schedule, and its NLL."""
         p = self.schedule[index]
         nll = None if p.nll is None else self.nlls[p.nll]
-        return one_pass(self.blocks[p.block], nll, p.slices, x_BNC, order_N, drop_2B11, lrc_4)
+        return self.one_pass(self.blocks[p.block], nll, p.slices, x_BNC, order_N, drop_2B11, lrc_4)
 
     def set_schedule(self, schedule: tuple[Pass, ...], drop_path_rates: tuple[float, ...]) -> None:
         """Walks another schedule from now on, over the same blocks.
@@ -221,6 +224,7 @@ class SReT(nn.Module):
         ]
         side = spec.sides[0]
         self.stem = Stem(spec)
+        self.call_stem = Stem.forward  # or its compiled form
         self.pos_embed = nn.Parameter(torch.zeros(1, spec.embed_dims[0], side, side))
         self.stages = nn.ModuleList(Stage(spec, index) for index in range(spec.stages))
         self.pools = nn.ModuleList(Pool(spec, index) for index in range(spec.stages - 1))
@@ -271,7 +275,7 @@ class SReT(nn.Module):
         last = max(wanted) if stop_early else len(self.stages) - 1
         maps = []
         x_BNC = self._embed(x_BCYX)
-        for index, stage in enumerate(self._stages()[: last + 1]):
+        for index, stage in enumerate(self.every_stage()[: last + 1]):
             x_BNC = stage(self.pools[index - 1](x_BNC) if index else x_BNC)
             if index in wanted:
                 maps.append(to_map(x_BNC, self.spec.sides[index]))
@@ -297,7 +301,7 @@ class SReT(nn.Module):
         return list(stages[-indices:] if isinstance(indices, int) else (stages[i] for i in indices))
 
     def _embed(self, x_BCYX: Tensor) -> Tensor:
-        x_BCYX = self.stem(x_BCYX) + self.pos_embed
+        x_BCYX = self.call_stem(self.stem, x_BCYX) + self.pos_embed
         return to_tokens(F.dropout(x_BCYX, self.spec.drop_rate, self.training))
 
     def forward_head(self, x_BNC: Tensor, pre_logits: bool = False) -> Tensor:
@@ -326,7 +330,7 @@ class SReT(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every pass in the backward pass instead of storing it."""
-        for stage in self._stages():
+        for stage in self.every_stage():
             stage.grad_checkpointing = enable
 
     def set_recursions(self, recursions: int | tuple[int, ...] | None) -> None:
@@ -341,7 +345,7 @@ class SReT(nn.Module):
             if spec.order is not None:
                 raise SretError("this model's passes have an explicit order, and no recursions")
             spec = spec.with_values(recursions=recursions)
-        for index, stage in enumerate(self._stages()):
+        for index, stage in enumerate(self.every_stage()):
             stage.set_schedule(spec.schedule(index), spec.drop_path_rates(index))
 
     def set_reference_shuffle(self, enable: bool = True) -> None:
@@ -350,10 +354,27 @@ class SReT(nn.Module):
         So does the reference. Two evaluations then differ, unless `torch.manual_seed` comes before
         each; use it to check against the reference's numbers, and for nothing else.
         """
-        for stage in self._stages():
+        for stage in self.every_stage():
             stage.reference_shuffle = enable
 
-    def _stages(self) -> list[Stage]:
+    def fused(self) -> "SReT":
+        """A copy for inference that does less: no coefficients of branches, no BatchNorm.
+
+        Learned scalars are folded into the projections before them (where they belong to a block),
+        BatchNorm into the convolutions. Logits differ by rounding; it is not to be trained.
+        """
+        model = deepcopy(self).eval().requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, Block | NLL):
+                module.fuse()
+        for n in "123":
+            conv, norm = getattr(model.stem, f"conv{n}"), getattr(model.stem, f"bn{n}")
+            setattr(model.stem, f"conv{n}", fuse_conv_bn_eval(conv, norm))
+            setattr(model.stem, f"bn{n}", nn.Identity())
+        return model
+
+    def every_stage(self) -> list[Stage]:
+        """The stages, from the first to the last."""
         return [stage for stage in self.stages if isinstance(stage, Stage)]
 
 

@@ -31,6 +31,7 @@ MEASUREMENTS = (
     "measured_device_name",
     "measured_batch_size",
     "measured_precision",
+    "measured_compile",
     "forward_seconds",
     "forward_seconds_iqr",
     "step_seconds",
