@@ -36,7 +36,9 @@ class Stage(nn.Module):
         self.random_shuffle = spec.shuffle == "random"
         self.shuffle_seed = SHUFFLE_SEED + stage
         self.reference_shuffle = False
-        self.grad_checkpointing = False
+        self.drops = spec.drop_rate > 0 or spec.attn_drop_rate > 0
+        self.segment = 0  # recompute in segments of so many passes; 0: not at all
+        self.recomputed: int | None = None  # only the first so many passes; None: all
         self.blocks = nn.ModuleList(Block(spec, stage) for _ in range(spec.blocks[stage]))
         self.nlls = nn.ModuleList(NLL(spec, stage) for _ in range(spec.nlls(stage)))
         own = spec.residual == "lrc" and spec.lrc == "per_pass"
@@ -49,14 +51,32 @@ class Stage(nn.Module):
         self.register_buffer("permutations_PN", permutations, persistent=False)
 
     def forward(self, x_BNC: Tensor) -> Tensor:
-        """Walks the schedule."""
+        """Walks the schedule, or the segments of it that are recomputed in the backward pass."""
         lrcs = None if self.lrc_P4 is None else self.lrc_P4.unbind()
-        for index, p in enumerate(self.schedule):
+        passes = range(len(self.schedule))
+        first = 0  # pass that is not recomputed
+        if self.segment and torch.is_grad_enabled():
+            first = len(passes) if self.recomputed is None else min(self.recomputed, len(passes))
+        for start in range(0, first, self.segment or 1):
+            segment = passes[start : min(start + self.segment, first)]
+            x_BNC = checkpoint(
+                self.run_passes,
+                x_BNC,
+                segment,
+                lrcs,
+                use_reentrant=False,
+                preserve_rng_state=self._draws(segment),
+            )
+        return self.run_passes(x_BNC, passes[first:], lrcs)
+
+    def run_passes(
+        self, x_BNC: Tensor, indices: range, lrcs: tuple[Tensor, ...] | None = None
+    ) -> Tensor:
+        """The passes of those indices in the schedule, one after another."""
+        for index in indices:
+            p = self.schedule[index]
             lrc_4 = None if lrcs is None else lrcs[self.lrc_row[p.block, p.visit]]
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x_BNC = checkpoint(self.run_pass, x_BNC, index, lrc_4, use_reentrant=False)
-            else:
-                x_BNC = self.run_pass(x_BNC, index, lrc_4)
+            x_BNC = self.run_pass(x_BNC, index, lrc_4)
         return x_BNC
 
     def run_pass(self, x_BNC: Tensor, index: int, lrc_4: Tensor | None = None) -> Tensor:
@@ -92,6 +112,13 @@ class Stage(nn.Module):
             more = fixed_permutations(len(self.shuffle_row), tokens, self.shuffle_seed)
             self.permutations_PN = more.to(self.permutations_PN.device)
         self.schedule, self.drop_path_rates = schedule, drop_path_rates
+
+    def _draws(self, indices: range) -> bool:
+        """Whether any of the passes draws random numbers, which its recomputation is to repeat."""
+        shuffles = self.reference_shuffle or (self.random_shuffle and self.training)
+        return (self.training and (self.drops or any(self.drop_path_rates[i] for i in indices))) or (
+            shuffles and any(self.schedule[i].shuffled for i in indices)
+        )
 
     def _order(self, p: Pass, x_BNC: Tensor) -> Tensor:
         if self.reference_shuffle:  # the reference draws on the CPU, in training and in eval
@@ -141,7 +168,7 @@ class SReT(nn.Module):
 
     Input is `[B, in_chans, img_size, img_size]`, output `[B, num_classes]` logits.
 
-    Set `grad_checkpointing` to recompute every pass in the backward pass instead of storing it.
+    `set_recompute` has passes recomputed in the backward pass instead of stored.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -261,8 +288,23 @@ class SReT(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every pass in the backward pass instead of storing it."""
-        for stage in self._stages():
-            stage.grad_checkpointing = enable
+        self.set_recompute((int(enable),) * len(self.stages))
+
+    def set_recompute(
+        self, segments: tuple[int, ...], recomputed: tuple[int, ...] | None = None
+    ) -> None:
+        """Store what enters each segment of passes alone, and recompute it in the backward pass.
+
+        Loss and gradients stay bitwise what they are without it: a recomputation repeats the random
+        draws of the first time.
+
+        Args:
+            segments: for each stage, the passes of a segment; 0 recomputes none.
+            recomputed: for each stage, how many of its first passes are recomputed; all if None.
+        """
+        for index, stage in enumerate(self._stages()):
+            stage.segment = segments[index]
+            stage.recomputed = None if recomputed is None else recomputed[index]
 
     def set_recursions(self, recursions: int | tuple[int, ...] | None) -> None:
         """Runs the same blocks another number of times from now on; None is the spec's own number.
