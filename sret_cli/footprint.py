@@ -58,7 +58,10 @@ class _Shapes(SReT):
     """The network without values: a fake tensor cannot be looked at, as its initialisation does."""
 
     def _initialise(self) -> None:
-        pass
+        for stage in self._stages():  # they are made on the CPU
+            stage.permutations_PN = torch.empty_like(
+                stage.permutations_PN, device=self.pos_embed.device
+            )
 
 
 _traced: dict[tuple, tuple[Trace, Trace]] = {}
@@ -156,9 +159,7 @@ def read_weights(spec: ModelSpec, device: str) -> Weights:
     stages = [stage for stage in model.stages if isinstance(stage, Stage)]
     blocks = tuple(sum(sizes(stage.blocks[0])) for stage in stages)
     nlls = tuple(sum(sizes(stage.nlls[0])) if len(stage.nlls) else 0 for stage in stages)
-    banks = sum(
-        spec.blocks[s] * blocks[s] + spec.nlls(s) * nlls[s] for s in range(spec.stages)
-    )
+    banks = sum(spec.blocks[s] * blocks[s] + spec.nlls(s) * nlls[s] for s in range(spec.stages))
     outside = [t for name, t in model.named_parameters() if not name.startswith("stages.")]
     rest = sum(-(-t.numel() * t.element_size() // align) * align for t in outside)
     own = sum(
@@ -170,7 +171,12 @@ def read_weights(spec: ModelSpec, device: str) -> Weights:
     )
     norms = sum(b.numel() * b.element_size() for b in model.stem.buffers())
     matrices = [
-        [p.numel() for m in (stage.blocks[:1], stage.nlls[:1]) for p in m.parameters() if p.ndim > 1]
+        [
+            p.numel()
+            for m in (stage.blocks[:1], stage.nlls[:1])
+            for p in m.parameters()
+            if p.ndim > 1
+        ]
         for stage in stages
     ]
     return Weights(

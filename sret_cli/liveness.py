@@ -32,16 +32,18 @@ Forward = Callable[[nn.Module, Tensor], Tensor]
 class Usage(NamedTuple):
     """Bytes that a call takes at one batch size; copies of weights in bf16 count as `casts` alone.
 
+    Those are, of each weight: name, bytes, and bytes of them that are kept for the backward pass.
     `kept` are there from the forward to the backward pass, without the output and with the input
-    where that is kept (`kept_input`). The peaks hold the input or, in the backward pass, what is kept and the
-    gradient that comes in; gradients of weights are in neither. `weight_gradient` is the largest.
+    where that is kept (`kept_input`). The peaks hold the input or, in the backward pass, what is
+    kept and the gradient that comes in; gradients of weights are in neither. `weight_gradient` is
+    the largest of those.
     """
 
     input: int
     output: int
     kept: int
     kept_input: int
-    casts: int
+    casts: tuple[tuple[str, int, int], ...]
     forward_peak: int
     backward_peak: int
     weight_gradient: int
@@ -54,6 +56,7 @@ class Trace:
 
     sizes: tuple[tuple[int, int], ...]  # of each storage: bytes without images, and for each image
     kinds: tuple[int, ...]
+    weights: tuple[str, ...]  # of which each storage is a copy, if any
     forward: tuple[tuple[int, int], ...]  # storage, and 1 for its birth or -1 for its death
     backward: tuple[tuple[int, int], ...]
     input: int | None
@@ -70,19 +73,21 @@ class Trace:
         output = sizes[self.output]
         gone = self.input is None or (self.input, -1) in self.forward
         _, backward_peak = _peak(self.backward, plain, alive)
-        by_kind = {
-            kind: [s for s, k in zip(sizes, self.kinds, strict=True) if k == kind]
-            for kind in (CAST, GRADIENT)
-        }
+        casts = [
+            (self.weights[number], size, 0 if (number, -1) in self.forward else size)
+            for number, size in enumerate(sizes)
+            if self.kinds[number] == CAST
+        ]
+        gradients = [s for s, kind in zip(sizes, self.kinds, strict=True) if kind == GRADIENT]
         return Usage(
             input=0 if self.input is None else sizes[self.input],
             output=output,
             kept=alive - output,
             kept_input=0 if gone or self.input is None else sizes[self.input],
-            casts=sum(by_kind[CAST]),
+            casts=tuple(casts),
             forward_peak=forward_peak,
             backward_peak=backward_peak,
-            weight_gradient=max(by_kind[GRADIENT], default=0),
+            weight_gradient=max(gradients, default=0),
         )
 
 
@@ -140,6 +145,7 @@ def trace(
     return Trace(
         sizes=tuple(zip(fixed, slopes, strict=True)),
         kinds=tuple(one.kinds),
+        weights=tuple(one.weights),
         forward=one.forward,
         backward=one.backward,
         input=one.input,
@@ -157,6 +163,7 @@ class _Log(TorchDispatchMode):
         self.module, self.device = module, device
         self.sizes: list[int] = []
         self.kinds: list[int] = []
+        self.weights: list[str] = []
         self.events: list[tuple[int, int]] = []
         self.forward: tuple[tuple[int, int], ...] = ()
         self.backward: tuple[tuple[int, int], ...] = ()
@@ -164,6 +171,7 @@ class _Log(TorchDispatchMode):
         self.output: int | None = None
         self.output_dtype = torch.float32
         tensors = (*module.parameters(), *module.buffers())
+        self.names = {p.untyped_storage()._cdata: name for name, p in module.named_parameters()}
         self.own = {t.untyped_storage()._cdata for t in tensors}
         self.numbers: dict[int, int] = {}
 
@@ -173,12 +181,15 @@ class _Log(TorchDispatchMode):
         output = function(*args, **(kwargs or {}))
         if function is torch.ops.prim.device.default:
             return output
+        if function is torch.ops.aten.native_layer_norm.default:  # a fake CPU's are of x's type
+            output = (output[0], *(t.to(torch.float32) for t in output[1:]))
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.device.type == self.device:
                 number = self.number(tensor)
                 if function is torch.ops.aten._to_copy.default and number is not None:
-                    if args[0].untyped_storage()._cdata in self.own and args[0].requires_grad:
-                        self.kinds[number] = CAST
+                    name = self.names.get(args[0].untyped_storage()._cdata)
+                    if name is not None:
+                        self.kinds[number], self.weights[number] = CAST, name
         return output
 
     def number(self, tensor: Tensor) -> int | None:
@@ -191,6 +202,7 @@ class _Log(TorchDispatchMode):
             number = self.numbers[address] = len(self.sizes)
             self.sizes.append(storage.nbytes())
             self.kinds.append(PLAIN)
+            self.weights.append("")
             self.events.append((number, 1))
             weakref.finalize(storage, self._gone, address, number)
         return self.numbers[address]
@@ -238,10 +250,9 @@ class _Log(TorchDispatchMode):
             if trains:
                 root, shape = output.grad_fn, output.shape
                 del output
-                gradient = torch.empty(shape, dtype=self.output_dtype)
+                gradients: list[Tensor | None] = [torch.empty(shape, dtype=self.output_dtype)]
                 with torch.no_grad():
-                    for _ in _backward(root, [gradient], self._leaf_gradient):
-                        gradient = None
+                    for _ in _backward(root, gradients, self._leaf_gradient):
                         for handle in used:
                             kept.pop(handle, None)
                         used.clear()
@@ -353,14 +364,19 @@ class _Attention(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if function is F.scaled_dot_product_attention:
-            return self.attend(*args, **(kwargs or {}))
+            dtype = torch.get_autocast_dtype(self.device)
+            casts = torch.is_autocast_enabled(self.device)
+            torch.set_autocast_enabled(self.device, False)
+            try:
+                qkv = [t.to(dtype) if casts else t for t in args]
+                return self.attend(*qkv, **(kwargs or {}))
+            finally:
+                torch.set_autocast_enabled(self.device, casts)
         return function(*args, **(kwargs or {}))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
         """Attention without a mask."""
         aten, width = torch.ops.aten, q.shape[-1]
-        if torch.is_autocast_enabled(self.device):
-            q, k, v = (t.to(torch.get_autocast_dtype(self.device)) for t in (q, k, v))
         if self.device == "cpu":
             if dropout_p:
                 return aten._scaled_dot_product_attention_math(q, k, v, None, dropout_p)[0]

@@ -8,11 +8,11 @@ which tries kernels, may take more.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 
-from sret_cli.errors import SretError
 from sret_cli.footprint import (
     FLOAT_BYTES,
     INDEX_BYTES,
@@ -26,10 +26,11 @@ from sret_cli.footprint import (
 from sret_cli.liveness import Usage
 from sret_cli.model import SReT
 from sret_cli.recipe import TrainSpec
-from sret_cli.spec import ModelSpec
+from sret_cli.spec import ModelSpec, Pass
 
 # cuBLAS: ":4096:8" in CUBLAS_WORKSPACE_CONFIG, which training sets, and the default on Hopper.
 WORKSPACE_BYTES = {"cpu": 0, "cuda": 32 * 2**20}
+STATE_BYTES = {"cpu": torch.get_rng_state().nbytes, "cuda": 0}  # of the random generator
 # Numbers that optimizers keep for each parameter, in fp32.
 STATES = {"adamw": 2, "adam": 2, "nadam": 2, "nadamw": 2, "radam": 2, "lamb": 2, "adabelief": 2}
 STATES |= {"sgd": 1, "momentum": 1, "lion": 1, "rmsprop": 2}
@@ -37,7 +38,7 @@ LEVELS = 24  # numbers of recomputed passes that "auto" tries in each stage
 SEGMENTS = 48  # and its longest segments
 
 Recompute = str | int
-Copies = dict[tuple, int]
+Bytes = dict[tuple, int]  # of what belongs to a module
 
 
 class Plan(NamedTuple):
@@ -159,8 +160,8 @@ class _Walk:
         self.kept = self.gradients = 0
         self.peak = self.kept_then = self.gradients_then = 0
         self.have_gradients: set[tuple] = set()
-        self.copies: Copies = {}  # of weights, in bf16: until the forward pass is over,
-        self.needed: Copies = {}  # or the backward pass
+        self.copies: Bytes = {}  # of weights, in bf16: until the forward pass is over,
+        self.needed: Bytes = {}  # or the backward pass
 
     def note(self, more: int) -> None:
         """Something more is alive for a moment."""
@@ -168,21 +169,21 @@ class _Walk:
         if alive > self.peak:
             self.peak, self.kept_then, self.gradients_then = alive, self.kept, self.gradients
 
-    def forward(self, usage: Usage, copies: Copies, keeps: bool = True) -> None:
+    def forward(self, usage: Usage, copies: "_Copies", keeps: bool = True) -> None:
         """Goes through a part; what comes in is counted with it."""
-        self.kept += sum(size for key, size in copies.items() if key not in self.copies)
-        self.copies |= copies
+        self.kept += sum(size for key, size in copies.made.items() if key not in self.copies)
+        self.copies |= copies.made
         if keeps:
-            self.needed |= copies
+            self.needed |= copies.kept
         self.note(usage.forward_peak if keeps else usage.inference_peak)
         self.kept += usage.kept if keeps else 0
 
     def end_forward(self) -> int:
         """Drops the copies of weights that autograd did not keep; returns what is kept."""
-        self.kept -= sum(size for key, size in self.copies.items() if key not in self.needed)
+        self.kept += sum(self.needed.values()) - sum(self.copies.values())
         return self.kept
 
-    def backward(self, usage: Usage, gradients: Copies) -> None:
+    def backward(self, usage: Usage, gradients: Bytes) -> None:
         """Goes back through a part; its weights get gradients, or have some already."""
         new = {key: size for key, size in gradients.items() if key not in self.have_gradients}
         self.gradients += sum(new.values())
@@ -191,7 +192,7 @@ class _Walk:
         self.note(usage.backward_peak - usage.kept + again)
         self.kept -= usage.kept
 
-    def recompute(self, usages: list[Usage], copies: Copies) -> None:
+    def recompute(self, usages: list[Usage], copies: Bytes) -> None:
         """Goes through a segment again; what entered it is there already."""
         self.kept += sum(copies.values()) - usages[0].kept_input
         for usage in usages:
@@ -199,9 +200,7 @@ class _Walk:
             self.kept += usage.kept
 
 
-def _walk(
-    parts: Parts, weights: Weights, setting: Setting, spec: ModelSpec, plan: Plan
-) -> Memory:
+def _walk(parts: Parts, weights: Weights, setting: Setting, spec: ModelSpec, plan: Plan) -> Memory:
     """The memory of a training step with a plan of recomputation, and that of inference."""
     there = weights.parameters + weights.buffers
     states = STATES.get(setting.opt, 2) * weights.parameters
@@ -209,34 +208,43 @@ def _walk(
     around = setting.batch_size * (image + INDEX_BYTES) + WORKSPACE_BYTES[setting.device]
     step = _Walk(there + states + around)
     rest = {("rest",): weights.rest}
-    step.forward(parts.stem, {("stem",): parts.stem.casts})
+
+    def random_state(numbers: range, s: int) -> int:
+        """What recomputation keeps to draw the same random numbers again."""
+        rates = spec.drop_path_rates(s)
+        shuffled = any(parts.stages[s].schedule[i].shuffled for i in numbers)
+        drops = spec.drop_rate or spec.attn_drop_rate or any(rates[i] for i in numbers)
+        return STATE_BYTES[setting.device] if drops or shuffled and spec.shuffle == "random" else 0
+
+    step.forward(parts.stem, _copies(parts.stem, "stem"))
     for s, stage in enumerate(parts.stages):
         if stage.pool:
-            step.forward(stage.pool, {("pool", s): stage.pool.casts})
+            step.forward(stage.pool, _copies(stage.pool, "pool", s - 1))
         segment, first = _recomputed(plan, s)
         for i, usage in enumerate(stage.usages):
-            step.forward(usage, _of_pass(weights, s, stage, i, usage.casts), i >= first)
+            step.forward(usage, _copies_of_pass(usage, s, stage.schedule[i]), i >= first)
             if i < first and i % segment == 0:
-                step.kept += usage.input
-    step.forward(parts.head, {("head",): parts.head.casts})
+                step.kept += usage.input + random_state(range(i, min(i + segment, first)), s)
+    step.forward(parts.head, _copies(parts.head, "head"))
     saved = step.end_forward()
     step.backward(parts.head, rest)
     for s, stage in reversed(list(enumerate(parts.stages))):
         segment, first = _recomputed(plan, s)
         usages = stage.usages
-        gradients = weights.blocks[s] + weights.nlls[s]
+        gradients = [_of_pass(s, p, weights.blocks[s], weights.nlls[s]) for p in stage.schedule]
         for i in range(len(usages) - 1, first - 1, -1):
-            step.backward(usages[i], _of_pass(weights, s, stage, i, gradients))
+            step.backward(usages[i], gradients[i])
         step.kept -= sum(size for key, size in step.needed.items() if key[-1] == s)
         for start in reversed(range(0, first, segment or 1)):
             numbers = range(start, min(start + segment, first))
-            copies: Copies = {}
+            copies: Bytes = {}
             for i in numbers:
-                copies |= _of_pass(weights, s, stage, i, usages[i].casts)
+                copies |= _copies_of_pass(usages[i], s, stage.schedule[i]).made
             step.recompute([usages[i] for i in numbers], copies)
             for i in reversed(numbers):
-                step.backward(usages[i], _of_pass(weights, s, stage, i, gradients))
+                step.backward(usages[i], gradients[i])
             step.kept -= sum(copies.values()) + usages[start].input - usages[start].kept_input
+            step.kept -= random_state(numbers, s)
         if stage.pool:
             step.backward(stage.pool, rest)
     step.backward(parts.stem, rest)
@@ -263,13 +271,37 @@ def _recomputed(plan: Plan, stage: int) -> tuple[int, int]:
     return segment, plan.recomputed[stage] if segment else 0
 
 
-def _of_pass(weights: Weights, s: int, stage: StageParts, index: int, size: int) -> Copies:
-    """Bytes that belong to a pass's block and NLL, in proportion to their weights."""
-    p = stage.schedule[index]
-    if p.nll is None:
-        return {("block", p.block, s): size}
-    block = size * weights.blocks[s] // (weights.blocks[s] + weights.nlls[s])
-    return {("block", p.block, s): block, ("nll", p.nll, s): size - block}
+class _Copies(NamedTuple):
+    """Copies of weights in bf16: by block, NLL or other module, all of them and those kept."""
+
+    made: Bytes
+    kept: Bytes
+
+
+@cache
+def _split(casts: tuple[tuple[str, int, int], ...]) -> tuple[int, int, int, int]:
+    """Bytes of the copies of a block's (or another module's) weights, those kept, and the NLL's."""
+    sums = [0, 0, 0, 0]
+    for name, size, kept in casts:
+        is_nll = ".nlls." in name
+        sums[2 * is_nll] += size
+        sums[2 * is_nll + 1] += kept
+    return sums[0], sums[1], sums[2], sums[3]
+
+
+def _copies(usage: Usage, *module: object) -> _Copies:
+    made, kept, _, _ = _split(usage.casts)
+    return _Copies({module: made}, {module: kept})
+
+
+def _copies_of_pass(usage: Usage, s: int, p: Pass) -> _Copies:
+    block, block_kept, nll, nll_kept = _split(usage.casts)
+    return _Copies(_of_pass(s, p, block, nll), _of_pass(s, p, block_kept, nll_kept))
+
+
+def _of_pass(s: int, p: Pass, block: int, nll: int) -> Bytes:
+    """Bytes that belong to a pass's block and to its NLL."""
+    return {("block", p.block, s): block} | ({} if p.nll is None else {("nll", p.nll, s): nll})
 
 
 class _Option(NamedTuple):

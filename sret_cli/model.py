@@ -116,9 +116,9 @@ class Stage(nn.Module):
     def _draws(self, indices: range) -> bool:
         """Whether any of the passes draws random numbers, which its recomputation is to repeat."""
         shuffles = self.reference_shuffle or (self.random_shuffle and self.training)
-        return (self.training and (self.drops or any(self.drop_path_rates[i] for i in indices))) or (
-            shuffles and any(self.schedule[i].shuffled for i in indices)
-        )
+        return (
+            self.training and (self.drops or any(self.drop_path_rates[i] for i in indices))
+        ) or (shuffles and any(self.schedule[i].shuffled for i in indices))
 
     def _order(self, p: Pass, x_BNC: Tensor) -> Tensor:
         if self.reference_shuffle:  # the reference draws on the CPU, in training and in eval

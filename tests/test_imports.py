@@ -13,7 +13,8 @@ PACKAGE = Path(sret_cli.__file__).parent
 ORDER = (
     *("__init__", "errors", "strict", "depth", "recipe", "spec", "registry", "backbone"),
     *("records", "published", "cost", "study", "blocks", "model", "recurse", "safe_read"),
-    *("reference", "weights", "profiler", "measure", "data", "train", "launch", "views"),
+    *("reference", "weights", "profiler", "liveness", "footprint", "memory", "measure", "data"),
+    *("train", "launch", "views"),
     *("export", "figures", "report", "flags", "weight_commands", "cli", "__main__"),
 )
 
@@ -67,7 +68,7 @@ def test_light_files_load_no_heavy_package(name):
     assert not loaded & {"torch", "timm", "fvcore", "pandas", "matplotlib", "scipy", "sklearn"}
 
 
-@pytest.mark.parametrize("name", ["model", "recurse", "profiler", "weights", "measure"])
+@pytest.mark.parametrize("name", ["model", "recurse", "profiler", "weights", "memory", "measure"])
 def test_model_and_costs_do_not_need_timm(name):
     loaded = loaded_by(f"import sret_cli.{name}")
     assert "torch" in loaded
