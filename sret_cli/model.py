@@ -25,6 +25,10 @@ from sret_cli.spec import ModelSpec, Pass, ends_shuffled
 SHUFFLE_SEED = 0  # of the permutations that evaluation uses
 
 
+# What is a pass's own: the order to take tokens in, what multiplies its branches, its coefficients.
+Own = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
 class Stage(nn.Module):
     """A bank of blocks and NLLs, and the schedule of passes over them."""
 
@@ -38,8 +42,10 @@ class Stage(nn.Module):
         self.random_shuffle = spec.shuffle == "random"
         self.shuffle_seed = SHUFFLE_SEED + stage
         self.reference_shuffle = False
-        self.grad_checkpointing = False
         self.one_pass = one_pass  # or its compiled form
+        self.draws = spec.drop_rate > 0 or spec.attn_drop_rate > 0
+        self.segment = 0  # recompute in segments of so many passes; 0: not at all
+        self.recomputed: int | None = None  # only the first so many passes; None: all
         self.blocks = nn.ModuleList(Block(spec, stage) for _ in range(spec.blocks[stage]))
         self.nlls = nn.ModuleList(NLL(spec, stage) for _ in range(spec.nlls(stage)))
         own = spec.residual == "lrc" and spec.lrc == "per_pass"
@@ -53,21 +59,42 @@ class Stage(nn.Module):
         self.set_schedule(self.full_schedule, spec.drop_path_rates(stage))
 
     def forward(self, x_BNC: Tensor) -> Tensor:
-        """Walks the schedule; all that is random about it is drawn before the first pass."""
+        """Walks the schedule; all that is random about it is drawn before the first pass.
+
+        Segments of it, where there are some, are recomputed in the backward pass.
+        """
         gathers = iter(self._gathers().unbind())
         drops = self._drop_path(x_BNC)
         lrcs = None if self.lrc_P4 is None else self.lrc_P4.unbind()
-        for index, p in enumerate(self.schedule):
-            order_N = next(gathers) if p.gathers else None
-            drop_2B11 = None if drops is None else drops[index]
-            lrc_4 = None if lrcs is None else lrcs[self.lrc_row[p.block, p.visit]]
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x_BNC = checkpoint(
-                    self.run_pass, x_BNC, index, order_N, drop_2B11, lrc_4, use_reentrant=False
-                )
-            else:
-                x_BNC = self.run_pass(x_BNC, index, order_N, drop_2B11, lrc_4)
+        own = [
+            (
+                next(gathers) if p.gathers else None,
+                None if drops is None else drops[index],
+                None if lrcs is None else lrcs[self.lrc_row[p.block, p.visit]],
+            )
+            for index, p in enumerate(self.schedule)
+        ]
+        passes = range(len(own))
+        first = 0  # pass that is not recomputed
+        if self.segment and torch.is_grad_enabled():
+            first = len(passes) if self.recomputed is None else min(self.recomputed, len(passes))
+        for start in range(0, first, self.segment or 1):
+            x_BNC = checkpoint(
+                self.run_passes,
+                x_BNC,
+                passes[start : min(start + self.segment, first)],
+                own,
+                use_reentrant=False,
+                preserve_rng_state=self.draws and self.training,
+            )
+        x_BNC = self.run_passes(x_BNC, passes[first:], own)
         return x_BNC.index_select(1, next(gathers)) if self.ends_shuffled else x_BNC
+
+    def run_passes(self, x_BNC: Tensor, indices: range, own: list[Own]) -> Tensor:
+        """The passes of those indices in the schedule, each with what is its own."""
+        for index in indices:
+            x_BNC = self.run_pass(x_BNC, index, *own[index])
+        return x_BNC
 
     def run_pass(
         self,
@@ -117,11 +144,8 @@ class Stage(nn.Module):
         passes, tokens = sum(p.shuffled for p in self.schedule), self.gathers_RN.shape[1]
         if self.reference_shuffle:  # the reference draws on the CPU, in training and in eval
             drawn = [torch.randperm(tokens) for _ in range(passes)]
-            return (
-                self._compose(torch.stack(drawn).to(self.gathers_RN.device))
-                if drawn
-                else self.gathers_RN
-            )
+            if drawn:
+                return self._compose(torch.stack(drawn).to(self.gathers_RN.device))
         if self.random_shuffle and self.training and passes:
             noise_PN = torch.rand(passes, tokens, device=self.gathers_RN.device)
             return self._compose(noise_PN.argsort(1))
@@ -209,7 +233,7 @@ class SReT(nn.Module):
 
     Input is `[B, in_chans, img_size, img_size]`, output `[B, num_classes]` logits.
 
-    Set `grad_checkpointing` to recompute every pass in the backward pass instead of storing it.
+    `set_recompute` has passes recomputed in the backward pass instead of stored.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -330,8 +354,23 @@ class SReT(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every pass in the backward pass instead of storing it."""
-        for stage in self.every_stage():
-            stage.grad_checkpointing = enable
+        self.set_recompute((int(enable),) * len(self.stages))
+
+    def set_recompute(
+        self, segments: tuple[int, ...], recomputed: tuple[int, ...] | None = None
+    ) -> None:
+        """Store what enters each segment of passes alone, and recompute it in the backward pass.
+
+        Loss and gradients stay bitwise what they are without it: a recomputation repeats the random
+        draws of the first time.
+
+        Args:
+            segments: for each stage, the passes of a segment; 0 recomputes none.
+            recomputed: for each stage, how many of its first passes are recomputed; all if None.
+        """
+        for index, stage in enumerate(self.every_stage()):
+            stage.segment = segments[index]
+            stage.recomputed = None if recomputed is None else recomputed[index]
 
     def set_recursions(self, recursions: int | tuple[int, ...] | None) -> None:
         """Runs the same blocks another number of times from now on; None is the spec's own number.

@@ -13,8 +13,10 @@ class TrainSpec(Strict):
     """How a model is trained: data, optimiser and schedule, in timm's words.
 
     `recursions_range` has each step draw the recursions of all stages from a range, from the seed
-    and the step alone; a `clip_grad` of 0 is none. The defaults train the preset `nano` on
-    `digits`; on a folder of images, `hflip` is 0.5 and `crop_pct` 0.875 where they are not given.
+    and the step alone; a `clip_grad` of 0 is none. `recompute` has the backward pass recompute each
+    pass ("pass"), segments of so many passes (a number), or what takes least memory ("auto"). The
+    defaults train the preset `nano` on `digits`; on a folder of images, `hflip` is 0.5 and
+    `crop_pct` 0.875 where they are not given.
 
     Raises:
         SretError: a value is of the wrong type or out of range, or the values do not fit together.
@@ -42,7 +44,7 @@ class TrainSpec(Strict):
     color_jitter: Share = 0.0
     auto_augment: str | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
-    recompute: Literal["none", "pass"] = "none"
+    recompute: Literal["none", "pass", "auto"] | Count = "none"
     recursions_range: tuple[Count, Count] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
@@ -69,6 +71,16 @@ class TrainSpec(Strict):
         if value not in ("digits", "folder"):
             raise SretError(
                 f"unknown dataset {value!r}; {nearest(str(value), ['digits', 'folder'])}"
+            )
+        return value
+
+    @field_validator("recompute", mode="before")
+    @classmethod
+    def _known_recompute(cls, value: Any) -> Any:
+        number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if value not in ("none", "pass", "auto") and not number:
+            raise SretError(
+                f"recompute = {value!r}: use none, pass, auto, or a number of passes, 1 or more"
             )
         return value
 

@@ -12,19 +12,10 @@ PACKAGE = Path(sret_cli.__file__).parent
 # A file imports only from files above it.
 ORDER = (
     *("__init__", "errors", "strict", "depth", "recipe", "spec", "registry", "backbone"),
-    *(
-        "records",
-        "published",
-        "cost",
-        "study",
-        "blocks",
-        "model",
-        "compilation",
-        "recurse",
-        "safe_read",
-    ),
-    *("reference", "weights", "profiler", "measure", "data", "train", "launch", "views"),
-    *("export", "figures", "report", "flags", "weight_commands", "cli", "__main__"),
+    *("records", "published", "cost", "study", "blocks", "model", "compilation", "recurse"),
+    *("safe_read", "reference", "weights", "profiler", "liveness", "footprint", "memory"),
+    *("measure", "data", "train", "launch", "views", "export", "figures", "report", "flags"),
+    *("weight_commands", "cli", "__main__"),
 )
 
 
@@ -78,7 +69,7 @@ def test_light_files_load_no_heavy_package(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["model", "compilation", "recurse", "profiler", "weights", "measure"]
+    "name", ["model", "compilation", "recurse", "profiler", "weights", "memory", "measure"]
 )
 def test_model_and_costs_do_not_need_timm(name):
     loaded = loaded_by(f"import sret_cli.{name}")

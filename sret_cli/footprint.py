@@ -1,0 +1,198 @@
+"""What the parts of a network take in memory at a batch size: stem, passes, pools and head.
+
+Each distinct part is traced once, forward and backward, on shapes without data.
+"""
+
+from contextlib import ExitStack
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sret_cli.liveness import ALIGNMENT, Trace, Usage, fake, trace
+from sret_cli.model import SReT, Stage, one_pass
+from sret_cli.spec import ModelSpec, Pass, ends_shuffled
+
+FLOAT_BYTES, INDEX_BYTES = 4, 8
+
+
+class Setting(NamedTuple):
+    """How a step is run, as far as memory knows."""
+
+    batch_size: int
+    precision: str = "fp32"
+    device: str = "cuda"
+    opt: str = "adamw"
+
+
+class Weights(NamedTuple):
+    """Bytes of parameters, and of buffers, as allocated."""
+
+    blocks: tuple[int, ...]  # one block of each stage
+    nlls: tuple[int, ...]  # one NLL of each stage
+    rest: int  # stem, pools, head
+    parameters: int
+    buffers: int
+    largest: int
+    macs: tuple[int, ...]  # of one pass of each stage, without attention's products
+
+
+class StageParts(NamedTuple):
+    """A stage's passes, with what each takes at one batch size, and the pool before them."""
+
+    schedule: tuple[Pass, ...]
+    usages: tuple[Usage, ...]
+    pool: Usage | None
+
+
+class Parts(NamedTuple):
+    """The whole network at one batch size."""
+
+    stem: Usage
+    stages: tuple[StageParts, ...]
+    head: Usage
+
+
+class _Shapes(SReT):
+    """The network without values: a fake tensor cannot be looked at, as its initialisation does."""
+
+    def _initialise(self) -> None:
+        for stage in self.every_stage():  # they are made on the CPU
+            stage.gathers_RN = torch.empty_like(stage.gathers_RN, device=self.pos_embed.device)
+
+
+_traced: dict[tuple, tuple[Trace, Trace]] = {}
+
+
+def read_parts(spec: ModelSpec, setting: Setting) -> Parts:
+    """What the parts of a network take, from a trace of each that is not known yet."""
+    small, size = _small(spec), setting.batch_size
+    with ExitStack() as stack:
+        models: list[SReT] = []
+        known: dict[tuple, tuple[Usage, torch.dtype]] = {}
+
+        def part(key: tuple, forward: Any, shape: tuple, dtype: torch.dtype, **kind: bool) -> Any:
+            if (key, dtype) in known:
+                return known[key, dtype]
+            whole = (small, setting.device, setting.precision, key, dtype)
+            if whole not in _traced:
+                if not models:
+                    stack.enter_context(fake(setting.device))
+                    models.append(_Shapes(small))
+                both = [
+                    trace(
+                        models[0],
+                        forward,
+                        shape,
+                        dtype,
+                        device=setting.device,
+                        precision=setting.precision,
+                        trains=trains,
+                        **kind,
+                    )
+                    for trains in (True, False)
+                ]
+                _traced[whole] = (both[0], both[1])
+            training, inference = _traced[whole]
+            usage = training.at(size)._replace(inference_peak=inference.at(size).forward_peak)
+            known[key, dtype] = usage, training.output_dtype
+            return known[key, dtype]
+
+        image = (spec.in_chans, spec.img_size, spec.img_size)
+        stem, dtype = part(("stem",), SReT._embed, image, torch.float32, is_image=True)
+        stages = []
+        for s in range(spec.stages):
+            pool = None
+            if s:
+                before = (spec.tokens[s - 1], spec.embed_dims[s - 1])
+                pool, dtype = part(("pool", s), _run_pool(s), before, dtype)
+            usages, shape = [], (spec.tokens[s], spec.embed_dims[s])
+            schedule, drops = spec.schedule(s), any(spec.drop_path_rates(s))
+            for p in schedule:
+                key = (s, p.slices, p.gathers, drops)
+                usage, dtype = part(key, _run_pass(s, p, drops), shape, dtype)
+                usages.append(usage)
+            stages.append(StageParts(schedule, tuple(usages), pool))
+        head, _ = part(("head",), SReT.forward_head, shape, dtype, loss=True)
+        return Parts(stem, tuple(stages), head)
+
+
+def _run_pass(stage: int, p: Pass, drops: bool) -> Any:
+    """A pass with slices and gather of another; its order and drop path are a share of tables."""
+
+    def forward(model: Any, x_BNC: Tensor) -> Tensor:
+        module: Stage = model.stages[stage]
+        B, N, _ = x_BNC.shape
+        order_N = None
+        if p.gathers:
+            fixed = model.spec.shuffle == "fixed"
+            order_N = module.gathers_RN[0] if fixed else torch.arange(N, device=x_BNC.device)
+        drop_2B11 = torch.ones(2, B, 1, 1, device=x_BNC.device) if drops else None
+        lrc_4 = None if module.lrc_P4 is None else module.lrc_P4[0]
+        block, nll = module.blocks[0], module.nlls[0] if len(module.nlls) else None
+        return one_pass(block, nll, p.slices, x_BNC, order_N, drop_2B11, lrc_4)
+
+    return forward
+
+
+def _run_pool(stage: int) -> Any:
+    return lambda model, x_BNC: model.pools[stage - 1](x_BNC)
+
+
+def _small(spec: ModelSpec) -> ModelSpec:
+    """One block in each stage, and two passes where there are more: all there is to trace."""
+    recursions = tuple(
+        2 if any(p.visit for p in spec.schedule(stage)) else 1 for stage in range(spec.stages)
+    )
+    return spec.with_values(blocks=1, recursions=recursions, order=None, loop="internal")
+
+
+def _table_bytes(schedule: tuple[Pass, ...], tokens: int) -> int:
+    """Of a stage's permutations, and of the gathers that follow from them."""
+    shuffles = sum(p.shuffled for p in schedule)
+    gathers = sum(p.gathers for p in schedule) + ends_shuffled(schedule)
+    return INDEX_BYTES * tokens * (shuffles + gathers)
+
+
+@cache
+def read_weights(spec: ModelSpec, device: str) -> Weights:
+    """Bytes of a network's parameters and buffers on a device."""
+    align = ALIGNMENT[device]
+    small = _small(spec)
+    with torch.device("meta"):
+        model = _Shapes(small)
+
+    def sizes(module: nn.Module) -> list[int]:
+        tensors = module.parameters()
+        return [-(-t.numel() * t.element_size() // align) * align for t in tensors]
+
+    stages = [stage for stage in model.stages if isinstance(stage, Stage)]
+    blocks = tuple(sum(sizes(stage.blocks[0])) for stage in stages)
+    nlls = tuple(sum(sizes(stage.nlls[0])) if len(stage.nlls) else 0 for stage in stages)
+    banks = sum(spec.blocks[s] * blocks[s] + spec.nlls(s) * nlls[s] for s in range(spec.stages))
+    outside = [t for name, t in model.named_parameters() if not name.startswith("stages.")]
+    rest = sum(-(-t.numel() * t.element_size() // align) * align for t in outside)
+    own = sum(
+        4 * FLOAT_BYTES * spec.passes(s) for s in range(spec.stages) if stages[s].lrc_P4 is not None
+    )
+    permutations = sum(map(_table_bytes, map(spec.schedule, range(spec.stages)), spec.tokens))
+    norms = sum(b.numel() * b.element_size() for b in model.stem.buffers())
+    matrices = [
+        [
+            p.numel()
+            for m in (stage.blocks[:1], stage.nlls[:1])
+            for p in m.parameters()
+            if p.ndim > 1
+        ]
+        for stage in stages
+    ]
+    return Weights(
+        blocks,
+        nlls,
+        rest,
+        banks + rest + own,
+        permutations + norms,
+        max(sizes(model)),
+        tuple(tokens * sum(each) for tokens, each in zip(spec.tokens, matrices, strict=True)),
+    )
