@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -19,6 +20,7 @@ from sret_cli.flags import (
     Dataset,
     Device,
     Epochs,
+    GpuMemory,
     ImgSize,
     Json,
     LaterSlices,
@@ -31,6 +33,7 @@ from sret_cli.flags import (
     PipeClosed,
     Precision,
     Preset,
+    Recompute,
     Recursions,
     Runs,
     Seed,
@@ -42,8 +45,11 @@ from sret_cli.flags import (
     Workers,
     check_device,
     flags_given,
+    gpu_memory_of,
     notes,
     print_json,
+    recompute_of,
+    show_memory,
     show_rows,
     study_from,
 )
@@ -156,12 +162,18 @@ def profile(
     measure_precision: Annotated[
         str, typer.Option("--precision", help="fp32 or bf16, for measuring.")
     ] = "fp32",
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Predict the memory of training, on a GPU or a cpu.")
+    ] = False,
+    recompute: Recompute = None,
+    gpu_memory: GpuMemory = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
 ) -> None:
     """Measure parameters, FLOPs and activations; with --device, time and memory too.
 
-    A study's rows are kept in its run directories. Without arguments: the presets, side by side.
+    A study's rows are kept in its run directories, but for predictions, which are only shown.
+    Without arguments: the presets, side by side.
     """
     from sret_cli import report
     from sret_cli.launch import Options, profile_run, run_study
@@ -174,6 +186,14 @@ def profile(
         measure_batch_size=None if device is None else measure_batch_size,
         precision=measure_precision,
     )
+    if memory:
+        predicted = replace(
+            options, measure_batch_size=measure_batch_size, gpu_memory=gpu_memory_of(gpu_memory)
+        )
+        found = study_from(context, trains=False)
+        return show_memory(found.runs, predicted, recompute_of(recompute), json_)
+    if recompute is not None or gpu_memory is not None:
+        raise SretError("--recompute and --gpu-memory go with --memory here", USAGE)
     check_device(device)
     if study is not None:
         found = study_from(context, trains=False)
@@ -222,6 +242,7 @@ def train(
     precision: Precision = None,
     device: Device = "auto",
     workers: Workers = None,
+    gpu_memory: GpuMemory = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
 ) -> None:
@@ -233,7 +254,8 @@ def train(
     found = study_from(context, trains=True)
     if all(run.train is None for run in found.runs):
         raise SretError(f"{study} trains nothing: it has no [train]; use `sret profile`")
-    outcome = run_study(found, runs, Options(device, workers), notes())
+    options = Options(device, workers, gpu_memory=gpu_memory_of(gpu_memory))
+    outcome = run_study(found, runs, options, notes())
     show_rows(outcome.rows, report.RUN_TABLE, json_)
     for run in found.runs if len(found.runs) == 1 else ():
         notes().print(f"kept in {run.directory(runs)}")
@@ -272,6 +294,7 @@ def run(
     data_dir: DataDir = None,
     device: Device = "auto",
     workers: Workers = None,
+    gpu_memory: GpuMemory = None,
     out: Annotated[
         Path | None, typer.Option(help="Where to write; beside the rows if not given.")
     ] = None,
@@ -286,7 +309,8 @@ def run(
     found = study_from(context, trains=True)
     if out is not None:
         make_directory(out)
-    outcome = run_study(found, runs, Options(device, workers), notes())
+    options = Options(device, workers, gpu_memory=gpu_memory_of(gpu_memory))
+    outcome = run_study(found, runs, options, notes())
     where = runs / found.name
     write_report(where, found.report, out or where / "report", json_)
     finish(outcome.failed)
