@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -15,10 +16,12 @@ from sret_cli.flags import (
     MODEL_FLAGS,
     Backbone,
     BatchSize,
+    Compile,
     DataDir,
     Dataset,
     Device,
     Epochs,
+    GpuMemory,
     ImgSize,
     Json,
     LaterSlices,
@@ -31,6 +34,7 @@ from sret_cli.flags import (
     PipeClosed,
     Precision,
     Preset,
+    Recompute,
     Recursions,
     Runs,
     Seed,
@@ -42,8 +46,11 @@ from sret_cli.flags import (
     Workers,
     check_device,
     flags_given,
+    gpu_memory_of,
     notes,
     print_json,
+    recompute_of,
+    show_memory,
     show_rows,
     study_from,
 )
@@ -156,26 +163,49 @@ def profile(
     measure_precision: Annotated[
         str, typer.Option("--precision", help="fp32 or bf16, for measuring.")
     ] = "fp32",
+    compile_: Compile = "off",
+    against: Annotated[
+        str | None, typer.Option(help="Models of timm's to measure beside, with commas between.")
+    ] = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Predict the memory of training, on a GPU or a cpu.")
+    ] = False,
+    recompute: Recompute = None,
+    gpu_memory: GpuMemory = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
 ) -> None:
     """Measure parameters, FLOPs and activations; with --device, time and memory too.
 
-    A study's rows are kept in its run directories. Without arguments: the presets, side by side.
+    A study's rows are kept in its run directories, but for predictions, which are only shown.
+    Without arguments: the presets, side by side. With --against, time and memory are measured on
+    the GPU, or where there is none on the CPU, unless --device says where.
     """
     from sret_cli import report
     from sret_cli.launch import Options, profile_run, run_study
-    from sret_cli.study import Run, Study
+    from sret_cli.recipe import check_compile_mode
+    from sret_cli.study import Run, Study, with_baselines
 
     if measure_precision not in ("fp32", "bf16"):
         raise SretError(f"unknown precision {measure_precision!r}; use fp32 or bf16", USAGE)
     options = Options(
         device=device or "auto",
-        measure_batch_size=None if device is None else measure_batch_size,
+        measure_batch_size=measure_batch_size if device or against else None,
         precision=measure_precision,
+        compiles=check_compile_mode(compile_),
     )
+    if memory:
+        predicted = replace(
+            options, measure_batch_size=measure_batch_size, gpu_memory=gpu_memory_of(gpu_memory)
+        )
+        found = study_from(context, trains=False)
+        return show_memory(found.runs, predicted, recompute_of(recompute), json_)
+    if recompute is not None or gpu_memory is not None:
+        raise SretError("--recompute and --gpu-memory go with --memory here", USAGE)
     check_device(device)
     if study is not None:
+        if against is not None:
+            raise SretError(f"{study} says what to measure; give it baselines = [...]", USAGE)
         found = study_from(context, trains=False)
         outcome = run_study(found, runs, options, notes(), trains=False)
         published = all("published_gmacs" in row for row in outcome.rows)
@@ -189,6 +219,8 @@ def profile(
 
         presets = tuple(Run("profile", name, PRESETS[name]) for name in BASE_PRESETS)
         found = Study("profile", presets)
+    if against is not None:
+        found = with_baselines(found, [name.strip() for name in against.split(",")])
     profiled = [profile_run(run, options) for run in found.runs]
     show_rows([row for row, _ in profiled], report.COST_TABLE, json_)
     if len(profiled) == 1 and not json_:
@@ -222,6 +254,7 @@ def train(
     precision: Precision = None,
     device: Device = "auto",
     workers: Workers = None,
+    gpu_memory: GpuMemory = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
 ) -> None:
@@ -233,7 +266,8 @@ def train(
     found = study_from(context, trains=True)
     if all(run.train is None for run in found.runs):
         raise SretError(f"{study} trains nothing: it has no [train]; use `sret profile`")
-    outcome = run_study(found, runs, Options(device, workers), notes())
+    options = Options(device, workers, gpu_memory=gpu_memory_of(gpu_memory))
+    outcome = run_study(found, runs, options, notes())
     show_rows(outcome.rows, report.RUN_TABLE, json_)
     for run in found.runs if len(found.runs) == 1 else ():
         notes().print(f"kept in {run.directory(runs)}")
@@ -272,6 +306,7 @@ def run(
     data_dir: DataDir = None,
     device: Device = "auto",
     workers: Workers = None,
+    gpu_memory: GpuMemory = None,
     out: Annotated[
         Path | None, typer.Option(help="Where to write; beside the rows if not given.")
     ] = None,
@@ -286,7 +321,8 @@ def run(
     found = study_from(context, trains=True)
     if out is not None:
         make_directory(out)
-    outcome = run_study(found, runs, Options(device, workers), notes())
+    options = Options(device, workers, gpu_memory=gpu_memory_of(gpu_memory))
+    outcome = run_study(found, runs, options, notes())
     where = runs / found.name
     write_report(where, found.report, out or where / "report", json_)
     finish(outcome.failed)
@@ -329,7 +365,7 @@ def finish(failed: list[Any]) -> None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs `sret` and exits with the code of the outcome."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = spell_out(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -355,6 +391,16 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def spell_out(arguments: list[str]) -> list[str]:
+    """The arguments with what a bare --compile stands for, which is on."""
+    spelt = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        spelt.append(argument)
+        if argument == "--compile" and (following[:1] in ("", "-") or following.endswith(".toml")):
+            spelt.append("on")
+    return spelt
 
 
 def _terminated(signal_number: int, frame: object) -> NoReturn:

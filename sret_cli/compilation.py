@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sret_cli.errors import RESOURCES, USAGE, SretError, nearest
+from sret_cli.errors import RESOURCES, SretError
 from sret_cli.model import SReT, one_pass
+from sret_cli.recipe import check_compile_mode
 
-MODES = ("off", "on", "auto")
 SIGNATURES_AT_MOST = 64  # of one stage: slices, gathers, training or not, batch sizes
 
 OnFailure = Callable[[str], None]
@@ -65,7 +65,7 @@ def compile_model(model: nn.Module, mode: str = "on", on_failure: OnFailure | No
     Raises:
         SretError: there is no such mode.
     """
-    check_mode(mode)
+    check_compile_mode(mode)
     if mode == "off":
         return
     torch._dynamo.config.recompile_limit = SIGNATURES_AT_MOST
@@ -90,14 +90,6 @@ def compile_model(model: nn.Module, mode: str = "on", on_failure: OnFailure | No
 
 def _probe(x: Tensor) -> Tensor:
     return x.sin() + 1
-
-
-def check_mode(mode: str) -> None:
-    """Refuses a mode that there is not."""
-    if mode not in MODES:
-        raise SretError(
-            f"unknown mode of compilation {mode!r}; {nearest(mode, list(MODES))}", USAGE
-        )
 
 
 def _copy(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -34,8 +34,13 @@ Epochs = Annotated[int | None, typer.Option(help="Epochs of training.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images a step.")]
 Seed = Annotated[int | None, typer.Option(help="Of the weights, the order and the augmentation.")]
 Precision = Annotated[str | None, typer.Option(help="fp32 or bf16.")]
+Compile = Annotated[
+    str, typer.Option("--compile", help="Compile passes: on, off, or auto (where it can be).")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Workers = Annotated[int | None, typer.Option(min=0, help="Processes that load images.")]
+Recompute = Annotated[str | None, typer.Option(help="none, pass, auto, or passes a segment.")]
+GpuMemory = Annotated[str | None, typer.Option(help="A budget: 80G is 80e9 bytes.")]
 Runs = Annotated[Path, typer.Option(help="Where run directories are.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 MODEL_FLAGS = (
@@ -109,6 +114,23 @@ def note_fitted_slices(spec: Any, field: str, wanted: int) -> None:
             notes().print(f"stage {stage + 1}: its {tokens} tokens take {many}, not {wanted}")
 
 
+def recompute_of(text: str | None) -> Any:
+    """The value of --recompute, checked; None where it is not given."""
+    from sret_cli.recipe import TrainSpec
+
+    if text is None:
+        return None
+    value: Any = int(text) if text.isdecimal() else text
+    return TrainSpec(recompute=value).recompute
+
+
+def gpu_memory_of(text: str | None) -> int | None:
+    """The bytes of --gpu-memory."""
+    from sret_cli.cost import parse_quantity
+
+    return None if text is None else parse_quantity(text)
+
+
 def check_device(name: str | None) -> None:
     """Refuses a device that is not there before anything is done."""
     if name not in (None, "auto", "cpu"):
@@ -124,3 +146,14 @@ def show_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: boo
     if as_json:
         return print_json(rows)
     Output().print(report.terminal_table(*report.cells(rows, columns)))
+
+
+def show_memory(runs: Any, options: Any, recompute: Any, as_json: bool) -> None:
+    """Predicts the memory of runs, and prints it with what it comes to."""
+    from sret_cli import report
+    from sret_cli.launch import memory_verdict, predict_memory
+
+    rows = [{**run.row(), **predict_memory(run, options, recompute)} for run in runs]
+    show_rows(rows, report.MEMORY_TABLE, as_json)
+    for row in () if as_json else rows:
+        Output().print(memory_verdict(row))

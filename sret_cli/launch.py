@@ -1,6 +1,7 @@
 """The runs of a study, one after another on this machine; what is there stays."""
 
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from sret_cli import records
 from sret_cli.backbone import BackboneSpec
 from sret_cli.errors import RESOURCES, SOME_FAILED, SretError, out_of_memory
 from sret_cli.published import published_columns
+from sret_cli.recipe import TrainSpec
 from sret_cli.records import Row
 from sret_cli.study import Run, Study
 
@@ -27,7 +29,7 @@ class Options:
     """How and where runs are done, which does not change what they do.
 
     `measure_batch_size` is None where nothing is to be timed; `compiles` is as in `compile_model`,
-    for what is timed.
+    for what is timed; `gpu_memory` is a budget in bytes.
     """
 
     device: str = "auto"
@@ -35,6 +37,7 @@ class Options:
     measure_batch_size: int | None = None
     precision: str = "fp32"
     compiles: str = "off"
+    gpu_memory: int | None = None
 
 
 @dataclass
@@ -108,7 +111,60 @@ def _speed(run: Run, options: Options) -> Row:
     assert options.measure_batch_size is not None
     device = choose_device(options.device)
     with _out_of_memory_is_an_error():
-        return measure(run.model, device, options.measure_batch_size, options.precision)
+        return measure(
+            run.model,
+            device,
+            options.measure_batch_size,
+            options.precision,
+            options.compiles,
+            lambda reason: print(f"not compiled: {reason}", file=sys.stderr),
+        )
+
+
+def predict_memory(run: Run, options: Options, recompute: str | int | None = None) -> Row:
+    """The columns of a row about the memory of a training step and of inference, in bytes.
+
+    They are null for models of timm's. `recompute` is the training's own if None.
+    """
+    from sret_cli.memory import Setting, largest_batch, predict
+
+    assert options.measure_batch_size is not None
+    device = "cpu" if options.device == "cpu" else "cuda"
+    train = run.train or TrainSpec()
+    chosen = train.recompute if recompute is None else recompute
+    setting = Setting(options.measure_batch_size, options.precision, device, train.opt)
+    row: Row = {
+        "memory_device": device,
+        "memory_batch_size": setting.batch_size,
+        "memory_precision": setting.precision,
+        "memory_recompute": chosen,
+        "gpu_memory_bytes": options.gpu_memory,
+    }
+    if isinstance(run.model, BackboneSpec):
+        return row
+    memory, plan = predict(run.model, setting, chosen, options.gpu_memory)
+    row |= {**memory.row(), **plan._asdict(), "fits": None, "largest_batch": None}
+    if options.gpu_memory is not None:
+        row["fits"] = memory.training_memory_bytes <= options.gpu_memory
+        row["largest_batch"] = largest_batch(run.model, setting, chosen, options.gpu_memory)
+    return row
+
+
+def memory_verdict(row: Row) -> str:
+    """What the prediction of a row comes to, in a line."""
+    if "training_memory_bytes" not in row:
+        return f"{row['name']}: the memory of timm's models is not predicted; use --device"
+    needed, budget = row["training_memory_bytes"], row["gpu_memory_bytes"]
+    text = f"{row['name']}: {row['memory_batch_size']} images need {needed / 1e9:.2f} GB to train"
+    if any(row["segments"]):
+        passes = zip(row["recomputed"], row["segments"], strict=True)
+        text += "; recomputed are " + ", ".join(f"{n} passes by {k}" for n, k in passes)
+    if budget is None:
+        return text
+    most = f"{row['largest_batch']} images fit" if row["largest_batch"] else "no batch fits"
+    if row["fits"]:
+        return f"{text}; they fit {budget / 1e9:g} GB, and {most} at the most"
+    return f"{text}, {(needed - budget) / 1e9:.2f} GB more than {budget / 1e9:g} GB; {most}"
 
 
 def run_study(
@@ -203,7 +259,8 @@ def _do(measurement: str, run: Run, directory: Path, options: Options, display: 
         return _speed(run, options)
     from sret_cli.train import train
 
-    return train(run, directory, options.device, options.workers, display.on_step)
+    arguments = (options.device, options.workers, display.on_step, options.gpu_memory)
+    return train(run, directory, *arguments)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 BATCHES = (2, 3)  # sizes that are traced
 ALIGNMENT = {"cpu": 1, "cuda": 512}  # bytes; CUDA's allocator hands out multiples of 512
 PLAIN, CAST, GRADIENT = range(3)  # storages; copies of weights in bf16; gradients of weights
+NORMS = (torch.ops.aten.native_layer_norm.default, torch.ops.aten.native_batch_norm.default)
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 
@@ -181,7 +182,7 @@ class _Log(TorchDispatchMode):
         output = function(*args, **(kwargs or {}))
         if function is torch.ops.prim.device.default:
             return output
-        if function is torch.ops.aten.native_layer_norm.default:  # a fake CPU's are of x's type
+        if function in NORMS:  # a fake CPU's means and deviations are of the input's type
             output = (output[0], *(t.to(torch.float32) for t in output[1:]))
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.device.type == self.device:

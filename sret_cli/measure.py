@@ -1,26 +1,26 @@
 """What a model costs on a device: time of inference and of a training step, and peak memory."""
 
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from sret_cli.backbone import BackboneSpec, Spec
 from sret_cli.compilation import GraphedInference, OnFailure, compile_model
-from sret_cli.cost import count
 from sret_cli.errors import RESOURCES, USAGE, SretError
+from sret_cli.memory import Setting, largest_batch, predict
 from sret_cli.model import SReT
 from sret_cli.records import Row
 from sret_cli.recurse import build_any
 from sret_cli.spec import ModelSpec
-
-FP32_BYTES = 4
 
 
 def choose_device(name: str) -> torch.device:
@@ -64,7 +64,7 @@ def measure(
     a CPU the weights and optimizer state and the most that torch allocated on top of them.
     """
     if not isinstance(spec, BackboneSpec):
-        _check_memory(spec, device, batch_size)
+        _check_memory(spec, device, batch_size, precision)
     model = build_any(spec).to(device)
     size = (batch_size, spec.in_chans, spec.img_size, spec.img_size)
     x = torch.randn(size, device=device)
@@ -100,19 +100,17 @@ def measure(
     }
 
 
-def _check_memory(spec: ModelSpec, device: torch.device, batch_size: int) -> None:
+def _check_memory(spec: ModelSpec, device: torch.device, batch_size: int, precision: str) -> None:
     """Refuses a training step that cannot fit, before the system ends the process for it."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    cost = count(spec)
-    fits = (free - 4 * FP32_BYTES * cost.params) // cost.activation_bytes
-    if batch_size > 2 * max(fits, 0):  # bf16 keeps about half of what fp32 does
+    setting, free = Setting(batch_size, precision, device.type), free_bytes(device)
+    needed = predict(spec, setting)[0].training_memory_bytes
+    if needed > free:
+        most = largest_batch(spec, setting, "none", free)
+        advice = f"use --batch-size {most}, or fewer layers" if most else "use fewer layers"
         raise SretError(
-            f"out of memory: a training step of {batch_size} images keeps "
-            f"{batch_size * cost.activation_bytes / 1e9:.1f} GB in fp32, and {free / 1e9:.1f} GB "
-            f"are free; use --batch-size {max(fits, 1)}, or fewer layers",
+            f"out of memory: a training step of {batch_size} images needs {needed / 1e9:.1f} GB, "
+            f"{(needed - free) / 1e9:.1f} GB more than the {free / 1e9:.1f} GB that are free; "
+            f"{advice}",
             RESOURCES,
         )
 
@@ -132,6 +130,18 @@ def inference(
             copy(x)
 
     return forward
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a process may still take: of the GPU, or of this machine with its caches."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    table = Path("/proc/meminfo")
+    if table.exists():
+        found = re.search(r"MemAvailable:\s+(\d+) kB", table.read_text())
+        if found:
+            return int(found[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def median_seconds(call: Callable[[], object], device: torch.device) -> tuple[float, float]:

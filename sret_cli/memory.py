@@ -7,7 +7,7 @@ which tries kernels, may take more.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -68,6 +68,10 @@ class Memory:
     training_memory_bytes: int
     inference_memory_bytes: int
     saved_bytes: int
+
+    def row(self) -> dict[str, int]:
+        """The measurements of a row."""
+        return asdict(self)
 
 
 def predict(

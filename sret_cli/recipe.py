@@ -5,8 +5,22 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from sret_cli.errors import SretError, nearest
+from sret_cli.errors import USAGE, SretError, nearest
 from sret_cli.strict import Count, Rate, Share, Strict, as_tuples
+
+COMPILE_MODES = ("off", "on", "auto")
+
+
+def check_compile_mode(mode: str) -> str:
+    """The mode, if there is such a one.
+
+    Raises:
+        SretError: there is not.
+    """
+    if mode not in COMPILE_MODES:
+        choice = nearest(mode, list(COMPILE_MODES))
+        raise SretError(f"unknown mode of compilation {mode!r}; {choice}", USAGE)
+    return mode
 
 
 class TrainSpec(Strict):

@@ -25,6 +25,11 @@ COST_TABLE = (
     *("activation_bytes", "measured_batch_size", "forward_seconds", "step_seconds"),
     *("inference_images_per_second", "training_images_per_second", "peak_memory_bytes"),
 )
+MEMORY_TABLE = (
+    *("layers", "memory_batch_size", "weight_bytes", "gradient_bytes", "optimizer_bytes"),
+    *("kept_bytes", "transient_bytes", "training_memory_bytes", "inference_memory_bytes"),
+    "largest_batch",
+)
 PARITY_TABLE = (
     *("params", "published_params_m", "params_m_minus_published"),
     *("macs", "published_gmacs", "gmacs_minus_published"),

@@ -191,6 +191,14 @@ def study_of(name: str, tables: Table) -> Study:
     return Study(name, tuple(by_id.values()), ReportSpec.of(tables.get("report", {})))
 
 
+def with_baselines(study: Study, backbones: list[str]) -> Study:
+    """The study, and after its runs models of timm's for the images of its first model."""
+    first = study.runs[0].model
+    images = {key: getattr(first, key) for key in ("img_size", "in_chans", "num_classes")}
+    baselines = [resolve(study.name, {**images, "backbone": name}, None) for name in backbones]
+    return replace(study, runs=(*study.runs, *baselines))
+
+
 def _check_twins(kinds: Any) -> None:
     if not isinstance(kinds, list):
         raise SretError(f"twins = {kinds!r}: give a list of {', '.join(TWIN_KINDS)}")

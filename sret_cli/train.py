@@ -20,6 +20,7 @@ from sret_cli import records
 from sret_cli.data import Loader, load_data, load_test_data
 from sret_cli.errors import DATA, SOME_FAILED, SretError, nearest
 from sret_cli.measure import choose_device, device_name
+from sret_cli.memory import set_recompute
 from sret_cli.model import SReT
 from sret_cli.recipe import TrainSpec
 from sret_cli.records import Row
@@ -69,9 +70,11 @@ def train(
     device: str = "auto",
     workers: int | None = None,
     on_step: OnStep = lambda done, total, text: None,
+    gpu_memory: int | None = None,
 ) -> Row:
     """Trains a run and returns its measurements.
 
+    `gpu_memory` is a budget in bytes for `recompute = "auto"`.
     Writes `config.json`, `metrics.jsonl` and, at the end, `model.safetensors` to the run's
     directory (`runs/<study>/<run_id>`). The same seed on the same machine gives bitwise the same
     losses: on a CPU always, on CUDA as far as torch has deterministic kernels.
@@ -88,7 +91,7 @@ def train(
     workers = default_workers(spec) if workers is None else workers
     train_loader, test_loader = load_data(spec, run.model, workers)
     model = build_any(run.model).to(target_device)
-    model.set_grad_checkpointing(spec.recompute == "pass")
+    set_recompute(model, spec, target_device, gpu_memory)
     if spec.recursions_range is not None:
         model.set_recursions(spec.recursions_range[1])  # refuses what it has no weights for
     optimizer = create_optimizer(model, spec)
@@ -128,11 +131,11 @@ def train(
                 loss = F.cross_entropy(output.float(), target, label_smoothing=spec.smoothing)
                 losses.append(loss.item())
                 _stop_if_diverged(losses[-1], f"loss is {losses[-1]}", step + 1, epoch + 1, lr)
-                optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 if spec.clip_grad:
                     nn.utils.clip_grad_norm_(model.parameters(), spec.clip_grad)
                 optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
                 step += 1
                 images += len(x)
                 scheduler.step_update(step)

@@ -340,3 +340,27 @@ def test_a_stopped_study_says_what_it_kept_and_goes_on(study, number, code):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0
     assert err.count("there already") == 1
+
+
+@pytest.mark.slow
+def test_models_of_timm_are_measured_beside_ours(sret):
+    code, out, err = sret(
+        *("profile", "--preset", "nano", "--img-size", 32, "--batch-size", 2, "--json"),
+        *("--against", "vit_tiny_patch16_224, resmlp_12_224", "--device", "cpu"),
+    )
+    assert (code, err) == (0, "")
+    rows = json.loads(out)
+    assert [row["name"] for row in rows] == ["nano", "vit_tiny_patch16_224", "resmlp_12_224"]
+    assert {row["model.img_size"] for row in rows} == {32}
+    assert all(row["forward_seconds"] > 0 and row["peak_memory_bytes"] > 10**6 for row in rows)
+
+
+def test_a_bare_compile_means_on_and_other_modes_are_refused(sret):
+    from sret_cli.cli import spell_out
+
+    assert spell_out(["train", "--compile"]) == ["train", "--compile", "on"]
+    assert spell_out(["train", "--compile", "auto"]) == ["train", "--compile", "auto"]
+    assert spell_out(["run", "--compile", "a.toml"]) == ["run", "--compile", "on", "a.toml"]
+    code, _, err = sret("profile", "--preset", "nano", "--device", "cpu", "--compile", "fast")
+    assert code == 2
+    assert err == ("sret: unknown mode of compilation 'fast'; choose from off, on, auto\n")

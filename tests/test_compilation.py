@@ -3,10 +3,10 @@ import copy
 import pytest
 import torch
 
-from sret_cli import compilation
 from sret_cli.compilation import GraphedInference, compile_model
 from sret_cli.errors import RESOURCES, USAGE, SretError
 from sret_cli.model import build_model
+from sret_cli.recipe import check_compile_mode
 
 
 def image(spec, batch=2):
@@ -83,7 +83,7 @@ def test_an_unknown_mode_is_refused(tiny):
     with pytest.raises(SretError, match="unknown mode of compilation 'onn'; did you mean 'on'"):
         compile_model(build_model(tiny), "onn")
     with pytest.raises(SretError) as error:
-        compilation.check_mode("fast")
+        check_compile_mode("fast")
     assert error.value.code == USAGE
 
 
