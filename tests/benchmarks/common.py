@@ -10,9 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
+
+from sret_cli.spec import ModelSpec
 
 Call = Callable[[], object]
 
@@ -97,7 +100,7 @@ def side_by_side(first: Call, second: Call, device: str, rounds: int = 10) -> Ra
     )
 
 
-def reference_module(directory: Path):
+def reference_module(directory: Path) -> ModuleType:
     """The reference's model file, imported (it needs `pip install einops`)."""
     if not (directory / "SReT.py").exists():
         raise SystemExit(f"no SReT.py in {directory}; clone github.com/szq0214/SReT")
@@ -118,3 +121,29 @@ def training_step(model: nn.Module, x: torch.Tensor, autocast: torch.autocast) -
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def peak_flops(device: str) -> float:
+    """Operations a second (two a multiply-add) of large matrix products, the best of ten."""
+    size = 8192 if device == "cuda" else 2048
+    kind = torch.bfloat16 if device == "cuda" else torch.float32
+    a, b = torch.randn(2, size, size, device=device, dtype=kind)
+    return 2 * size**3 / min(seconds(lambda: a @ b, device) for _ in range(10))
+
+
+def deep_reference(module: ModuleType, spec: ModelSpec) -> nn.Module:
+    """The reference's network with a preset's widths and more recursions."""
+    heads = spec.num_heads
+    return module.SReT(
+        image_size=spec.img_size,
+        patch_size=16,
+        stride=8,
+        base_dims=[dim // head for dim, head in zip(spec.embed_dims, heads, strict=True)],
+        depth=[spec.passes(stage) for stage in range(spec.stages)],
+        recursive_num=list(spec.blocks),
+        heads=list(heads),
+        groups1=list(spec.slices),
+        groups2=list(spec.recursive_slices),
+        mlp_ratio=spec.mlp_ratio,
+        np_mlp_ratio=spec.nll_ratio,
+    )

@@ -8,8 +8,18 @@ it. On CUDA both run under bf16 autocast, and ours in CUDA graphs where it is co
 """
 
 import torch
-from common import arguments, prepare, reference_module, side_by_side, training_step
+from common import (
+    arguments,
+    deep_reference,
+    peak_flops,
+    prepare,
+    reference_module,
+    side_by_side,
+    training_step,
+)
 
+from sret_cli.compilation import compile_model
+from sret_cli.measure import inference
 from sret_cli.model import build_model
 from sret_cli.profiler import trace
 from sret_cli.spec import PRESETS
@@ -24,36 +34,38 @@ def main() -> None:
     parser.add_argument("--preset", choices=NAMES, default="sret_s")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--inference-only", action="store_true")
+    parser.add_argument("--layers", type=int, help="1000, say: the reference's depth is set so too")
     given = parser.parse_args()
     device, batch = given.device, given.batch_size
     print(prepare(device))
-    theirs = getattr(reference_module(given.reference), NAMES[given.preset])().to(device)
     spec = PRESETS[given.preset]
+    if given.layers:
+        spec = spec.at(layers=given.layers)
+        theirs = deep_reference(reference_module(given.reference), spec).to(device)
+    else:
+        theirs = getattr(reference_module(given.reference), NAMES[given.preset])().to(device)
     ours = build_model(spec)
-    load_reference(ours, {k: v.cpu() for k, v in theirs.state_dict().items()})
+    if not given.layers:  # beyond two recursions the reference takes other slices
+        load_reference(ours, {k: v.cpu() for k, v in theirs.state_dict().items()})
     ours.to(device)
     x = torch.randn(batch, 3, 224, 224, device=device)
+    precision = "bf16" if device == "cuda" else "fp32"
     autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
-    if given.compile:
-        ours.compile_passes()
-
-    theirs.eval(), ours.eval()
-    fused = ours.fused()
-    if given.compile:
-        fused.compile_passes(cuda_graphs=device == "cuda")
-
-    def inference(model: torch.nn.Module):
-        def call() -> None:
-            with torch.inference_mode(), autocast:
-                model(x)
-
-        return call
-
-    ratio = side_by_side(inference(theirs), inference(fused), device, given.rounds)
     kind = "compiled" if given.compile else "eager"
-    report(f"inference, {kind}", ratio, batch, trace(spec).macs, device)
+    fused = inference(ours, x, precision, "on" if given.compile else "off")
+    theirs.eval()
 
+    def their_inference() -> None:
+        with torch.inference_mode(), autocast:
+            theirs(x)
+
+    ratio = side_by_side(their_inference, fused, device, given.rounds)
+    report(f"inference, {kind}", ratio, batch, trace(spec).macs, device)
+    if given.inference_only:
+        return
     theirs.train(), ours.train()
+    compile_model(ours, "on" if given.compile else "off")
     ratio = side_by_side(
         training_step(theirs, x, autocast), training_step(ours, x, autocast), device, given.rounds
     )
@@ -65,16 +77,6 @@ def report(what, ratio, batch, macs, device):
     speed = batch / ratio.second_seconds
     share = 2 * macs * speed / peak_flops(device)
     print(f"{what}: {ratio}; {speed:.1f} images/s, {100 * share:.0f} % of the measured peak")
-
-
-def peak_flops(device: str) -> float:
-    """Operations a second (two a multiply-add) of large matrix products, the best of ten."""
-    from common import seconds
-
-    size = 8192 if device == "cuda" else 2048
-    kind = torch.bfloat16 if device == "cuda" else torch.float32
-    a, b = torch.randn(2, size, size, device=device, dtype=kind)
-    return 2 * size**3 / min(seconds(lambda: a @ b, device) for _ in range(10))
 
 
 if __name__ == "__main__":

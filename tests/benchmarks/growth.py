@@ -1,0 +1,66 @@
+"""Whether time grows in proportion to layers, from 20 to 10,000.
+
+    python tests/benchmarks/growth.py [--img-size 64]
+
+Forward pass and training step of `deep` at batch 1, in alternating rounds; deep training steps
+recompute, segments of 20 passes at every depth, or 10,000 layers would not fit. The fixed part is
+that of stem, pools, head and optimizer: a line through the two smallest depths, at no layers.
+"""
+
+import statistics
+
+import torch
+from common import arguments, prepare, seconds, training_step
+
+from sret_cli.model import build_model
+from sret_cli.spec import PRESETS
+
+LAYERS = (20, 100, 1000, 10_000)
+
+
+def main() -> None:
+    """Prints times, and each depth's time a layer over that of all depths."""
+    parser = arguments(__doc__)
+    parser.set_defaults(rounds=5)
+    parser.add_argument("--img-size", type=int, default=64)
+    given = parser.parse_args()
+    print(prepare(given.device))
+    device = given.device
+    x = torch.randn(1, 3, given.img_size, given.img_size, device=device)
+    autocast = torch.autocast(device, enabled=False)
+    spec = PRESETS["deep"].with_values(
+        img_size=given.img_size, slices=1, recursive_slices=1, residual="loop"
+    )
+    models = [build_model(spec.at(layers=layers)).to(device) for layers in LAYERS]
+    for model in models:
+        model.set_recompute((20,) * 3)
+    for what, calls in (
+        ("forward pass", [forward(model, x) for model in models]),
+        ("training step", [training_step(model, x, autocast) for model in models]),
+    ):
+        for model in models:
+            model.train(what == "training step")
+        for call in calls:
+            call()
+        rounds = [[seconds(call, device) for call in calls] for _ in range(given.rounds)]
+        times = [statistics.median(each) for each in zip(*rounds, strict=True)]
+        layer = (times[1] - times[0]) / (LAYERS[1] - LAYERS[0])
+        fixed = times[0] - LAYERS[0] * layer
+        print(f"{what}: {1e3 * fixed:.3g} ms fixed, {1e3 * layer:.3g} ms a layer")
+        for layers, taken in zip(LAYERS, times, strict=True):
+            off = (taken - fixed) / (layers * layer) - 1
+            print(f"{layers:6,} layers: {taken:.3f} s, {100 * off:+.0f} % off proportion")
+
+
+def forward(model, x):
+    """A call of the forward pass alone."""
+
+    def call() -> None:
+        with torch.inference_mode():
+            model(x)
+
+    return call
+
+
+if __name__ == "__main__":
+    main()
