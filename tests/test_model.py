@@ -135,16 +135,57 @@ def test_sliced_attention_equals_attention_on_each_slice_alone():
     torch.testing.assert_close(attention(x, 3), torch.cat(alone, dim=1))
 
 
-def test_checkpointing_leaves_loss_and_gradients_bitwise_as_they_are(tiny):
-    spec = tiny.with_values(recursions=3, drop_path_rate=0.3, drop_rate=0.1)
-    gradients = []
-    for checkpointing in (False, True):
-        torch.manual_seed(0)
-        model = build_model(spec)
-        model.set_grad_checkpointing(checkpointing)
-        model(image(spec)).square().sum().backward()
-        gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+def gradients_of(spec, segments, recomputed=None, wrap=lambda model: model, autocast=False):
+    """Loss and gradients of one step from the same seed, with some recomputation."""
+    torch.manual_seed(0)
+    model = build_model(spec)
+    model.set_recompute(segments, recomputed)
+    model.set_recursions(3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = wrap(model)(image(spec)).float().square().sum()
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize(
+    ("segments", "recomputed"),
+    [((1, 1, 1), None), ((2, 5, 3), None), ((2, 2, 0), None), ((9, 4, 1), (2, 6, 2))],
+)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    "values",
+    [{"drop_path_rate": 0.3, "drop_rate": 0.1, "attn_drop_rate": 0.1}, {"lrc": "per_pass"}],
+)
+def test_recomputation_leaves_loss_and_gradients_bitwise_as_they_are(
+    tiny, segments, recomputed, autocast, values
+):
+    spec = tiny.with_values(recursions=4, **values)
+    plain = gradients_of(spec, (0, 0, 0), autocast=autocast)
+    again = gradients_of(spec, segments, recomputed, autocast=autocast)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_recomputation_leaves_gradients_as_they_are_in_parallel_training(tiny, tmp_path):
+    from torch import distributed
+    from torch.nn.parallel import DistributedDataParallel
+
+    spec = tiny.with_values(recursions=4, drop_path_rate=0.3)
+    plain = gradients_of(spec, (0, 0, 0))
+    distributed.init_process_group("gloo", f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        again = gradients_of(spec, (2, 3, 1), wrap=DistributedDataParallel)
+    finally:
+        distributed.destroy_process_group()
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_random_numbers_are_kept_only_where_a_segment_draws_some(tiny):
+    stage = build_model(tiny.with_values(recursions=3)).stages[0]  # its first pass is not shuffled
+    assert [stage._draws(range(1)), stage._draws(range(3))] == [False, True]
+    assert not stage.eval()._draws(range(3))
+    fixed = build_model(tiny.with_values(recursions=3, shuffle="fixed")).stages[0]
+    assert not fixed._draws(range(3))
+    assert build_model(tiny.with_values(drop_rate=0.1)).stages[2]._draws(range(1))
 
 
 def test_features_head_and_classifier_are_timms(tiny):
@@ -347,3 +388,19 @@ def test_cuda_gives_the_logits_of_the_cpu(tiny):
         on_cpu = model(x)
         on_cuda = model.cuda()(x.cuda()).cpu()
     torch.testing.assert_close(on_cuda, on_cpu, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_recomputation_draws_the_same_random_numbers_on_cuda(tiny):
+    spec = tiny.with_values(recursions=4, drop_path_rate=0.3, drop_rate=0.1)
+    results = []
+    for segments in ((0, 0, 0), (2, 3, 1)):
+        torch.manual_seed(0)
+        model = build_model(spec).cuda()
+        model.set_recompute(segments)
+        loss = model(image(spec).cuda()).square().sum()
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for plain, again in zip(*results, strict=True):
+        torch.testing.assert_close(plain, again)
