@@ -39,11 +39,15 @@ class Weights(NamedTuple):
 
 
 class StageParts(NamedTuple):
-    """A stage's passes, with what each takes at one batch size, and the pool before them."""
+    """A stage's passes, with what each takes at one batch size, and the pool before them.
+
+    `drawn` are the bytes that are drawn at random before the first pass: gathers and drop path.
+    """
 
     schedule: tuple[Pass, ...]
     usages: tuple[Usage, ...]
     pool: Usage | None
+    drawn: int
 
 
 class Parts(NamedTuple):
@@ -100,7 +104,7 @@ def read_parts(spec: ModelSpec, setting: Setting) -> Parts:
             return known[key, dtype]
 
         image = (spec.in_chans, spec.img_size, spec.img_size)
-        stem, dtype = part(("stem",), SReT._embed, image, torch.float32, is_image=True)
+        stem, dtype = part(("stem",), _embed, image, torch.float32, is_image=True)
         stages = []
         for s in range(spec.stages):
             pool = None
@@ -113,31 +117,38 @@ def read_parts(spec: ModelSpec, setting: Setting) -> Parts:
                 key = (s, p.slices, p.gathers, drops)
                 usage, dtype = part(key, _run_pass(s, p, drops), shape, dtype)
                 usages.append(usage)
-            stages.append(StageParts(schedule, tuple(usages), pool))
-        head, _ = part(("head",), SReT.forward_head, shape, dtype, loss=True)
+            drawn = 2 * FLOAT_BYTES * size * len(schedule) if drops else 0
+            if spec.shuffle == "random":
+                drawn += INDEX_BYTES * spec.tokens[s] * _gathers(schedule)
+            stages.append(StageParts(schedule, tuple(usages), pool, drawn))
+        head, _ = part(("head",), _run_head, shape, dtype, loss=True)
         return Parts(stem, tuple(stages), head)
 
 
 def _run_pass(stage: int, p: Pass, drops: bool) -> Any:
-    """A pass with slices and gather of another; its order and drop path are a share of tables."""
+    """A pass with slices and gather of another; its order and drop path are drawn before it."""
 
-    def forward(model: Any, x_BNC: Tensor) -> Tensor:
+    def forward(model: Any, x_BNC: Tensor, ones_2B11: Tensor) -> Tensor:
         module: Stage = model.stages[stage]
-        B, N, _ = x_BNC.shape
-        order_N = None
-        if p.gathers:
-            fixed = model.spec.shuffle == "fixed"
-            order_N = module.gathers_RN[0] if fixed else torch.arange(N, device=x_BNC.device)
-        drop_2B11 = torch.ones(2, B, 1, 1, device=x_BNC.device) if drops else None
+        order_N = module.gathers_RN[0] if p.gathers else None
         lrc_4 = None if module.lrc_P4 is None else module.lrc_P4[0]
         block, nll = module.blocks[0], module.nlls[0] if len(module.nlls) else None
+        drop_2B11 = ones_2B11 if drops else None
         return one_pass(block, nll, p.slices, x_BNC, order_N, drop_2B11, lrc_4)
 
     return forward
 
 
+def _embed(model: Any, x_BCYX: Tensor, _: Tensor) -> Tensor:
+    return model._embed(x_BCYX)
+
+
+def _run_head(model: Any, x_BNC: Tensor, _: Tensor) -> Tensor:
+    return model.forward_head(x_BNC)
+
+
 def _run_pool(stage: int) -> Any:
-    return lambda model, x_BNC: model.pools[stage - 1](x_BNC)
+    return lambda model, x_BNC, _: model.pools[stage - 1](x_BNC)
 
 
 def _small(spec: ModelSpec) -> ModelSpec:
@@ -150,9 +161,11 @@ def _small(spec: ModelSpec) -> ModelSpec:
 
 def _table_bytes(schedule: tuple[Pass, ...], tokens: int) -> int:
     """Of a stage's permutations, and of the gathers that follow from them."""
-    shuffles = sum(p.shuffled for p in schedule)
-    gathers = sum(p.gathers for p in schedule) + ends_shuffled(schedule)
-    return INDEX_BYTES * tokens * (shuffles + gathers)
+    return INDEX_BYTES * tokens * (sum(p.shuffled for p in schedule) + _gathers(schedule))
+
+
+def _gathers(schedule: tuple[Pass, ...]) -> int:
+    return sum(p.gathers for p in schedule) + ends_shuffled(schedule)
 
 
 @cache

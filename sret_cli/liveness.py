@@ -27,7 +27,7 @@ ALIGNMENT = {"cpu": 1, "cuda": 512}  # bytes; CUDA's allocator hands out multipl
 PLAIN, CAST, GRADIENT = range(3)  # storages; copies of weights in bf16; gradients of weights
 NORMS = (torch.ops.aten.native_layer_norm.default, torch.ops.aten.native_batch_norm.default)
 
-Forward = Callable[[nn.Module, Tensor], Tensor]
+Forward = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 class Usage(NamedTuple):
@@ -124,7 +124,7 @@ def trace(
 
     Args:
         module: what holds the weights.
-        forward: is called with the module and a batch.
+        forward: is called with the module, a batch, and ones `[2, B, 1, 1]` that do not count.
         shape: of one sample of the batch.
         dtype: of the batch.
         device: cpu or cuda.
@@ -225,7 +225,8 @@ class _Log(TorchDispatchMode):
         """One call, forth and back."""
         leaf = torch.empty(shape, dtype=dtype, requires_grad=trains and not is_image)
         target = torch.empty(shape[0], dtype=torch.long)
-        self.own |= {t.untyped_storage()._cdata for t in (leaf, target)}
+        ones_2B11 = torch.ones(2, shape[0], 1, 1)
+        self.own |= {t.untyped_storage()._cdata for t in (leaf, target, ones_2B11)}
         kept: dict[int, Tensor] = {}
         used: list[int] = []
 
@@ -242,7 +243,7 @@ class _Log(TorchDispatchMode):
             x = leaf if is_image else leaf.clone()
             self.input = self.number(x)
             with _autocast(self.device, precision):
-                output = forward(self.module, x)
+                output = forward(self.module, x, ones_2B11)
             del x
             if loss and output.shape[1:].numel():
                 output = F.cross_entropy(output.float(), target, label_smoothing=0.1)

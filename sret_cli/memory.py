@@ -220,6 +220,7 @@ def _walk(parts: Parts, weights: Weights, setting: Setting, spec: ModelSpec, pla
     for s, stage in enumerate(parts.stages):
         if stage.pool:
             step.forward(stage.pool, _copies(stage.pool, "pool", s - 1))
+        step.kept += stage.drawn
         segment, first = _recomputed(plan, s)
         for i, usage in enumerate(stage.usages):
             step.forward(usage, _copies_of_pass(usage, s, stage.schedule[i]), i >= first)
@@ -245,6 +246,7 @@ def _walk(parts: Parts, weights: Weights, setting: Setting, spec: ModelSpec, pla
                 step.backward(usages[i], gradients[i])
             step.kept -= sum(copies.values()) + usages[start].input - usages[start].kept_input
             step.kept -= state
+        step.kept -= stage.drawn
         if stage.pool:
             step.backward(stage.pool, rest)
     step.backward(parts.stem, rest)
