@@ -4,31 +4,25 @@ Neither the order of the samples nor their augmentation depends on the number of
 found and transformed by timm.
 """
 
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from sret_cli.augment import Pixels, seeded
 from sret_cli.backbone import Spec
-from sret_cli.errors import DATA, SretError
+from sret_cli.errors import DATA, SretError, note
 from sret_cli.recipe import TrainSpec
 from sret_cli.study import DIGITS_CLASSES, class_folders, folder_classes
 
-DIGITS_MEAN, DIGITS_STD = 0.305, 0.376  # of all pixels, scaled to 0..1
-MODES = {1: "L", 3: "RGB"}
-
-Key = tuple[int, int]  # epoch, index
+Key = tuple[int, int, int]  # epoch, index, which repeat of the image in the epoch
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ def eight_bits(image: Image.Image) -> Image.Image:
 
 
 class Samples(Dataset):
-    """Transformed images and targets; a key is an epoch and an index."""
+    """Transformed images of 8 bits `[C, Y, X]`, and targets."""
 
     def __init__(self, source: Source, transform: Any, mode: str, seed: int | None) -> None:
         self.source = source
@@ -83,51 +77,88 @@ class Samples(Dataset):
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int] | SretError:
         """A sample, or the error of its image: a worker's exceptions would lose their type."""
-        epoch, index = key
+        epoch, index, repeat = key
         try:
             image = self.source.open(index, self.mode)
         except SretError as error:
             return error
         if self.seed is None:
             return self.transform(image), self.source.targets[index]
-        with seeded(f"{self.seed} {epoch} {index}"):
+        with seeded(f"{self.seed} {epoch} {index} {repeat}"):
             return self.transform(image), self.source.targets[index]
 
 
 class Batches(Sampler[list[Key]]):
-    """Batches of keys of one epoch: in an order that seed and epoch determine, or as they are."""
+    """One rank's keys of the batches of an epoch, from batch `start` on.
 
-    def __init__(self, samples: int, batch_size: int, seed: int | None) -> None:
-        self.samples, self.batch_size, self.seed = samples, batch_size, seed
-        self.epoch = 0
+    With a seed, the order is drawn from seed and epoch, each rank takes its contiguous share of a
+    batch, and a last batch that is not full is dropped, unless it is the only one. Images that are
+    repeated follow on each other, and the epoch is as long, as in timm's `RepeatAugSampler`.
+    Without a seed, samples come in their order, and each rank takes every `world_size`-th.
+    """
+
+    def __init__(
+        self,
+        samples: int,
+        batch_size: int,
+        seed: int | None,
+        repeats: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.samples, self.batch_size, self.seed, self.repeats = samples, batch_size, seed, repeats
+        self.rank, self.world_size = rank, world_size
+        self.epoch, self.start = 0, 0
 
     def __len__(self) -> int:
-        whole = self.samples // self.batch_size
-        return max(whole, 1) if self.seed is not None else -(-self.samples // self.batch_size)
+        if self.seed is None:
+            return -(-len(range(self.rank, self.samples, self.world_size)) // self._share)
+        return max(self.samples // self.batch_size, 1)
+
+    @property
+    def _share(self) -> int:
+        return max(self.batch_size // self.world_size, 1)
 
     def __iter__(self) -> Iterator[list[Key]]:
         if self.seed is None:
-            order = list(range(self.samples))
-        else:
-            order = (
-                np.random.default_rng((self.seed, self.epoch)).permutation(self.samples).tolist()
-            )
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            yield [(self.epoch, index) for index in order[start : start + self.batch_size]]
+            own = range(self.rank, self.samples, self.world_size)
+            for first in range(self.start * self._share, len(own), self._share):
+                yield [(self.epoch, index, 0) for index in own[first : first + self._share]]
+            return
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.samples)
+        for first in range(self.start * self.batch_size, self.samples, self.batch_size):
+            places = range(first, min(first + self.batch_size, self.samples))
+            if first and len(places) < self.batch_size:
+                return
+            ends = [len(places) * rank // self.world_size for rank in (self.rank, self.rank + 1)]
+            yield [
+                (self.epoch, int(order[place // self.repeats]), place % self.repeats)
+                for place in places[ends[0] : ends[1]]
+            ]
 
 
 class Loader:
-    """Batches of `images [B, C, Y, X]` and `targets [B]`.
+    """Batches of 8-bit `images [B, C, Y, X]` and `targets [B]`, one rank's share of each.
 
-    A random loader drops the last batch where it is not full; one in order keeps it.
+    `bad_images` says what is wrong with each image that was left out so far.
     """
 
-    def __init__(self, samples: Samples, batch_size: int, shuffle: bool, workers: int) -> None:
-        self.samples = samples
-        self.batches = Batches(len(samples), batch_size, samples.seed if shuffle else None)
+    def __init__(
+        self,
+        samples: Samples,
+        batches: Batches,
+        workers: int,
+        pixels: Pixels,
+        on_bad_image: str = "stop",
+    ) -> None:
+        self.samples, self.batches, self.on_bad_image = samples, batches, on_bad_image
+        self.mean, self.std = (
+            torch.tensor(values).mul(255).view(1, -1, 1, 1) for values in (pixels.mean, pixels.std)
+        )
+        self.bad_images: list[str] = []
         self.loader: DataLoader = DataLoader(
             samples,
-            batch_sampler=self.batches,
+            batch_sampler=batches,
             num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=collate,
@@ -138,95 +169,90 @@ class Loader:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch.
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from number `start` on; those before are not decoded.
 
         Raises:
-            SretError: an image cannot be decoded.
+            SretError: an image cannot be decoded; where they are to be skipped, none of a batch.
         """
-        self.batches.epoch = epoch
-        for batch in self.loader:
-            if isinstance(batch, SretError):
-                # Raising `batch` itself would tie a knot of it, its traceback and the loader, which
+        self.batches.epoch, self.batches.start = epoch, start
+        for images, targets, errors in self.loader:
+            if errors and (self.on_bad_image == "stop" or not len(targets)):
+                # Raising the error itself would tie a knot of it, its traceback and the loader, who
                 # then could not end its workers before it has waited 10 seconds for them.
-                raise SretError(str(batch), batch.code)
-            yield batch
+                raise SretError(str(errors[0]), errors[0].code)
+            for text in map(str, errors):
+                if text not in self.bad_images:
+                    self.bad_images.append(text)
+                    note(f"{text}; it is left out")
+            yield images, targets
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Images of 8 bits as float32, less the data's mean and over its deviation."""
+        if self.mean.device != x.device:
+            self.mean, self.std = self.mean.to(x.device), self.std.to(x.device)
+        return x.float().sub_(self.mean).div_(self.std)
 
 
-def collate(samples: list[tuple[Tensor, int] | SretError]) -> tuple[Tensor, Tensor] | SretError:
-    """Stacks samples, or hands on the first error among them."""
-    good = []
-    for sample in samples:
-        if isinstance(sample, SretError):
-            return sample
-        good.append(sample)
-    return torch.stack([image for image, _ in good]), torch.tensor([target for _, target in good])
+def collate(
+    samples: list[tuple[Tensor, int] | SretError],
+) -> tuple[Tensor, Tensor, list[SretError]]:
+    """Stacks the samples that are good, beside the errors of the others."""
+    errors = [sample for sample in samples if isinstance(sample, SretError)]
+    good = [sample for sample in samples if not isinstance(sample, SretError)]
+    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
+    return images, torch.tensor([target for _, target in good]), errors
 
 
-def load_data(train: TrainSpec, model: Spec, workers: int = 0) -> tuple[Loader, Loader]:
-    """The loaders of a run's training and test images.
+def load_data(
+    train: TrainSpec, model: Spec, workers: int = 0, rank: int = 0, world_size: int = 1
+) -> tuple[Loader, Loader]:
+    """The loaders of a run's training and test images: one rank's share of them.
 
     Raises:
-        SretError: a folder is missing or has no images, or the model takes no images of this kind.
+        SretError: a folder is missing or has no images, the model takes no images of this kind, or
+            the batches do not divide among the ranks.
     """
-    transform, mode = _transform(train, model)
+    if train.batch_size % world_size:
+        above = train.batch_size + world_size - train.batch_size % world_size
+        raise SretError(
+            f"batch_size = {train.batch_size} does not divide among {world_size} processes; "
+            f"use {above}"
+        )
+    pixels = Pixels.of(train, model)
     digital = train.dataset == "digits"
     sources = digits() if digital else image_folder(Path(train.data_dir or ""))
-    try:
-        augment = transform(
-            is_training=True,
-            scale=train.scale,
-            hflip=train.hflip,
-            color_jitter=train.color_jitter or None,
-            auto_augment=train.auto_augment,
-        )
-    except (AssertionError, ValueError) as error:
-        reason = str(error) or "timm does not know it"
-        raise SretError(f"auto_augment = {train.auto_augment!r}: {reason}") from None
-    plain = transform(is_training=False, crop_pct=train.crop_pct)
-    return (
-        Loader(Samples(sources[0], augment, mode, train.seed), train.batch_size, True, workers),
-        Loader(Samples(sources[1], plain, mode, None), train.batch_size, False, workers),
+    samples = Samples(sources[0], pixels.augmentation(train), pixels.mode, train.seed)
+    batches = Batches(
+        *(len(samples), train.batch_size, train.seed),
+        *(max(train.aug_repeats, 1), rank, world_size),
     )
+    loader = Loader(samples, batches, workers, pixels, train.on_bad_image)
+    return loader, _test_loader(train, sources[1], pixels, workers, rank, world_size)
 
 
 def load_test_data(
-    train: TrainSpec, model: Spec, workers: int = 0
+    train: TrainSpec, model: Spec, workers: int = 0, rank: int = 0, world_size: int = 1
 ) -> tuple[Loader, tuple[str, ...]]:
     """The loader of a run's test images alone, and the names of the classes, in their order.
 
     Raises:
         SretError: as `load_data`; a folder needs no `train/`.
     """
-    transform, mode = _transform(train, model)
+    pixels = Pixels.of(train, model)
     if train.dataset == "digits":
         source, classes = digits()[1], tuple(map(str, range(DIGITS_CLASSES)))
     else:
         source, classes = test_folder(Path(train.data_dir or ""))
-    samples = Samples(source, transform(is_training=False, crop_pct=train.crop_pct), mode, None)
-    return Loader(samples, train.batch_size, False, workers), classes
+    return _test_loader(train, source, pixels, workers, rank, world_size), classes
 
 
-def _transform(train: TrainSpec, model: Spec) -> tuple[partial, str]:
-    """The transform by timm, to which `is_training` is still to be given, and PIL's mode."""
-    if model.in_chans not in MODES:
-        raise SretError(f"in_chans = {model.in_chans}: images have 1 or 3 channels", DATA)
-    digital = train.dataset == "digits"
-    mean = (DIGITS_MEAN,) if digital else IMAGENET_DEFAULT_MEAN
-    std = (DIGITS_STD,) if digital else IMAGENET_DEFAULT_STD
-    transform = partial(
-        create_transform,
-        (model.in_chans, model.img_size, model.img_size),
-        interpolation=train.interpolation,
-        mean=_per_channel(mean, model.in_chans),
-        std=_per_channel(std, model.in_chans),
-    )
-    return transform, MODES[model.in_chans]
-
-
-def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    mean = sum(values) / len(values)
-    return values if len(values) == channels else (mean,) * channels
+def _test_loader(
+    train: TrainSpec, source: Source, pixels: Pixels, workers: int, rank: int, world_size: int
+) -> Loader:
+    samples = Samples(source, pixels.transform(train), pixels.mode, None)
+    batches = Batches(len(samples), train.batch_size, None, 1, rank, world_size)
+    return Loader(samples, batches, workers, pixels, train.on_bad_image)
 
 
 def digits() -> tuple[Source, Source]:
@@ -298,19 +324,3 @@ def find_images(folder: Path) -> list[Path]:
     """The images in a class's folder and the folders in it, in their order; no hidden files."""
     found, _ = find_images_and_targets(str(folder))
     return [Path(path) for path, _ in found if not Path(path).name.startswith(".")]
-
-
-@contextmanager
-def seeded(text: str) -> Iterator[None]:
-    """Seeds Python's, NumPy's and torch's CPU generators by a text, and puts them back after."""
-    number = random.Random(text).getrandbits(32)
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(number)
-    np.random.seed(number)
-    torch.default_generator.manual_seed(number)
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)

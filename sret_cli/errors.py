@@ -1,5 +1,6 @@
 """What a user can mend: one error of one line, and the exit codes of the process."""
 
+import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 
@@ -35,3 +36,8 @@ def nearest(word: str, choices: list[str]) -> str:
     """Names the choice that looks most like a misspelt word, or lists all choices."""
     match = get_close_matches(word, choices, n=1, cutoff=0.5)
     return f"did you mean {match[0]!r}?" if match else f"choose from {', '.join(choices)}"
+
+
+def note(text: str) -> None:
+    """Tells the user, on stderr, what is no error."""
+    print(f"sret: {text}", file=sys.stderr, flush=True)

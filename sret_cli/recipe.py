@@ -41,6 +41,9 @@ class TrainSpec(Strict):
     hflip: Share = 0.0
     color_jitter: Share = 0.0
     auto_augment: str | None = None
+    reprob: Share = 0.0
+    aug_repeats: Annotated[int, Field(ge=0, le=100)] = 0
+    on_bad_image: Literal["stop", "skip"] = "stop"
     precision: Literal["fp32", "bf16"] = "fp32"
     recompute: Literal["none", "pass"] = "none"
     recursions_range: tuple[Count, Count] | None = None

@@ -46,6 +46,7 @@ MEASUREMENTS = (
     "top1_percent",
     "top5_percent",
     "test_images",
+    "bad_images",
 )
 
 

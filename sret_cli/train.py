@@ -123,6 +123,7 @@ def train(
                 if spec.recursions_range is not None:
                     model.set_recursions(drawn_recursions(spec, step))
                 x, target = x.to(target_device, non_blocking=True), target.to(target_device)
+                x = train_loader.normalize(x)
                 with autocast(target_device, spec.precision):
                     output = model(x)
                 loss = F.cross_entropy(output.float(), target, label_smoothing=spec.smoothing)
@@ -149,6 +150,7 @@ def train(
             log(epoch=epoch + 1, train_loss=final_loss, **evaluation.row())
     save_weights(model, directory)
     return {
+        "bad_images": len({*train_loader.bad_images, *test_loader.bad_images}),
         "epochs_trained": spec.epochs,
         "train_seconds": seconds,
         "images_per_second": images / seconds,
@@ -272,6 +274,7 @@ def evaluate_run(
         "layers": layers,
         "params": sum(p.numel() for p in model.parameters()),
         "recursions": recursions,
+        "bad_images": len(test_loader.bad_images),
         **evaluation.row(),
         "per_class": evaluation.per_class(classes),
         "model.img_size": model.spec.img_size,
@@ -314,7 +317,7 @@ def evaluate(
         for done, (x, target) in enumerate(loader.epoch(0)):
             target = target.to(device)
             with autocast(device, precision):
-                output = model(x.to(device))
+                output = model(loader.normalize(x.to(device)))
             loss += F.cross_entropy(output.float(), target, reduction="sum").item()
             best = output.topk(min(5, output.shape[1])).indices.eq(target[:, None])
             top1 += int(best[:, 0].sum())

@@ -13,7 +13,7 @@ PACKAGE = Path(sret_cli.__file__).parent
 ORDER = (
     *("__init__", "errors", "strict", "depth", "recipe", "spec", "registry", "backbone"),
     *("records", "published", "cost", "study", "blocks", "model", "recurse", "safe_read"),
-    *("reference", "weights", "profiler", "measure", "data", "train", "launch", "views"),
+    *("reference", "weights", "profiler", "measure", "augment", "data", "train", "launch", "views"),
     *("export", "figures", "report", "flags", "weight_commands", "cli", "__main__"),
 )
 
