@@ -14,12 +14,20 @@ class SretError(Exception):
         message: the line.
         code: the exit code of the process; 3, a spec or study that can't be, unless told.
         table: lines of cells, headings first, that are shown over the line where they help.
+        status: what a row says became of the training.
     """
 
-    def __init__(self, message: str, code: int = SPEC, table: Sequence[Sequence[str]] = ()) -> None:
+    def __init__(
+        self,
+        message: str,
+        code: int = SPEC,
+        table: Sequence[Sequence[str]] = (),
+        status: str = "failed",
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.table = table
+        self.status = status
 
 
 def out_of_memory(error: BaseException) -> SretError | None:
@@ -29,7 +37,8 @@ def out_of_memory(error: BaseException) -> SretError | None:
     if not isinstance(error, MemoryError) and not any(t in text.lower() for t in told):
         return None
     reason = text.splitlines()[0] if text else "the allocator gave up"
-    return SretError(f"out of memory: {reason}; use a smaller batch or model", RESOURCES)
+    message = f"out of memory: {reason}; use a smaller batch or model"
+    return SretError(message, RESOURCES, status="out_of_memory")
 
 
 def nearest(word: str, choices: list[str]) -> str:

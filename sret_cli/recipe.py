@@ -1,37 +1,117 @@
 """How a model is trained: the spec of a training, and its rules."""
 
 import os
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from sret_cli.errors import SretError, nearest
 from sret_cli.strict import Count, Rate, Share, Strict, as_tuples
 
+# DeiT's published training: arXiv 2012.12877, table 9, and the defaults of its main.py.
+_DEIT: dict[str, Any] = {
+    "epochs": 300,
+    "batch_size": 1024,
+    "opt": "adamw",
+    "weight_decay": 0.05,
+    "sched": "cosine",
+    "min_lr": 1e-5,
+    "warmup_epochs": 5,
+    "smoothing": 0.1,
+    "clip_grad": 0.0,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "model_ema_decay": 0.99996,
+    "scale": (0.08, 1),
+    "color_jitter": 0.0,
+    "auto_augment": "rand-m9-mstd0.5-inc1",
+    "reprob": 0.25,
+    "aug_repeats": 3,
+}
+
+# What a recipe says of the fields that are not given; `RATES` has its lr for 512 images a step, and
+# the drop path of its models.
+RECIPES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "sret": {**_DEIT, "warmup_epochs": 30},  # as in SReT's released training
+    "deit": _DEIT,
+    "finetune": {  # DeiT's fine-tuning at 384 px
+        **_DEIT,
+        "epochs": 30,
+        "batch_size": 512,
+        "weight_decay": 1e-8,
+        "min_lr": 5e-6,
+        "warmup_epochs": 0,
+    },
+    "small": {  # ours, for 32 px
+        "epochs": 50,
+        "batch_size": 128,
+        "warmup_epochs": 2,
+        "weight_decay": 0.05,
+        "mixup": 0.2,
+        "cutmix": 0.5,
+        "scale": (0.5, 1),
+        "auto_augment": "rand-m7-mstd0.5-inc1",
+        "reprob": 0.1,
+    },
+}
+
+
+class Rates(NamedTuple):
+    """A recipe's learning rate for 512 images a step, and the drop path of its models."""
+
+    lr: float
+    drop_path_rate: float
+
+
+RATES = {
+    "sret": Rates(1e-3, 0.1),
+    "deit": Rates(5e-4, 0.1),
+    "finetune": Rates(5e-6, 0.1),
+    "small": Rates(4e-3, 0.05),
+}
+
 
 class TrainSpec(Strict):
     """How a model is trained: data, optimiser and schedule, in timm's words.
 
-    `recursions_range` has each step draw the recursions of all stages from a range, from the seed
-    and the step alone; a `clip_grad` of 0 is none. The defaults train the preset `nano` on
-    `digits`; on a folder of images, `hflip` is 0.5 and `crop_pct` 0.875 where they are not given.
+    A `recipe` fills the fields that are not given, its `lr` in proportion to `batch_size`, which is
+    the images of one optimiser step on all devices; `accumulation` has a step take them in so many
+    parts. `recursions_range` has each step draw the recursions of all stages from a range, from the
+    seed and the step alone. A `clip_grad`, `mixup`, `cutmix` or `model_ema_decay` of 0 is none, and
+    a `layer_decay` of 1. `decay_epochs` is of the schedules `step`, `wsd` and `rsqrt`,
+    `decay_milestones` of `multistep`, `decay_rate` of both, and it is the power of `poly`. `init`
+    is a directory with weights to start from. The defaults train the preset `nano` on `digits`; on
+    a folder of images, `hflip` is 0.5 and `crop_pct` 0.875 where they are not given.
 
     Raises:
         SretError: a value is of the wrong type or out of range, or the values do not fit together.
     """
 
+    recipe: Literal["none", "sret", "deit", "finetune", "small"] = "none"
     dataset: Literal["digits", "folder"] = "digits"
     data_dir: str | None = None
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 15
     batch_size: Annotated[int, Field(ge=2, le=1_000_000)] = 64
+    accumulation: Count = 1
     opt: str = "adamw"
     lr: Annotated[float, Field(gt=0)] = 2e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    sched: Literal["cosine"] = "cosine"
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    sched: Literal["cosine", "tanh", "poly", "step", "multistep", "constant", "wsd", "rsqrt"] = (
+        "cosine"
+    )
+    decay_epochs: Count = 30
+    decay_milestones: tuple[Count, ...] = (30, 60)
+    decay_rate: Annotated[float, Field(gt=0)] = 0.1
     min_lr: Annotated[float, Field(ge=0)] = 1e-5
     warmup_epochs: Annotated[int, Field(ge=0)] = 1
     smoothing: Rate = 0.1
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    model_ema_decay: Rate = 0.0
+    init: str | None = None
     scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (
         0.5,
         1,
@@ -51,17 +131,27 @@ class TrainSpec(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults_of_the_dataset(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("dataset") == "folder":
-            return {"hflip": 0.5, "crop_pct": 0.875, **data}
+    def _fill(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        if data.get("dataset") == "folder":
+            data = {"hflip": 0.5, "crop_pct": 0.875, **data}
+        name = data.get("recipe", "none")
+        if not isinstance(name, str) or name not in RECIPES:
+            raise SretError(f"unknown recipe {name!r}; {nearest(str(name), list(RECIPES))}")
+        data = {**RECIPES[name], **data}
+        if name in RATES and "lr" not in data and isinstance(data["batch_size"], int):
+            data["lr"] = RATES[name].lr * data["batch_size"] / 512
+            if "min_lr" in RECIPES[name]:
+                data["min_lr"] = min(data["min_lr"], data["lr"])
         return data
 
-    @field_validator("scale", "recursions_range", mode="before")
+    @field_validator("scale", "recursions_range", "decay_milestones", mode="before")
     @classmethod
     def _list_to_tuple(cls, value: Any) -> Any:
         return as_tuples(value)
 
-    @field_validator("data_dir")
+    @field_validator("data_dir", "init")
     @classmethod
     def _one_spelling(cls, value: str | None) -> str | None:
         return None if value is None else os.path.normpath(value)
@@ -92,6 +182,16 @@ class TrainSpec(Strict):
         if self.min_lr > self.lr:
             raise SretError(
                 f"min_lr = {self.min_lr:g} is above lr = {self.lr:g}; use a smaller one"
+            )
+        if self.batch_size % self.accumulation:
+            raise SretError(
+                f"batch_size = {self.batch_size} is not accumulation = {self.accumulation} equal "
+                f"parts; use {self.accumulation * -(-self.batch_size // self.accumulation)}"
+            )
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise SretError(
+                f"batch_size = {self.batch_size} is odd, and mixup mixes pairs of images; use "
+                f"{self.batch_size + 1}, or mixup = 0 and cutmix = 0"
             )
         if self.recursions_range and self.recursions_range[0] > self.recursions_range[1]:
             raise SretError(

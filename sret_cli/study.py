@@ -19,8 +19,8 @@ from typing import Any
 from sret_cli.backbone import BackboneSpec, Spec
 from sret_cli.cost import TWIN_KINDS, fit_width, parse_quantity, twin
 from sret_cli.errors import DATA, USAGE, SretError, nearest
-from sret_cli.recipe import TrainSpec
-from sret_cli.records import MEASUREMENTS
+from sret_cli.recipe import RATES, TrainSpec
+from sret_cli.records import MEASUREMENTS, OUTCOME
 from sret_cli.spec import ModelSpec, preset
 from sret_cli.strict import Strict
 
@@ -34,12 +34,17 @@ RESERVED = ("train", "profile", "report")
 
 @dataclass(frozen=True)
 class Run:
-    """One spec and what to do with it; `train` is None where the model is measured only."""
+    """One spec and what to do with it; `train` is None where the model is measured only.
+
+    `continues` is the id of a run of fewer epochs that this one goes on from: since its first
+    epochs had another schedule, it is not the run that has all its epochs from the start.
+    """
 
     study: str
     name: str
     model: Spec
     train: TrainSpec | None = None
+    continues: str | None = None
 
     @property
     def run_id(self) -> str:
@@ -50,7 +55,8 @@ class Run:
     def spec(self) -> Table:
         """The resolved model and training, as plain values."""
         train = None if self.train is None else self.train.model_dump(mode="json")
-        return {"model": self.model.model_dump(mode="json"), "train": train}
+        spec = {"model": self.model.model_dump(mode="json"), "train": train}
+        return spec if self.continues is None else {**spec, "continues": self.continues}
 
     def directory(self, root: Path) -> Path:
         """Where the run keeps its files under a root of runs."""
@@ -62,7 +68,9 @@ class Run:
         row |= {f"model.{k}": v for k, v in self.spec()["model"].items()}
         if self.train is not None:
             row |= {f"train.{k}": v for k, v in self.spec()["train"].items()}
-        return row | dict.fromkeys(MEASUREMENTS) | {"layers": self.model.layers, "error": None}
+        if self.continues is not None:
+            row["continues"] = self.continues
+        return row | dict.fromkeys((*MEASUREMENTS, *OUTCOME)) | {"layers": self.model.layers}
 
 
 NUMBERS = [
@@ -275,6 +283,8 @@ def resolve(study: str, model: Table, train: Table | None, name: str | None = No
     classes = dataset_classes(train_spec) if train_spec is not None else None
     if classes is not None and "num_classes" not in model:
         model = model | {"num_classes": classes}
+    if train_spec is not None and train_spec.recipe in RATES:
+        model = {"drop_path_rate": RATES[train_spec.recipe].drop_path_rate} | model
     spec = resolve_model(model if "backbone" in model else {**model, "preset": chosen})
     if classes is not None and spec.num_classes < classes:
         raise SretError(

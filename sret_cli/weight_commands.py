@@ -66,9 +66,9 @@ def evaluate(
 ) -> None:
     """Evaluate a run, or a converted model, on test images; twice the same is bitwise the same."""
     from sret_cli import report
+    from sret_cli.evaluate import evaluate_run
     from sret_cli.launch import Display
     from sret_cli.records import make_directory, newest_run
-    from sret_cli.train import evaluate_run
 
     check_device(device)
     directory = directory or newest_run(runs)

@@ -116,7 +116,8 @@ def test_a_study_is_run_reported_and_not_run_again(sret, study):
         assert row["peak_memory_bytes"] is None
         assert row["torch_version"] == torch.__version__
         assert {p.name for p in path.parent.iterdir()} == {
-            *("config.json", "metrics.jsonl", "model.safetensors", "row.json"),
+            *("config.json", "metrics.jsonl", "model.safetensors", "row.json", "checkpoint-5"),
+            ".lock",
         }
     code, again, err = sret("run", study)
     assert (code, again) == (0, out)
@@ -332,7 +333,7 @@ def test_a_stopped_study_says_what_it_kept_and_goes_on(study, number, code):
     assert process.returncode == code
     assert "Traceback" not in err
     assert "stopped: 1 of 2 runs are done and kept in runs/depth" in err
-    assert "type the same command to go on" in err
+    assert "type the same command to go on where the one under way was" in err
     assert len(list(study.parent.glob("runs/depth/*/row.json"))) == 1
 
     study.write_text(study.read_text().replace("100", "2"))

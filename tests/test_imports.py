@@ -13,7 +13,8 @@ PACKAGE = Path(sret_cli.__file__).parent
 ORDER = (
     *("__init__", "errors", "strict", "depth", "recipe", "spec", "registry", "backbone"),
     *("records", "published", "cost", "study", "blocks", "model", "recurse", "safe_read"),
-    *("reference", "weights", "profiler", "measure", "augment", "data", "train", "launch", "views"),
+    *("reference", "weights", "profiler", "measure", "augment", "data", "evaluate"),
+    *("checkpoint", "interrupt", "metrics", "optimizer", "trainer", "train", "launch", "views"),
     *("export", "figures", "report", "flags", "weight_commands", "cli", "__main__"),
 )
 

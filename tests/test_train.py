@@ -25,6 +25,9 @@ def losses(directory):
 def test_training_writes_what_it_did_and_what_it_made(tiny, tmp_path):
     row = train(run_of(tiny), tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".lock",
+        "checkpoint-10",
+        "checkpoint-5",
         "config.json",
         "metrics.jsonl",
         "model.safetensors",
