@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from sret_cli.errors import USAGE, SretError
+from sret_cli.errors import DATA, USAGE, SretError
 
 StudyFile = Annotated[Path | None, typer.Argument(metavar="[STUDY]", help="A study file (TOML).")]
 Preset = Annotated[str | None, typer.Option(help="sret_t, sret_lt, sret_s, deep, nano …")]
@@ -36,6 +36,9 @@ Seed = Annotated[int | None, typer.Option(help="Of the weights, the order and th
 Precision = Annotated[str | None, typer.Option(help="fp32 or bf16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Workers = Annotated[int | None, typer.Option(min=0, help="Processes that load images.")]
+EverySteps = Annotated[int | None, typer.Option(min=1, help="Save after every so many steps, too.")]
+Minutes = Annotated[float, typer.Option(min=0, help="Save after so many minutes, too; 0: never.")]
+Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Write for TensorBoard, too.")]
 Runs = Annotated[Path, typer.Option(help="Where run directories are.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 MODEL_FLAGS = (
@@ -124,3 +127,35 @@ def show_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: boo
     if as_json:
         return print_json(rows)
     Output().print(report.terminal_table(*report.cells(rows, columns)))
+
+
+def write_report(where: Path, spec: Any, out: Path, as_json: bool) -> None:
+    """Prints and writes the report of the rows in a directory."""
+    from sret_cli import report
+    from sret_cli.figures import write_training_figure
+    from sret_cli.records import read_rows
+
+    rows = read_rows(where)
+    if not rows:
+        raise SretError(
+            f"no finished runs in {where}; `sret train` or `sret run STUDY` makes some", DATA
+        )
+    files = report.write_report(rows, spec, out)
+    files += write_training_figure(where, out)
+    show_rows(rows, report.RUN_TABLE, as_json)
+    notes().print(f"wrote {', '.join(file.name for file in files)} to {out}")
+
+
+def finish(failed: list[Any]) -> None:
+    """Ends with the exit code that failed runs call for.
+
+    Raises:
+        SretError: some runs failed; one run alone fails with its own reason and code.
+    """
+    if not failed:
+        return
+    (run, error), count = failed[0], len(failed)
+    if count == 1:
+        raise SretError(f"run {run.run_id} failed: {error}", error.code)
+    code = max(error.code for _, error in failed)
+    raise SretError(f"{count} runs failed, the first, {run.run_id}: {error}", code)

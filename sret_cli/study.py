@@ -16,11 +16,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from sret_cli.backbone import BackboneSpec, Spec
+from sret_cli.backbone import BackboneSpec, Spec, read_spec
 from sret_cli.cost import TWIN_KINDS, fit_width, parse_quantity, twin
-from sret_cli.errors import DATA, USAGE, SretError, nearest
+from sret_cli.errors import CHECKPOINT, DATA, USAGE, SretError, nearest
 from sret_cli.recipe import RATES, TrainSpec
-from sret_cli.records import MEASUREMENTS, OUTCOME
+from sret_cli.records import CONFIG_FILE, MEASUREMENTS, OUTCOME, read_json
 from sret_cli.spec import ModelSpec, preset
 from sret_cli.strict import Strict
 
@@ -386,6 +386,31 @@ def model_settings(settings: list[str]) -> Table:
             raise SretError(f"--set train.{key}: nothing is trained here; use it with `sret train`")
         values[key] = value
     return values
+
+
+def continued(directory: Path, epochs: int | None) -> Run:
+    """The run of a directory; with more epochs a new run that goes on from it, beside it.
+
+    Raises:
+        SretError: it is no run that trains, or has as many epochs already.
+    """
+    config = read_json(directory / CONFIG_FILE)
+    try:
+        model, train = read_spec(config["model"]), TrainSpec(**config["train"])
+        run = Run(config["study"], config["name"], model, train, config.get("continues"))
+    except (KeyError, TypeError) as error:
+        raise SretError(f"{directory} is no run that trains: {error}", DATA) from None
+    if run.run_id != directory.name or run.study != directory.parent.name:
+        raise SretError(
+            f"{directory}/config.json is of {run.study}/{run.run_id}: it was changed, or moved; "
+            "put it back",
+            CHECKPOINT,
+        )
+    if epochs is None or epochs == train.epochs:
+        return run
+    if epochs < train.epochs:
+        raise SretError(f"{directory} is a run of {train.epochs} epochs; give more than that")
+    return replace(run, train=train.with_values(epochs=epochs), continues=directory.name)
 
 
 def dataset_classes(train: TrainSpec) -> int:
