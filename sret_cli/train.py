@@ -4,7 +4,7 @@ import math
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -251,10 +251,10 @@ class Session:
         self.writer.write(p.step, self.trainer.state(), metrics.sync)
 
     def _report(self, error: Diverged, lr: float) -> None:
-        """Writes which images a training diverged on."""
-        p, trained = self.trainer.progress, self.trainer.progress.batch < len(self.trainer.loader)
-        report = {**asdict(p), "error": str(error), "lr": lr, "steps_done": p.step}
-        report["batch_indices"] = self.trainer.batch_indices() if trained else []
+        """Writes where a training diverged, and on which images."""
+        p, steps = self.trainer.progress, len(self.trainer.loader)
+        report: Row = {"error": str(error), "steps_done": p.step, "epoch": p.epoch + 1, "lr": lr}
+        report["batch_indices"] = self.trainer.batch_indices() if p.batch < steps else []
         records.write_json(self.directory / DIVERGED_FILE, report)
 
 
