@@ -24,7 +24,7 @@ from sret_cli.model import SReT
 from sret_cli.recipe import TrainSpec
 from sret_cli.records import Row
 from sret_cli.recurse import build_any, count_layers
-from sret_cli.study import Run, folder_classes
+from sret_cli.study import Run
 from sret_cli.weights import CONFIG_FILE, load_config, load_model, save_weights
 
 METRICS_FILE = "metrics.jsonl"
@@ -106,8 +106,8 @@ def train(
 
     records.make_directory(directory)
     config = {"study": run.study, "name": run.name, **run.spec()}
-    if spec.dataset == "folder":
-        config["classes"] = folder_classes(Path(spec.data_dir or ""))
+    if spec.dataset != "digits":
+        config["classes"] = list(train_loader.classes)
     records.write_json(directory / CONFIG_FILE, config)
     total, step, images, seconds = spec.epochs * len(train_loader), 0, 0, 0.0
     with records.LineFile(directory / METRICS_FILE) as metrics:

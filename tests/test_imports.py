@@ -12,8 +12,9 @@ PACKAGE = Path(sret_cli.__file__).parent
 # A file imports only from files above it.
 ORDER = (
     *("__init__", "errors", "strict", "depth", "recipe", "spec", "registry", "backbone"),
-    *("records", "published", "cost", "study", "blocks", "model", "recurse", "safe_read"),
-    *("reference", "weights", "profiler", "measure", "augment", "data", "train", "launch", "views"),
+    *("records", "published", "cost", "folders", "augment", "sources", "readers", "streams"),
+    *("study", "blocks", "model", "recurse", "safe_read"),
+    *("reference", "weights", "profiler", "measure", "data", "train", "launch", "views"),
     *("export", "figures", "report", "flags", "weight_commands", "cli", "__main__"),
 )
 
