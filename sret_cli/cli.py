@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from sret_cli import __version__
+from sret_cli.data_commands import data_app
 from sret_cli.errors import DATA, USAGE, SretError, out_of_memory
 from sret_cli.flags import (
     MODEL_FLAGS,
@@ -26,6 +27,7 @@ from sret_cli.flags import (
     Macs,
     Nll,
     NumClasses,
+    OnBadImage,
     Output,
     Params,
     PipeClosed,
@@ -38,6 +40,7 @@ from sret_cli.flags import (
     Share,
     Slices,
     StudyFile,
+    Synthetic,
     Twin,
     Workers,
     check_device,
@@ -216,6 +219,8 @@ def train(
     set_: Set = None,
     dataset: Dataset = None,
     data_dir: DataDir = None,
+    synthetic: Synthetic = False,
+    on_bad_image: OnBadImage = None,
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     seed: Seed = None,
@@ -293,6 +298,7 @@ def run(
 
 
 app.command()(export)
+app.add_typer(data_app)
 
 
 def write_report(where: Path, spec: Any, out: Path, as_json: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
+from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from sret_cli.errors import DATA, SretError
@@ -27,6 +28,7 @@ UNREADABLE = (
     *(OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, tarfile.TarError),
     *(Image.DecompressionBombError, Image.DecompressionBombWarning),
 )
+EXTENSIONS = (*get_img_extensions(), ".bmp", ".gif", ".tif", ".tiff", ".webp")
 SYNTHETIC_IMAGES = 10_240, 1_024  # for training and for test
 
 
@@ -261,5 +263,5 @@ def _listed(folder: Path, found: list[tuple[Path, int]], classes: tuple[str, ...
 
 def find_images(folder: Path) -> list[Path]:
     """The images in a class's folder and the folders in it, in their order; no hidden files."""
-    found, _ = find_images_and_targets(str(folder))
+    found, _ = find_images_and_targets(str(folder), types=EXTENSIONS)
     return [Path(path) for path, _ in found if not Path(path).name.startswith(".")]

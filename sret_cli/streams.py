@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from timm.data.readers.img_extensions import get_img_extensions
 from torch.utils.data import IterableDataset, get_worker_info
 
 from sret_cli.augment import seeded
 from sret_cli.errors import DATA, SretError
 from sret_cli.folders import TEST_NAMES
-from sret_cli.sources import UNREADABLE, decode, unreadable
+from sret_cli.sources import EXTENSIONS, UNREADABLE, decode, unreadable
 
 BUFFERED_SAMPLES = 2_048  # of which the next is drawn
 
@@ -176,7 +175,7 @@ class Stream(IterableDataset):
 
     def _transformed(self, sample: dict[str, Any]) -> tuple[Any, int] | SretError:
         name = f"{sample['__url__']}, {sample['__key__']}"
-        extensions = [key for key in sample if f".{key.lower()}" in get_img_extensions(as_set=True)]
+        extensions = [key for key in sample if f".{key.lower()}" in EXTENSIONS]
         try:
             if not extensions or "cls" not in sample:
                 raise ValueError("it has no image, or no file .cls")

@@ -15,7 +15,8 @@ ORDER = (
     *("records", "published", "cost", "folders", "augment", "sources", "readers", "streams"),
     *("study", "blocks", "model", "recurse", "safe_read"),
     *("reference", "weights", "profiler", "measure", "data", "train", "launch", "views"),
-    *("export", "figures", "report", "flags", "weight_commands", "cli", "__main__"),
+    *("export", "figures", "report", "data_check", "flags", "weight_commands", "data_commands"),
+    *("cli", "__main__"),
 )
 
 

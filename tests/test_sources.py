@@ -203,6 +203,21 @@ def test_images_with_more_pixels_than_pillow_thinks_sane_are_refused(tmp_path, m
         list(test.epoch(0))
 
 
+def test_images_are_trained_and_evaluated_on_by_name(sret, tmp_path):
+    write_tar(tmp_path / "train.tar", {"cat": (1, 2), "dog": (3, 4)})
+    write_tar(tmp_path / "test.tar", {"cat": (1, 2, 3), "dog": (4, 5)})
+    model = ("--preset", "nano", "--img-size", 8, "--set", "train.warmup_epochs=0")
+    data = ("--dataset", "tar", "--data-dir", ".", "--workers", 0)
+    quick = ("--epochs", 1, "--batch-size", 2, "--json")
+    code, out, _ = sret("train", *model, *data, *quick)
+    (row,) = json.loads(out)
+    assert (code, row["test_images"], row["bad_images"]) == (0, 5, 0)
+    config = json.loads((tmp_path / "runs/train" / row["run_id"] / "config.json").read_text())
+    assert config["classes"] == ["cat", "dog"]
+    code, out, _ = sret("eval", *data, "--json")
+    assert (code, json.loads(out)[0]["top1_percent"]) == (0, row["top1_percent"])
+
+
 @pytest.fixture
 def shards(tmp_path):
     """Shards of 3, 4 and 5 training images, one of 3 test images; an image's class is mod 4."""
