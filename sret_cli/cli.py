@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from sret_cli import __version__
+from sret_cli.data_commands import data_app
 from sret_cli.errors import USAGE, SretError, out_of_memory
 from sret_cli.flags import (
     MODEL_FLAGS,
@@ -29,6 +30,7 @@ from sret_cli.flags import (
     Minutes,
     Nll,
     NumClasses,
+    OnBadImage,
     Output,
     Params,
     PipeClosed,
@@ -41,6 +43,7 @@ from sret_cli.flags import (
     Share,
     Slices,
     StudyFile,
+    Synthetic,
     Tensorboard,
     Twin,
     Workers,
@@ -222,6 +225,8 @@ def train(
     set_: Set = None,
     dataset: Dataset = None,
     data_dir: DataDir = None,
+    synthetic: Synthetic = False,
+    on_bad_image: OnBadImage = None,
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     seed: Seed = None,
@@ -327,6 +332,7 @@ def run(
 
 
 app.command()(export)
+app.add_typer(data_app)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -1,66 +1,29 @@
 """Datasets by name, to loaders whose every sample is a function of (seed, epoch, index).
 
-Neither the order of the samples nor their augmentation depends on the number of workers. Images are
-found and transformed by timm.
+Neither the order of the samples nor their augmentation depends on the number of workers, on where
+an epoch is begun, or on how many processes share it; of streams alone it does.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.data.transforms import MaybePILToTensor
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sret_cli.augment import Pixels, seeded
 from sret_cli.backbone import Spec
-from sret_cli.errors import DATA, SretError, note
+from sret_cli.errors import DATA, SretError, note, note_once
+from sret_cli.readers import named_source
 from sret_cli.recipe import TrainSpec
-from sret_cli.study import DIGITS_CLASSES, class_folders, folder_classes
+from sret_cli.sources import Source, digits, synthetic, test_folder, train_folder
+from sret_cli.streams import Stream, find_shards
 
 Key = tuple[int, int, int]  # epoch, index, which repeat of the image in the epoch
-
-
-@dataclass(frozen=True)
-class Source:
-    """Labelled images, by index: files, or 8-bit arrays of shape `[Y, X]`."""
-
-    images: list[Path] | list[np.ndarray]
-    targets: list[int]
-
-    def open(self, index: int, mode: str) -> Image.Image:
-        """The image of that index, decoded.
-
-        Raises:
-            SretError: it cannot be decoded; the message names its file.
-        """
-        image = self.images[index]
-        if isinstance(image, np.ndarray):
-            return Image.fromarray(image).convert(mode)
-        try:
-            with Image.open(image) as file:
-                return eight_bits(file).convert(mode)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else error
-            raise SretError(f"cannot read {image}: {reason}; mend or remove it", DATA) from None
-
-
-def eight_bits(image: Image.Image) -> Image.Image:
-    """An image with 16 bits a pixel scaled to 8, where Pillow would clip; others as they are.
-
-    Raises:
-        ValueError: its pixels have no known range.
-    """
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        return image
-    pixels = np.asarray(image)
-    if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65_535:
-        raise ValueError(f"pixels of mode {image.mode} have no known range")
-    return Image.fromarray((pixels // 257).astype(np.uint8))
+Sample = tuple[Tensor, int] | SretError  # the error where its image cannot be decoded
 
 
 class Samples(Dataset):
@@ -73,19 +36,19 @@ class Samples(Dataset):
         self.seed = seed  # None: the transform draws nothing
 
     def __len__(self) -> int:
-        return len(self.source.targets)
+        return len(self.source)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int] | SretError:
+    def __getitem__(self, key: Key) -> Sample:
         """A sample, or the error of its image: a worker's exceptions would lose their type."""
         epoch, index, repeat = key
         try:
-            image = self.source.open(index, self.mode)
+            image, target = self.source.open(index, self.mode)
         except SretError as error:
             return error
         if self.seed is None:
-            return self.transform(image), self.source.targets[index]
+            return self.transform(image), target
         with seeded(f"{self.seed} {epoch} {index} {repeat}"):
-            return self.transform(image), self.source.targets[index]
+            return self.transform(image), target
 
 
 class Batches(Sampler[list[Key]]):
@@ -140,27 +103,34 @@ class Batches(Sampler[list[Key]]):
 class Loader:
     """Batches of 8-bit `images [B, C, Y, X]` and `targets [B]`, one rank's share of each.
 
-    `bad_images` says what is wrong with each image that was left out so far.
+    `classes` are the names of the classes, in their order, where they are known; `bad_images` says
+    what is wrong with each image that was left out so far.
     """
 
     def __init__(
         self,
-        samples: Samples,
-        batches: Batches,
+        dataset: Samples | Stream,
+        batches: Batches | Stream,
+        classes: tuple[str, ...],
         workers: int,
         pixels: Pixels,
-        on_bad_image: str = "stop",
+        on_bad_image: str,
     ) -> None:
-        self.samples, self.batches, self.on_bad_image = samples, batches, on_bad_image
+        self.samples, self.batches, self.on_bad_image = dataset, batches, on_bad_image
+        self.classes = classes
         self.mean, self.std = (
             torch.tensor(values).mul(255).view(1, -1, 1, 1) for values in (pixels.mean, pixels.std)
         )
         self.bad_images: list[str] = []
+        mapped = isinstance(batches, Batches)
+        processes = min(workers, batches.workers) if isinstance(batches, Stream) else workers
         self.loader: DataLoader = DataLoader(
-            samples,
-            batch_sampler=batches,
-            num_workers=workers,
-            persistent_workers=workers > 0,
+            dataset,
+            batch_sampler=batches if mapped else None,
+            batch_size=1 if mapped else None,  # a stream makes its batches itself
+            num_workers=processes,
+            persistent_workers=mapped
+            and processes > 0,  # a stream's learn the epoch at their start
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else every epoch draws from the model's
@@ -194,9 +164,7 @@ class Loader:
         return x.float().sub_(self.mean).div_(self.std)
 
 
-def collate(
-    samples: list[tuple[Tensor, int] | SretError],
-) -> tuple[Tensor, Tensor, list[SretError]]:
+def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[SretError]]:
     """Stacks the samples that are good, beside the errors of the others."""
     errors = [sample for sample in samples if isinstance(sample, SretError)]
     good = [sample for sample in samples if not isinstance(sample, SretError)]
@@ -210,8 +178,8 @@ def load_data(
     """The loaders of a run's training and test images: one rank's share of them.
 
     Raises:
-        SretError: a folder is missing or has no images, the model takes no images of this kind, or
-            the batches do not divide among the ranks.
+        SretError: the data are missing or hold no labelled images, the model takes no images of
+            this kind, or the batches do not divide among the ranks.
     """
     if train.batch_size % world_size:
         above = train.batch_size + world_size - train.batch_size % world_size
@@ -219,16 +187,8 @@ def load_data(
             f"batch_size = {train.batch_size} does not divide among {world_size} processes; "
             f"use {above}"
         )
-    pixels = Pixels.of(train, model)
-    digital = train.dataset == "digits"
-    sources = digits() if digital else image_folder(Path(train.data_dir or ""))
-    samples = Samples(sources[0], pixels.augmentation(train), pixels.mode, train.seed)
-    batches = Batches(
-        *(len(samples), train.batch_size, train.seed),
-        *(max(train.aug_repeats, 1), rank, world_size),
-    )
-    loader = Loader(samples, batches, workers, pixels, train.on_bad_image)
-    return loader, _test_loader(train, sources[1], pixels, workers, rank, world_size)
+    shares = workers, rank, world_size
+    return _loader(train, model, True, *shares), _loader(train, model, False, *shares)
 
 
 def load_test_data(
@@ -239,88 +199,67 @@ def load_test_data(
     Raises:
         SretError: as `load_data`; a folder needs no `train/`.
     """
-    pixels = Pixels.of(train, model)
-    if train.dataset == "digits":
-        source, classes = digits()[1], tuple(map(str, range(DIGITS_CLASSES)))
-    else:
-        source, classes = test_folder(Path(train.data_dir or ""))
-    return _test_loader(train, source, pixels, workers, rank, world_size), classes
+    loader = _loader(train, model, False, workers, rank, world_size)
+    return loader, loader.classes
 
 
-def _test_loader(
-    train: TrainSpec, source: Source, pixels: Pixels, workers: int, rank: int, world_size: int
+def _loader(
+    train: TrainSpec, model: Spec, training: bool, workers: int, rank: int, world_size: int
 ) -> Loader:
-    samples = Samples(source, pixels.transform(train), pixels.mode, None)
-    batches = Batches(len(samples), train.batch_size, None, 1, rank, world_size)
-    return Loader(samples, batches, workers, pixels, train.on_bad_image)
+    pixels = Pixels.of(train, model)
+    transform = pixels.augmentation(train) if training else pixels.transform(train)
+    if train.dataset == "synthetic":
+        transform = MaybePILToTensor()  # which would cost more than the images themselves
+    seed = train.seed if training else None
+    if train.dataset == "wds":
+        return _stream_loader(train, pixels, transform, model, seed, workers, rank, world_size)
+    source = find_source(train, model, training)
+    if training and len(source) < world_size:
+        raise SretError(f"{len(source)} images do not feed {world_size} processes", DATA)
+    samples = Samples(source, transform, pixels.mode, seed)
+    repeats = max(train.aug_repeats, 1)
+    batches = Batches(len(source), train.batch_size, seed, repeats, rank, world_size)
+    return Loader(samples, batches, source.classes, workers, pixels, train.on_bad_image)
 
 
-def digits() -> tuple[Source, Source]:
-    """scikit-learn's 1,797 scans of handwritten digits, 8x8: 1,437 for training, 360 for test.
-
-    Source: Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI, 1998.
-    """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    data = load_digits()
-    images = np.round(data.images * (255 / 16)).astype(np.uint8)
-    split = train_test_split(
-        images, data.target, test_size=0.2, random_state=0, stratify=data.target
+def _stream_loader(
+    train: TrainSpec,
+    pixels: Pixels,
+    transform: Any,
+    model: Spec,
+    seed: int | None,
+    workers: int,
+    rank: int,
+    world_size: int,
+) -> Loader:
+    if train.aug_repeats > 1:
+        raise SretError(
+            f"aug_repeats = {train.aug_repeats} needs images by index, and wds is a stream; use 0"
+        )
+    note_once(
+        "wds is a stream: the order of its samples depends on the numbers of workers and processes,"
+        " and a run that goes on with others is not the same run"
     )
-    train, test, train_targets, test_targets = split
-    return Source(list(train), train_targets.tolist()), Source(list(test), test_targets.tolist())
+    shards = find_shards(str(train.data_dir), seed is not None)
+    stream = Stream(
+        *(shards, transform, pixels.mode, train.batch_size, seed, rank, world_size, workers)
+    )
+    classes = tuple(map(str, range(shards.classes or model.num_classes)))
+    return Loader(stream, stream, classes, workers, pixels, train.on_bad_image)
 
 
-def image_folder(data_dir: Path) -> tuple[Source, Source]:
-    """Images of `train/` and of `test/`, `val/` or `validation/`, one folder a class.
-
-    Raises:
-        SretError: a folder or a class has no images, or the test images have other classes.
-    """
-    folder_classes(data_dir)  # train/ is there
-    test, classes = test_folder(data_dir)
-    train = _images(data_dir / "train", classes)
-    empty = sorted(set(range(len(classes))) - set(train.targets))
-    if empty:
-        raise SretError(f"no images of class {classes[empty[0]]!r} in {data_dir / 'train'}", DATA)
-    return train, test
-
-
-def test_folder(data_dir: Path) -> tuple[Source, tuple[str, ...]]:
-    """Images of `test/`, `val/` or `validation/`, one folder a class, and the class names, sorted.
-
-    The classes are the folders of `train/` where there is one, else those of the test images. A
-    folder may be empty: so a part of the classes keeps its numbers.
+def find_source(train: TrainSpec, model: Spec, training: bool) -> Source:
+    """A run's training or test images, by index.
 
     Raises:
-        SretError: the folder is missing or has no images, or a class that `train/` has not.
+        SretError: they are missing, or hold no labelled images.
     """
-    if not data_dir.is_dir():
-        raise SretError(f"no folder {data_dir}; --data-dir names one with test/ or val/", DATA)
-    tests = [data_dir / name for name in ("test", "val", "validation")]
-    test = next((folder for folder in tests if folder.is_dir()), None)
-    if test is None:
-        raise SretError(f"{data_dir} has no test/ and no val/; put images to test on in one", DATA)
-    classes = class_folders(test)
-    if (data_dir / "train").is_dir():
-        tested, classes = classes, folder_classes(data_dir)
-        others = [name for name in tested if name not in set(classes)]
-        if others:
-            raise SretError(
-                f"{test} has the class {others[0]!r}, which train/ has not; add it", DATA
-            )
-    return _images(test, tuple(classes)), tuple(classes)
-
-
-def _images(folder: Path, classes: tuple[str, ...]) -> Source:
-    found = [(path, n) for n, name in enumerate(classes) for path in find_images(folder / name)]
-    if not found:
-        raise SretError(f"no images in {folder}; put them in one folder a class", DATA)
-    return Source([path for path, _ in found], [target for _, target in found])
-
-
-def find_images(folder: Path) -> list[Path]:
-    """The images in a class's folder and the folders in it, in their order; no hidden files."""
-    found, _ = find_images_and_targets(str(folder))
-    return [Path(path) for path, _ in found if not Path(path).name.startswith(".")]
+    if train.dataset == "folder":
+        data_dir = Path(train.data_dir or "")
+        return train_folder(data_dir) if training else test_folder(data_dir)
+    if train.dataset == "digits":
+        return digits()[0 if training else 1]
+    if train.dataset == "synthetic":
+        found = synthetic(train.seed, model.img_size, model.in_chans, model.num_classes)
+        return found[0 if training else 1]
+    return named_source(train.dataset, train.data_dir, training)

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import cache
 
 USAGE, SPEC, DATA, CHECKPOINT, SOME_FAILED, RESOURCES = 2, 3, 4, 5, 6, 7
 
@@ -50,3 +51,9 @@ def nearest(word: str, choices: list[str]) -> str:
 def note(text: str) -> None:
     """Tells the user, on stderr, what is no error."""
     print(f"sret: {text}", file=sys.stderr, flush=True)
+
+
+@cache
+def note_once(text: str) -> None:
+    """Tells the user, on stderr, what need not be told again."""
+    note(text)

@@ -64,6 +64,7 @@ def evaluate_run(
     reference_shuffle: int | None = None,
     on_step: OnStep = lambda done, total, text: None,
     recursions: int | None = None,
+    dataset: str | None = None,
 ) -> Row:
     """Evaluates a directory's weights on its run's test images, or on another folder's.
 
@@ -83,6 +84,7 @@ def evaluate_run(
         reference_shuffle: draw the permutations of tokens as the reference does, after this seed.
         on_step: is told of the progress.
         recursions: run the same blocks so many times instead, in every stage.
+        dataset: what `data_dir` holds, a folder of images if None.
 
     Raises:
         SretError: the directory holds no model, or none for so many recursions, or the data are
@@ -90,13 +92,15 @@ def evaluate_run(
     """
     config = load_config(directory)
     settings = dict(config.get("train") or {})
-    if not settings and data_dir is None:
+    own_data = data_dir is None and dataset is None  # whose classes a run may have room beside
+    if not settings and own_data:
         raise SretError(
             f"{directory} was not trained here; name a folder with val/ by --data-dir", DATA
         )
-    if data_dir is not None:
-        settings = {**settings, "dataset": "folder", "data_dir": data_dir}
-    spec = TrainSpec(**{**settings, "batch_size": max(batch_size, 2), "precision": precision})
+    if not own_data:
+        settings = {**settings, "dataset": dataset or "folder", "data_dir": data_dir}
+    settings |= {"batch_size": max(batch_size, 2), "precision": precision}
+    spec = TrainSpec(**{**settings, "accumulation": 1, "mixup": 0.0, "cutmix": 0.0})
     target_device = choose_device(device)
     use_deterministic_kernels(target_device)
     model = load_model(directory, changes).to(target_device)
@@ -108,7 +112,6 @@ def evaluate_run(
         layers = model.spec.with_values(recursions=recursions).layers
     workers = default_workers(spec) if workers is None else workers
     test_loader, classes = load_test_data(spec, model.spec, workers)
-    own_data = data_dir is None  # whose classes a run may have room beside
     if len(classes) > model.num_classes or (len(classes) < model.num_classes and not own_data):
         raise SretError(
             f"the test images have {len(classes):,} classes, and the model has "

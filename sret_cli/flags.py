@@ -28,8 +28,14 @@ Params = Annotated[str | None, typer.Option(help="Parameters, by the width: 14M 
 Macs = Annotated[str | None, typer.Option(help="FLOPs, by the width: 4.2G (within 1 %).")]
 Twin = Annotated[str | None, typer.Option(help="The untied control: layers, params or macs.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Any other field: model.mlp_ratio=4.")]
-Dataset = Annotated[str | None, typer.Option(help="digits (embedded) or folder.")]
+Dataset = Annotated[
+    str | None, typer.Option(help="digits, folder, tar, hfds, hfds/NAME, wds or torch/NAME.")
+]
 DataDir = Annotated[str | None, typer.Option(help="A folder with train/ and test/ or val/.")]
+Synthetic = Annotated[bool, typer.Option("--synthetic", help="Random images, for measuring speed.")]
+OnBadImage = Annotated[
+    str | None, typer.Option(help="An image that cannot be read: stop, or skip and count it.")
+]
 Epochs = Annotated[int | None, typer.Option(help="Epochs of training.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images a step.")]
 Seed = Annotated[int | None, typer.Option(help="Of the weights, the order and the augmentation.")]
@@ -45,7 +51,9 @@ MODEL_FLAGS = (
     *("preset", "layers", "slices", "recursive_slices", "nll", "img_size", "num_classes"),
     *("params", "macs", "twin", "backbone", "recursions", "share"),
 )
-TRAIN_FLAGS = ("dataset", "data_dir", "epochs", "batch_size", "seed", "precision")
+TRAIN_FLAGS = (
+    *("dataset", "data_dir", "on_bad_image", "epochs", "batch_size", "seed", "precision"),
+)
 
 
 def notes() -> Console:
@@ -92,6 +100,12 @@ def study_from(context: typer.Context, trains: bool) -> Any:
     if model.get("share", "").isdecimal():
         model["share"] = int(model["share"])
     train = {key: given[key] for key in (TRAIN_FLAGS if trains else ("data_dir",)) if key in given}
+    if given.get("synthetic"):
+        if "dataset" in train or "data_dir" in train:
+            raise SretError(
+                "--synthetic needs no other data; leave the one or the other out", USAGE
+            )
+        train["dataset"] = "synthetic"
     settings, path = list(given.get("set_", ())), given.get("study")
     if "data_dir" in train and not trains and path is None:
         raise SretError("--data-dir goes with a study here, whose classes it counts", USAGE)

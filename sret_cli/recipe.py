@@ -8,6 +8,9 @@ from pydantic import Field, field_validator, model_validator
 from sret_cli.errors import SretError, nearest
 from sret_cli.strict import Count, Rate, Share, Strict, as_tuples
 
+DATASETS = ("digits", "synthetic", "folder", "tar", "hfds", "wds")
+NAMED = ("hfds", "torch")  # with a name after a slash
+
 # DeiT's published training: arXiv 2012.12877, table 9, and the defaults of its main.py.
 _DEIT: dict[str, Any] = {
     "epochs": 300,
@@ -81,15 +84,17 @@ class TrainSpec(Strict):
     seed and the step alone. A `clip_grad`, `mixup`, `cutmix` or `model_ema_decay` of 0 is none, and
     a `layer_decay` of 1. `decay_epochs` is of the schedules `step`, `wsd` and `rsqrt`,
     `decay_milestones` of `multistep`, `decay_rate` of both, and it is the power of `poly`. `init`
-    is a directory with weights to start from. The defaults train the preset `nano` on `digits`; on
-    a folder of images, `hflip` is 0.5 and `crop_pct` 0.875 where they are not given.
+    is a directory with weights to start from.
+    The defaults train the preset `nano` on `digits`; on other images, `hflip` is 0.5 and `crop_pct`
+    0.875 where they are not given. With a `data_dir` and no other word, the dataset is a folder of
+    images.
 
     Raises:
         SretError: a value is of the wrong type or out of range, or the values do not fit together.
     """
 
     recipe: Literal["none", "sret", "deit", "finetune", "small"] = "none"
-    dataset: Literal["digits", "folder"] = "digits"
+    dataset: str = "digits"
     data_dir: str | None = None
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 15
     batch_size: Annotated[int, Field(ge=2, le=1_000_000)] = 64
@@ -134,7 +139,9 @@ class TrainSpec(Strict):
     def _fill(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        if data.get("dataset") == "folder":
+        if "dataset" not in data and data.get("data_dir") is not None:
+            data = {"dataset": "folder", **data}
+        if data.get("dataset", "digits") != "digits":
             data = {"hflip": 0.5, "crop_pct": 0.875, **data}
         name = data.get("recipe", "none")
         if not isinstance(name, str) or name not in RECIPES:
@@ -159,17 +166,20 @@ class TrainSpec(Strict):
     @field_validator("dataset", mode="before")
     @classmethod
     def _known_dataset(cls, value: Any) -> Any:
-        if value not in ("digits", "folder"):
-            raise SretError(
-                f"unknown dataset {value!r}; {nearest(str(value), ['digits', 'folder'])}"
-            )
+        kind, slash, name = str(value).partition("/")
+        if (kind if slash else value) not in (NAMED if slash else DATASETS):
+            choices = [*DATASETS, *(f"{kind}/NAME" for kind in NAMED)]
+            raise SretError(f"unknown dataset {value!r}; {nearest(str(value), choices)}")
         return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.dataset == "folder" and self.data_dir is None:
-            raise SretError("dataset = 'folder' needs a folder of images; name it with --data-dir")
-        if self.dataset != "folder" and self.data_dir is not None:
+        embedded = self.dataset in ("digits", "synthetic")
+        if self.data_dir is None and not embedded and not self.dataset.startswith("hfds/"):
+            raise SretError(
+                f"dataset = {self.dataset!r} needs a folder of images; name it with --data-dir"
+            )
+        if embedded and self.data_dir is not None:
             raise SretError(
                 f"data_dir = {self.data_dir!r} is not used by dataset = {self.dataset!r}; "
                 "use --dataset folder, or leave it out"

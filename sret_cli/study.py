@@ -19,6 +19,7 @@ from typing import Any
 from sret_cli.backbone import BackboneSpec, Spec, read_spec
 from sret_cli.cost import TWIN_KINDS, fit_width, parse_quantity, twin
 from sret_cli.errors import CHECKPOINT, DATA, USAGE, SretError, nearest
+from sret_cli.folders import folder_classes
 from sret_cli.recipe import RATES, TrainSpec
 from sret_cli.records import CONFIG_FILE, MEASUREMENTS, OUTCOME, read_json
 from sret_cli.spec import ModelSpec, preset
@@ -413,41 +414,25 @@ def continued(directory: Path, epochs: int | None) -> Run:
     return replace(run, train=train.with_values(epochs=epochs), continues=directory.name)
 
 
-def dataset_classes(train: TrainSpec) -> int:
-    """How many classes a run's data has.
+def dataset_classes(train: TrainSpec) -> int | None:
+    """How many classes a run's data has; None where it has as many as the model.
 
     Raises:
-        SretError: the folder is missing or holds fewer than two classes.
+        SretError: the data are missing or hold fewer than two classes.
     """
+    if train.dataset == "synthetic":
+        return None
     if train.dataset == "digits":
         return DIGITS_CLASSES
-    return len(folder_classes(Path(train.data_dir or "")))
+    if train.dataset == "folder":
+        return len(folder_classes(Path(train.data_dir or "")))
+    if train.dataset == "wds":
+        from sret_cli.streams import find_shards
 
+        return find_shards(str(train.data_dir), True).classes
+    from sret_cli.readers import named_source
 
-def class_folders(folder: Path) -> list[str]:
-    """The names of the folders in a folder, sorted, without hidden ones."""
-    names = (entry.name for entry in folder.iterdir() if entry.is_dir())
-    return sorted(name for name in names if not name.startswith("."))
-
-
-def folder_classes(data_dir: Path) -> list[str]:
-    """The class names of an image folder: the sorted directories of its `train/`.
-
-    Raises:
-        SretError: there is no such folder, it has no `train/`, or that has fewer than two classes.
-    """
-    if not data_dir.is_dir():
-        raise SretError(f"no folder {data_dir}; --data-dir names one with train/ and test/", DATA)
-    train = data_dir / "train"
-    if not train.is_dir():
-        raise SretError(f"{data_dir} has no train/; put one folder of images a class in it", DATA)
-    classes = class_folders(train)
-    if len(classes) < 2:
-        raise SretError(
-            f"{train} has {len(classes)} class folders; give it 2 or more, each with its images",
-            DATA,
-        )
-    return classes
+    return len(named_source(train.dataset, train.data_dir, True).classes)
 
 
 def from_flags(path: Path | None, model: Table, train: Table | None, settings: list[str]) -> Study:

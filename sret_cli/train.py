@@ -26,7 +26,7 @@ from sret_cli.measure import choose_device, device_name
 from sret_cli.metrics import METRICS_FILE, Metrics
 from sret_cli.optimizer import drawn_recursions
 from sret_cli.records import CONFIG_FILE, Row
-from sret_cli.study import Run, folder_classes
+from sret_cli.study import Run
 from sret_cli.trainer import Diverged, Trainer
 from sret_cli.weights import save_weights
 
@@ -75,7 +75,7 @@ def train(
     loaders = load_data(run.train, run.model, workers)
     trainer = Trainer(run, loaders[0], target_device)
     with records.locked(directory), listening() as stop:
-        records.write_config(directory, describe(run))
+        records.write_config(directory, describe(run, loaders[0]))
         session = Session(trainer, loaders[1], directory, saving, stop, on_step, note)
         session.resume()
         metrics = Metrics(
@@ -97,11 +97,11 @@ def train(
             session.writer.close()
 
 
-def describe(run: Run) -> Row:
+def describe(run: Run, loader: Loader) -> Row:
     """What `config.json` says of a run."""
     config = {"study": run.study, "name": run.name, **run.spec()}
-    if run.train is not None and run.train.dataset == "folder":
-        config["classes"] = folder_classes(Path(run.train.data_dir or ""))
+    if run.train is not None and run.train.dataset != "digits":
+        config["classes"] = list(loader.classes)
     return config
 
 
@@ -171,7 +171,7 @@ class Session:
         save_weights(trainer.module, self.directory)
         if trainer.ema is not None:
             ema = records.make_directory(self.directory / EMA_DIRECTORY)
-            records.write_json(ema / CONFIG_FILE, describe(trainer.run))
+            records.write_json(ema / CONFIG_FILE, describe(trainer.run, trainer.loader))
             save_weights(trainer.ema.module, ema)
         self.stop.check()
         return {

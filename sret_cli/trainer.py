@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sret_cli import __version__
 from sret_cli.checkpoint import Checkpoint, State, random_states, set_random_states
-from sret_cli.data import Loader
+from sret_cli.data import Batches, Loader
 from sret_cli.errors import CHECKPOINT, SOME_FAILED, SretError
 from sret_cli.evaluate import autocast
 from sret_cli.measure import device_name
@@ -161,8 +161,10 @@ class Trainer:
         )
 
     def batch_indices(self) -> list[int]:
-        """The indices of the next batch's images, in the order of the data set."""
+        """The indices of the next batch's images in the data set; a stream has none."""
         batches = self.loader.batches
+        if not isinstance(batches, Batches):
+            return []
         batches.epoch, batches.start = self.progress.epoch, self.progress.batch
         return [key[1] for key in next(iter(batches))]
 

@@ -42,6 +42,9 @@ def evaluate(
         str | None,
         typer.Option(help="A folder with val/ or test/, and as many classes as the model."),
     ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Its kind, where it is no folder: tar, hfds, wds …")
+    ] = None,
     img_size: Annotated[
         int | None, typer.Option(help="Of the images; position embeddings are resampled.")
     ] = None,
@@ -79,7 +82,7 @@ def evaluate(
         rows = [
             evaluate_run(
                 *(directory, data_dir, batch_size, precision, device, workers, changes),
-                *(reference_shuffle, on_step, count),
+                *(reference_shuffle, on_step, count, dataset),
             )
             for count in counts
         ]

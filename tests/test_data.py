@@ -6,8 +6,11 @@ import torch
 from PIL import Image
 
 from sret_cli.augment import Erasing, seeded
-from sret_cli.data import digits, eight_bits, image_folder, load_data
+from sret_cli.data import load_data
 from sret_cli.errors import SretError
+from sret_cli.sources import digits, eight_bits
+from sret_cli.sources import test_folder as read_test_folder
+from sret_cli.sources import train_folder as read_train_folder
 from sret_cli.spec import PRESETS, TrainSpec
 
 NANO = PRESETS["nano"]
@@ -31,7 +34,7 @@ def spec_of(folder, **values):
 
 
 def test_digits_are_1797_scans_split_once_and_for_all():
-    train, test = digits()
+    train, test = (source.images for source in digits())
     assert (len(train.targets), len(test.targets)) == (1437, 360)
     assert sorted(set(test.targets)) == list(range(10))
     assert test.images[0].shape == (8, 8)
@@ -233,7 +236,7 @@ def test_classes_are_numbered_alike_in_both_splits(folder):
     for image in (folder / "test" / "cat").iterdir():
         image.unlink()
     (folder / "test" / "cat").rmdir()
-    _, test = image_folder(folder)
+    test = read_test_folder(folder).images
     assert set(test.targets) == {1}
 
 
@@ -262,20 +265,19 @@ def test_images_in_folders_of_a_class_belong_to_the_class_and_hidden_ones_to_non
     (folder / "train" / "cat" / "7.jpg").rename(deep / "7.jpg")
     (folder / "train" / "dog" / "._0.jpg").write_bytes(b"no image")
     (folder / "train" / ".cache").mkdir()
-    train, _ = image_folder(folder)
+    train = read_train_folder(folder).images
     assert len(train.targets) == 16
-    assert {p.parts[-2]: t for p, t in zip(train.images, train.targets, strict=True)}["dog"] == 1
-    assert [t for p, t in zip(train.images, train.targets, strict=True) if "cat" in p.parts] == [
-        *[0] * 8,
-    ]
+    numbers = dict(zip(train.images, train.targets, strict=True))
+    assert {path.split("/")[-2]: number for path, number in numbers.items()}["dog"] == 1
+    assert [number for path, number in numbers.items() if "/cat/" in path] == [0] * 8
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped(folder):
     path = folder / "train" / "cat" / "0.png"
     ramp = np.linspace(0, 65_535, 256).astype(np.uint16).reshape(16, 16)
     Image.fromarray(ramp).save(path)
-    train, _ = image_folder(folder)
-    pixels = np.asarray(train.open(train.images.index(path), "RGB"))
+    train = read_train_folder(folder)
+    pixels = np.asarray(train.open(train.images.images.index(str(path)), "RGB")[0])
     assert (pixels[0, 0, 0], pixels[8, 0, 0], pixels[15, 15, 0]) == (0, 128, 255)
     with pytest.raises(ValueError, match="pixels of mode F have no known range"):
         eight_bits(Image.fromarray(np.full((4, 4), 0.5, np.float32)))
@@ -285,8 +287,8 @@ def test_sixteen_bits_are_scaled_and_not_clipped(folder):
 def test_odd_modes_are_converted(folder, mode):
     path = folder / "train" / "cat" / ("9.jpg" if mode == "CMYK" else "0.png")
     Image.new(mode, (8, 8)).save(path)
-    train, _ = image_folder(folder)
-    assert train.open(train.images.index(path), "RGB").mode == "RGB"
+    train = read_train_folder(folder)
+    assert train.open(train.images.images.index(str(path)), "RGB")[0].mode == "RGB"
 
 
 def test_models_of_one_channel_get_grey_images(folder):

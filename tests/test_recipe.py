@@ -173,6 +173,7 @@ def test_a_shared_tensor_is_averaged_once_in_a_step(tiny, kind):
 
 def test_averaged_weights_are_evaluated_and_kept_beside_the_others(tiny, tmp_path):
     values = {"epochs": 2, "warmup_epochs": 0, "batch_size": 240, "model_ema_decay": 0.5}
+    values |= {"accumulation": 3, "mixup": 0.1}
     row = train(Run("test", "tiny", tiny, TrainSpec(**values)), tmp_path)
     assert row["ema_test_loss"] != row["test_loss"]
     assert evaluate_run(tmp_path, batch_size=240)["test_loss"] == row["test_loss"]
