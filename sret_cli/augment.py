@@ -8,9 +8,12 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.auto_augment import NAME_TO_OP, posterize
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from sret_cli.backbone import Spec
 from sret_cli.errors import DATA, SretError
@@ -18,6 +21,15 @@ from sret_cli.recipe import TrainSpec
 
 DIGITS_MEAN, DIGITS_STD = 0.305, 0.376  # of all pixels, scaled to 0..1
 MODES = {1: "L", 3: "RGB"}
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """Timm's, and black where no bit is kept: that Pillow refuses since version 13."""
+    kept = posterize(image, max(bits_to_keep, 1))
+    return kept if bits_to_keep > 0 else kept.point(lambda level: 0)
+
+
+NAME_TO_OP |= dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), _posterize)
 
 
 @dataclass(frozen=True)
@@ -112,14 +124,17 @@ def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
 @contextmanager
 def seeded(text: str) -> Iterator[None]:
     """Seeds Python's, NumPy's and torch's CPU generators by a text, and puts them back after."""
-    number = random.Random(text).getrandbits(32)
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(number)
+    kept = None
+    if get_worker_info() is None:  # in a worker nothing else draws, and NumPy's state takes 50 us
+        kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(text)
+    number = random.getrandbits(32)
     np.random.seed(number)
     torch.default_generator.manual_seed(number)
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
+        if kept is not None:
+            random.setstate(kept[0])
+            np.random.set_state(kept[1])
+            torch.set_rng_state(kept[2])

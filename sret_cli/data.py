@@ -122,15 +122,18 @@ class Loader:
             torch.tensor(values).mul(255).view(1, -1, 1, 1) for values in (pixels.mean, pixels.std)
         )
         self.bad_images: list[str] = []
-        mapped = isinstance(batches, Batches)
-        processes = min(workers, batches.workers) if isinstance(batches, Stream) else workers
-        self.loader: DataLoader = DataLoader(
-            dataset,
-            batch_sampler=batches if mapped else None,
+        self.workers = min(workers, batches.workers) if isinstance(batches, Stream) else workers
+        self.loader = self._new_loader()
+
+    def _new_loader(self) -> DataLoader:
+        mapped = isinstance(self.batches, Batches)
+        return DataLoader(
+            self.samples,
+            batch_sampler=self.batches if mapped else None,
             batch_size=1 if mapped else None,  # a stream makes its batches itself
-            num_workers=processes,
-            persistent_workers=mapped
-            and processes > 0,  # a stream's learn the epoch at their start
+            num_workers=self.workers,
+            # A stream's workers learn the epoch and its start when they start.
+            persistent_workers=mapped and self.workers > 0,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else every epoch draws from the model's
@@ -148,8 +151,9 @@ class Loader:
         self.batches.epoch, self.batches.start = epoch, start
         for images, targets, errors in self.loader:
             if errors and (self.on_bad_image == "stop" or not len(targets)):
-                # Raising the error itself would tie a knot of it, its traceback and the loader, who
-                # then could not end its workers before it has waited 10 seconds for them.
+                # Held by the traceback, the workers would end late, and keep their end waiting for
+                # 10 seconds; and raising the error itself would tie it and its traceback in a knot.
+                self.loader = self._new_loader()
                 raise SretError(str(errors[0]), errors[0].code)
             for text in map(str, errors):
                 if text not in self.bad_images:

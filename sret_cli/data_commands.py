@@ -1,5 +1,6 @@
 """The commands about data: check a folder of images."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +42,7 @@ def check(
     from sret_cli.data_check import check_folder, write_manifest
     from sret_cli.launch import Display
 
-    path = manifest or Path(f"{data_dir.resolve().name}.csv")
+    path = manifest or Path(f"{Path(os.path.abspath(data_dir)).name}.csv")
     with Display(notes(), f"check {data_dir}", 1).showing() as on_step:
         findings = check_folder(data_dir, workers, on_step)
     write_manifest(findings, path)

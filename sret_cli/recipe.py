@@ -166,7 +166,8 @@ class TrainSpec(Strict):
     @field_validator("dataset", mode="before")
     @classmethod
     def _known_dataset(cls, value: Any) -> Any:
-        kind, slash, name = str(value).partition("/")
+        value = value.rstrip("/") if isinstance(value, str) else value  # timm writes wds/
+        kind, slash, _ = str(value).partition("/")
         if (kind if slash else value) not in (NAMED if slash else DATASETS):
             choices = [*DATASETS, *(f"{kind}/NAME" for kind in NAMED)]
             raise SretError(f"unknown dataset {value!r}; {nearest(str(value), choices)}")

@@ -160,6 +160,13 @@ def test_random_erasing_fills_a_rectangle_with_normal_noise():
     assert torch.equal(Erasing(0.0, (0.5,), (0.1,))(image), image)
 
 
+def test_randaugment_can_be_drawn_at_its_greatest_magnitude(folder):
+    samples = load_data(spec_of(folder, auto_augment="rand-m10-inc1"), NANO)[0].samples
+    for epoch in range(100):  # some of which keep no bit of the colours
+        image, _ = samples[epoch, 0, 0]
+        assert image.shape == (3, 16, 16)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_images_that_cannot_be_read_are_left_out_and_counted_on_demand(folder, workers, capsys):
     for path in (folder / "train" / "dog" / "3.jpg", folder / "test" / "cat" / "0.jpg"):

@@ -143,6 +143,7 @@ def test_training_that_cannot_be_is_refused(values, message):
 
 def test_a_folder_of_images_is_flipped_and_cropped_where_nothing_else_is_said():
     assert TrainSpec(data_dir="x").dataset == "folder"
+    assert TrainSpec(dataset="wds/", data_dir="x").dataset == "wds"
     assert TrainSpec(data_dir="x").hflip == 0.5
     assert TrainSpec(dataset="folder", data_dir="x", hflip=0.0).hflip == 0.0
     assert TrainSpec().hflip == 0.0
