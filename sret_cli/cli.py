@@ -6,14 +6,16 @@ import sys
 import traceback
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from sret_cli import __version__
-from sret_cli.errors import DATA, USAGE, SretError, out_of_memory
+from sret_cli.data_commands import data_app
+from sret_cli.errors import USAGE, SretError, out_of_memory
 from sret_cli.flags import (
     MODEL_FLAGS,
+    TRAIN_FLAGS,
     Backbone,
     BatchSize,
     Compile,
@@ -21,14 +23,17 @@ from sret_cli.flags import (
     Dataset,
     Device,
     Epochs,
+    EverySteps,
     GpuMemory,
     ImgSize,
     Json,
     LaterSlices,
     Layers,
     Macs,
+    Minutes,
     Nll,
     NumClasses,
+    OnBadImage,
     Output,
     Params,
     PipeClosed,
@@ -42,9 +47,12 @@ from sret_cli.flags import (
     Share,
     Slices,
     StudyFile,
+    Synthetic,
+    Tensorboard,
     Twin,
     Workers,
     check_device,
+    finish,
     flags_given,
     gpu_memory_of,
     notes,
@@ -53,6 +61,7 @@ from sret_cli.flags import (
     show_memory,
     show_rows,
     study_from,
+    write_report,
 )
 from sret_cli.weight_commands import convert, evaluate, export
 
@@ -248,6 +257,8 @@ def train(
     set_: Set = None,
     dataset: Dataset = None,
     data_dir: DataDir = None,
+    synthetic: Synthetic = False,
+    on_bad_image: OnBadImage = None,
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     seed: Seed = None,
@@ -255,18 +266,46 @@ def train(
     device: Device = "auto",
     workers: Workers = None,
     gpu_memory: GpuMemory = None,
+    checkpoint_every_steps: EverySteps = None,
+    checkpoint_minutes: Minutes = 10.0,
+    tensorboard: Tensorboard = False,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with that run, or with --epochs from its end.")
+    ] = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
 ) -> None:
-    """Train the runs of a study that are missing, or one model: by default `nano` on `digits`."""
+    """Train the runs of a study that are missing, or one model: by default `nano` on `digits`.
+
+    A run that was interrupted goes on from its newest checkpoint.
+    """
     from sret_cli import report
     from sret_cli.launch import Options, run_study
+    from sret_cli.study import Study, continued
 
     check_device(device)
-    found = study_from(context, trains=True)
+    if resume is not None:
+        flags = ("study", *MODEL_FLAGS, *TRAIN_FLAGS, "set_")
+        others = [f for f in flags if f in flags_given(context) and f != "epochs"]
+        if others:
+            raise SretError(
+                f"--resume goes on with what {resume}/config.json says; leave out "
+                f"{', '.join(others)}",
+                USAGE,
+            )
+        run = continued(resume, epochs)
+        found, runs = Study(run.study, (run,)), resume.parent.parent
+    else:
+        found = study_from(context, trains=True)
     if all(run.train is None for run in found.runs):
         raise SretError(f"{study} trains nothing: it has no [train]; use `sret profile`")
-    options = Options(device, workers, gpu_memory=gpu_memory_of(gpu_memory))
+    options = Options(
+        *(device, workers),
+        gpu_memory=gpu_memory_of(gpu_memory),
+        checkpoint_every_steps=checkpoint_every_steps,
+        checkpoint_minutes=checkpoint_minutes,
+        tensorboard=tensorboard,
+    )
     outcome = run_study(found, runs, options, notes())
     show_rows(outcome.rows, report.RUN_TABLE, json_)
     for run in found.runs if len(found.runs) == 1 else ():
@@ -329,38 +368,7 @@ def run(
 
 
 app.command()(export)
-
-
-def write_report(where: Path, spec: Any, out: Path, as_json: bool) -> None:
-    """Prints and writes the report of the rows in a directory."""
-    from sret_cli import report
-    from sret_cli.figures import write_training_figure
-    from sret_cli.records import read_rows
-
-    rows = read_rows(where)
-    if not rows:
-        raise SretError(
-            f"no finished runs in {where}; `sret train` or `sret run STUDY` makes some", DATA
-        )
-    files = report.write_report(rows, spec, out)
-    files += write_training_figure(where, out)
-    show_rows(rows, report.RUN_TABLE, as_json)
-    notes().print(f"wrote {', '.join(file.name for file in files)} to {out}")
-
-
-def finish(failed: list[Any]) -> None:
-    """Ends with the exit code that failed runs call for.
-
-    Raises:
-        SretError: some runs failed; one run alone fails with its own reason and code.
-    """
-    if not failed:
-        return
-    (run, error), count = failed[0], len(failed)
-    if count == 1:
-        raise SretError(f"run {run.run_id} failed: {error}", error.code)
-    code = max(error.code for _, error in failed)
-    raise SretError(f"{count} runs failed, the first, {run.run_id}: {error}", code)
+app.add_typer(data_app)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

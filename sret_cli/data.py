@@ -1,76 +1,33 @@
 """Datasets by name, to loaders whose every sample is a function of (seed, epoch, index).
 
-Neither the order of the samples nor their augmentation depends on the number of workers. Images are
-found and transformed by timm.
+Neither the order of the samples nor their augmentation depends on the number of workers, on where
+an epoch is begun, or on how many processes share it; of streams alone it does.
 """
 
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
-from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.data.transforms import MaybePILToTensor
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from sret_cli.augment import Pixels, seeded
 from sret_cli.backbone import Spec
-from sret_cli.errors import DATA, SretError
+from sret_cli.errors import DATA, SretError, note, note_once
+from sret_cli.readers import named_source
 from sret_cli.recipe import TrainSpec
-from sret_cli.study import DIGITS_CLASSES, class_folders, folder_classes
+from sret_cli.sources import Source, digits, synthetic, test_folder, train_folder
+from sret_cli.streams import Stream, find_shards
 
-DIGITS_MEAN, DIGITS_STD = 0.305, 0.376  # of all pixels, scaled to 0..1
-MODES = {1: "L", 3: "RGB"}
-
-Key = tuple[int, int]  # epoch, index
-
-
-@dataclass(frozen=True)
-class Source:
-    """Labelled images, by index: files, or 8-bit arrays of shape `[Y, X]`."""
-
-    images: list[Path] | list[np.ndarray]
-    targets: list[int]
-
-    def open(self, index: int, mode: str) -> Image.Image:
-        """The image of that index, decoded.
-
-        Raises:
-            SretError: it cannot be decoded; the message names its file.
-        """
-        image = self.images[index]
-        if isinstance(image, np.ndarray):
-            return Image.fromarray(image).convert(mode)
-        try:
-            with Image.open(image) as file:
-                return eight_bits(file).convert(mode)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else error
-            raise SretError(f"cannot read {image}: {reason}; mend or remove it", DATA) from None
-
-
-def eight_bits(image: Image.Image) -> Image.Image:
-    """An image with 16 bits a pixel scaled to 8, where Pillow would clip; others as they are.
-
-    Raises:
-        ValueError: its pixels have no known range.
-    """
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        return image
-    pixels = np.asarray(image)
-    if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65_535:
-        raise ValueError(f"pixels of mode {image.mode} have no known range")
-    return Image.fromarray((pixels // 257).astype(np.uint8))
+Key = tuple[int, int, int]  # epoch, index, which repeat of the image in the epoch
+Sample = tuple[Tensor, int] | SretError  # the error where its image cannot be decoded
 
 
 class Samples(Dataset):
-    """Transformed images and targets; a key is an epoch and an index."""
+    """Transformed images of 8 bits `[C, Y, X]`, and targets."""
 
     def __init__(self, source: Source, transform: Any, mode: str, seed: int | None) -> None:
         self.source = source
@@ -79,57 +36,104 @@ class Samples(Dataset):
         self.seed = seed  # None: the transform draws nothing
 
     def __len__(self) -> int:
-        return len(self.source.targets)
+        return len(self.source)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int] | SretError:
+    def __getitem__(self, key: Key) -> Sample:
         """A sample, or the error of its image: a worker's exceptions would lose their type."""
-        epoch, index = key
+        epoch, index, repeat = key
         try:
-            image = self.source.open(index, self.mode)
+            image, target = self.source.open(index, self.mode)
         except SretError as error:
             return error
         if self.seed is None:
-            return self.transform(image), self.source.targets[index]
-        with seeded(f"{self.seed} {epoch} {index}"):
-            return self.transform(image), self.source.targets[index]
+            return self.transform(image), target
+        with seeded(f"{self.seed} {epoch} {index} {repeat}"):
+            return self.transform(image), target
 
 
 class Batches(Sampler[list[Key]]):
-    """Batches of keys of one epoch: in an order that seed and epoch determine, or as they are."""
+    """One rank's keys of the batches of an epoch, from batch `start` on.
 
-    def __init__(self, samples: int, batch_size: int, seed: int | None) -> None:
-        self.samples, self.batch_size, self.seed = samples, batch_size, seed
-        self.epoch = 0
+    With a seed, the order is drawn from seed and epoch, each rank takes its contiguous share of a
+    batch, and a last batch that is not full is dropped, unless it is the only one. Images that are
+    repeated follow on each other, and the epoch is as long, as in timm's `RepeatAugSampler`.
+    Without a seed, samples come in their order, and each rank takes every `world_size`-th.
+    """
+
+    def __init__(
+        self,
+        samples: int,
+        batch_size: int,
+        seed: int | None,
+        repeats: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.samples, self.batch_size, self.seed, self.repeats = samples, batch_size, seed, repeats
+        self.rank, self.world_size = rank, world_size
+        self.epoch, self.start = 0, 0
 
     def __len__(self) -> int:
-        whole = self.samples // self.batch_size
-        return max(whole, 1) if self.seed is not None else -(-self.samples // self.batch_size)
+        if self.seed is None:
+            return -(-len(range(self.rank, self.samples, self.world_size)) // self._share)
+        return max(self.samples // self.batch_size, 1)
+
+    @property
+    def _share(self) -> int:
+        return max(self.batch_size // self.world_size, 1)
 
     def __iter__(self) -> Iterator[list[Key]]:
         if self.seed is None:
-            order = list(range(self.samples))
-        else:
-            order = (
-                np.random.default_rng((self.seed, self.epoch)).permutation(self.samples).tolist()
-            )
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            yield [(self.epoch, index) for index in order[start : start + self.batch_size]]
+            own = range(self.rank, self.samples, self.world_size)
+            for first in range(self.start * self._share, len(own), self._share):
+                yield [(self.epoch, index, 0) for index in own[first : first + self._share]]
+            return
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.samples)
+        for first in range(self.start * self.batch_size, self.samples, self.batch_size):
+            places = range(first, min(first + self.batch_size, self.samples))
+            if first and len(places) < self.batch_size:
+                return
+            ends = [len(places) * rank // self.world_size for rank in (self.rank, self.rank + 1)]
+            yield [
+                (self.epoch, int(order[place // self.repeats]), place % self.repeats)
+                for place in places[ends[0] : ends[1]]
+            ]
 
 
 class Loader:
-    """Batches of `images [B, C, Y, X]` and `targets [B]`.
+    """Batches of 8-bit `images [B, C, Y, X]` and `targets [B]`, one rank's share of each.
 
-    A random loader drops the last batch where it is not full; one in order keeps it.
+    `classes` are the names of the classes, in their order, where they are known; `bad_images` says
+    what is wrong with each image that was left out so far.
     """
 
-    def __init__(self, samples: Samples, batch_size: int, shuffle: bool, workers: int) -> None:
-        self.samples = samples
-        self.batches = Batches(len(samples), batch_size, samples.seed if shuffle else None)
-        self.loader: DataLoader = DataLoader(
-            samples,
-            batch_sampler=self.batches,
-            num_workers=workers,
-            persistent_workers=workers > 0,
+    def __init__(
+        self,
+        dataset: Samples | Stream,
+        batches: Batches | Stream,
+        classes: tuple[str, ...],
+        workers: int,
+        pixels: Pixels,
+        on_bad_image: str,
+    ) -> None:
+        self.samples, self.batches, self.on_bad_image = dataset, batches, on_bad_image
+        self.classes = classes
+        self.mean, self.std = (
+            torch.tensor(values).mul(255).view(1, -1, 1, 1) for values in (pixels.mean, pixels.std)
+        )
+        self.bad_images: list[str] = []
+        self.workers = min(workers, batches.workers) if isinstance(batches, Stream) else workers
+        self.loader = self._new_loader()
+
+    def _new_loader(self) -> DataLoader:
+        mapped = isinstance(self.batches, Batches)
+        return DataLoader(
+            self.samples,
+            batch_sampler=self.batches if mapped else None,
+            batch_size=1 if mapped else None,  # a stream makes its batches itself
+            num_workers=self.workers,
+            # A stream's workers learn the epoch and its start when they start.
+            persistent_workers=mapped and self.workers > 0,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else every epoch draws from the model's
@@ -138,179 +142,128 @@ class Loader:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch.
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from number `start` on; those before are not decoded.
 
         Raises:
-            SretError: an image cannot be decoded.
+            SretError: an image cannot be decoded; where they are to be skipped, none of a batch.
         """
-        self.batches.epoch = epoch
-        for batch in self.loader:
-            if isinstance(batch, SretError):
-                # Raising `batch` itself would tie a knot of it, its traceback and the loader, which
-                # then could not end its workers before it has waited 10 seconds for them.
-                raise SretError(str(batch), batch.code)
-            yield batch
+        self.batches.epoch, self.batches.start = epoch, start
+        for images, targets, errors in self.loader:
+            if errors and (self.on_bad_image == "stop" or not len(targets)):
+                # Held by the traceback, the workers would end late, and keep their end waiting for
+                # 10 seconds; and raising the error itself would tie it and its traceback in a knot.
+                self.loader = self._new_loader()
+                raise SretError(str(errors[0]), errors[0].code)
+            for text in map(str, errors):
+                if text not in self.bad_images:
+                    self.bad_images.append(text)
+                    note(f"{text}; it is left out")
+            yield images, targets
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Images of 8 bits as float32, less the data's mean and over its deviation."""
+        if self.mean.device != x.device:
+            self.mean, self.std = self.mean.to(x.device), self.std.to(x.device)
+        return x.float().sub_(self.mean).div_(self.std)
 
 
-def collate(samples: list[tuple[Tensor, int] | SretError]) -> tuple[Tensor, Tensor] | SretError:
-    """Stacks samples, or hands on the first error among them."""
-    good = []
-    for sample in samples:
-        if isinstance(sample, SretError):
-            return sample
-        good.append(sample)
-    return torch.stack([image for image, _ in good]), torch.tensor([target for _, target in good])
+def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[SretError]]:
+    """Stacks the samples that are good, beside the errors of the others."""
+    errors = [sample for sample in samples if isinstance(sample, SretError)]
+    good = [sample for sample in samples if not isinstance(sample, SretError)]
+    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
+    return images, torch.tensor([target for _, target in good]), errors
 
 
-def load_data(train: TrainSpec, model: Spec, workers: int = 0) -> tuple[Loader, Loader]:
-    """The loaders of a run's training and test images.
+def load_data(
+    train: TrainSpec, model: Spec, workers: int = 0, rank: int = 0, world_size: int = 1
+) -> tuple[Loader, Loader]:
+    """The loaders of a run's training and test images: one rank's share of them.
 
     Raises:
-        SretError: a folder is missing or has no images, or the model takes no images of this kind.
+        SretError: the data are missing or hold no labelled images, the model takes no images of
+            this kind, or the batches do not divide among the ranks.
     """
-    transform, mode = _transform(train, model)
-    digital = train.dataset == "digits"
-    sources = digits() if digital else image_folder(Path(train.data_dir or ""))
-    try:
-        augment = transform(
-            is_training=True,
-            scale=train.scale,
-            hflip=train.hflip,
-            color_jitter=train.color_jitter or None,
-            auto_augment=train.auto_augment,
+    if train.batch_size % world_size:
+        above = train.batch_size + world_size - train.batch_size % world_size
+        raise SretError(
+            f"batch_size = {train.batch_size} does not divide among {world_size} processes; "
+            f"use {above}"
         )
-    except (AssertionError, ValueError) as error:
-        reason = str(error) or "timm does not know it"
-        raise SretError(f"auto_augment = {train.auto_augment!r}: {reason}") from None
-    plain = transform(is_training=False, crop_pct=train.crop_pct)
-    return (
-        Loader(Samples(sources[0], augment, mode, train.seed), train.batch_size, True, workers),
-        Loader(Samples(sources[1], plain, mode, None), train.batch_size, False, workers),
-    )
+    shares = workers, rank, world_size
+    return _loader(train, model, True, *shares), _loader(train, model, False, *shares)
 
 
 def load_test_data(
-    train: TrainSpec, model: Spec, workers: int = 0
+    train: TrainSpec, model: Spec, workers: int = 0, rank: int = 0, world_size: int = 1
 ) -> tuple[Loader, tuple[str, ...]]:
     """The loader of a run's test images alone, and the names of the classes, in their order.
 
     Raises:
         SretError: as `load_data`; a folder needs no `train/`.
     """
-    transform, mode = _transform(train, model)
+    loader = _loader(train, model, False, workers, rank, world_size)
+    return loader, loader.classes
+
+
+def _loader(
+    train: TrainSpec, model: Spec, training: bool, workers: int, rank: int, world_size: int
+) -> Loader:
+    pixels = Pixels.of(train, model)
+    transform = pixels.augmentation(train) if training else pixels.transform(train)
+    if train.dataset == "synthetic":
+        transform = MaybePILToTensor()  # which would cost more than the images themselves
+    seed = train.seed if training else None
+    if train.dataset == "wds":
+        return _stream_loader(train, pixels, transform, model, seed, workers, rank, world_size)
+    source = find_source(train, model, training)
+    if training and len(source) < world_size:
+        raise SretError(f"{len(source)} images do not feed {world_size} processes", DATA)
+    samples = Samples(source, transform, pixels.mode, seed)
+    repeats = max(train.aug_repeats, 1)
+    batches = Batches(len(source), train.batch_size, seed, repeats, rank, world_size)
+    return Loader(samples, batches, source.classes, workers, pixels, train.on_bad_image)
+
+
+def _stream_loader(
+    train: TrainSpec,
+    pixels: Pixels,
+    transform: Any,
+    model: Spec,
+    seed: int | None,
+    workers: int,
+    rank: int,
+    world_size: int,
+) -> Loader:
+    if train.aug_repeats > 1:
+        raise SretError(
+            f"aug_repeats = {train.aug_repeats} needs images by index, and wds is a stream; use 0"
+        )
+    note_once(
+        "wds is a stream: the order of its samples depends on the numbers of workers and processes,"
+        " and a run that goes on with others is not the same run"
+    )
+    shards = find_shards(str(train.data_dir), seed is not None)
+    stream = Stream(
+        *(shards, transform, pixels.mode, train.batch_size, seed, rank, world_size, workers)
+    )
+    classes = tuple(map(str, range(shards.classes or model.num_classes)))
+    return Loader(stream, stream, classes, workers, pixels, train.on_bad_image)
+
+
+def find_source(train: TrainSpec, model: Spec, training: bool) -> Source:
+    """A run's training or test images, by index.
+
+    Raises:
+        SretError: they are missing, or hold no labelled images.
+    """
+    if train.dataset == "folder":
+        data_dir = Path(train.data_dir or "")
+        return train_folder(data_dir) if training else test_folder(data_dir)
     if train.dataset == "digits":
-        source, classes = digits()[1], tuple(map(str, range(DIGITS_CLASSES)))
-    else:
-        source, classes = test_folder(Path(train.data_dir or ""))
-    samples = Samples(source, transform(is_training=False, crop_pct=train.crop_pct), mode, None)
-    return Loader(samples, train.batch_size, False, workers), classes
-
-
-def _transform(train: TrainSpec, model: Spec) -> tuple[partial, str]:
-    """The transform by timm, to which `is_training` is still to be given, and PIL's mode."""
-    if model.in_chans not in MODES:
-        raise SretError(f"in_chans = {model.in_chans}: images have 1 or 3 channels", DATA)
-    digital = train.dataset == "digits"
-    mean = (DIGITS_MEAN,) if digital else IMAGENET_DEFAULT_MEAN
-    std = (DIGITS_STD,) if digital else IMAGENET_DEFAULT_STD
-    transform = partial(
-        create_transform,
-        (model.in_chans, model.img_size, model.img_size),
-        interpolation=train.interpolation,
-        mean=_per_channel(mean, model.in_chans),
-        std=_per_channel(std, model.in_chans),
-    )
-    return transform, MODES[model.in_chans]
-
-
-def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    mean = sum(values) / len(values)
-    return values if len(values) == channels else (mean,) * channels
-
-
-def digits() -> tuple[Source, Source]:
-    """scikit-learn's 1,797 scans of handwritten digits, 8x8: 1,437 for training, 360 for test.
-
-    Source: Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI, 1998.
-    """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    data = load_digits()
-    images = np.round(data.images * (255 / 16)).astype(np.uint8)
-    split = train_test_split(
-        images, data.target, test_size=0.2, random_state=0, stratify=data.target
-    )
-    train, test, train_targets, test_targets = split
-    return Source(list(train), train_targets.tolist()), Source(list(test), test_targets.tolist())
-
-
-def image_folder(data_dir: Path) -> tuple[Source, Source]:
-    """Images of `train/` and of `test/`, `val/` or `validation/`, one folder a class.
-
-    Raises:
-        SretError: a folder or a class has no images, or the test images have other classes.
-    """
-    folder_classes(data_dir)  # train/ is there
-    test, classes = test_folder(data_dir)
-    train = _images(data_dir / "train", classes)
-    empty = sorted(set(range(len(classes))) - set(train.targets))
-    if empty:
-        raise SretError(f"no images of class {classes[empty[0]]!r} in {data_dir / 'train'}", DATA)
-    return train, test
-
-
-def test_folder(data_dir: Path) -> tuple[Source, tuple[str, ...]]:
-    """Images of `test/`, `val/` or `validation/`, one folder a class, and the class names, sorted.
-
-    The classes are the folders of `train/` where there is one, else those of the test images. A
-    folder may be empty: so a part of the classes keeps its numbers.
-
-    Raises:
-        SretError: the folder is missing or has no images, or a class that `train/` has not.
-    """
-    if not data_dir.is_dir():
-        raise SretError(f"no folder {data_dir}; --data-dir names one with test/ or val/", DATA)
-    tests = [data_dir / name for name in ("test", "val", "validation")]
-    test = next((folder for folder in tests if folder.is_dir()), None)
-    if test is None:
-        raise SretError(f"{data_dir} has no test/ and no val/; put images to test on in one", DATA)
-    classes = class_folders(test)
-    if (data_dir / "train").is_dir():
-        tested, classes = classes, folder_classes(data_dir)
-        others = [name for name in tested if name not in set(classes)]
-        if others:
-            raise SretError(
-                f"{test} has the class {others[0]!r}, which train/ has not; add it", DATA
-            )
-    return _images(test, tuple(classes)), tuple(classes)
-
-
-def _images(folder: Path, classes: tuple[str, ...]) -> Source:
-    found = [(path, n) for n, name in enumerate(classes) for path in find_images(folder / name)]
-    if not found:
-        raise SretError(f"no images in {folder}; put them in one folder a class", DATA)
-    return Source([path for path, _ in found], [target for _, target in found])
-
-
-def find_images(folder: Path) -> list[Path]:
-    """The images in a class's folder and the folders in it, in their order; no hidden files."""
-    found, _ = find_images_and_targets(str(folder))
-    return [Path(path) for path, _ in found if not Path(path).name.startswith(".")]
-
-
-@contextmanager
-def seeded(text: str) -> Iterator[None]:
-    """Seeds Python's, NumPy's and torch's CPU generators by a text, and puts them back after."""
-    number = random.Random(text).getrandbits(32)
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(number)
-    np.random.seed(number)
-    torch.default_generator.manual_seed(number)
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
+        return digits()[0 if training else 1]
+    if train.dataset == "synthetic":
+        found = synthetic(train.seed, model.img_size, model.in_chans, model.num_classes)
+        return found[0 if training else 1]
+    return named_source(train.dataset, train.data_dir, training)

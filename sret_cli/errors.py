@@ -1,7 +1,9 @@
 """What a user can mend: one error of one line, and the exit codes of the process."""
 
+import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import cache
 
 USAGE, SPEC, DATA, CHECKPOINT, SOME_FAILED, RESOURCES = 2, 3, 4, 5, 6, 7
 
@@ -13,12 +15,20 @@ class SretError(Exception):
         message: the line.
         code: the exit code of the process; 3, a spec or study that can't be, unless told.
         table: lines of cells, headings first, that are shown over the line where they help.
+        status: what a row says became of the training.
     """
 
-    def __init__(self, message: str, code: int = SPEC, table: Sequence[Sequence[str]] = ()) -> None:
+    def __init__(
+        self,
+        message: str,
+        code: int = SPEC,
+        table: Sequence[Sequence[str]] = (),
+        status: str = "failed",
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.table = table
+        self.status = status
 
 
 def out_of_memory(error: BaseException) -> SretError | None:
@@ -28,10 +38,22 @@ def out_of_memory(error: BaseException) -> SretError | None:
     if not isinstance(error, MemoryError) and not any(t in text.lower() for t in told):
         return None
     reason = text.splitlines()[0] if text else "the allocator gave up"
-    return SretError(f"out of memory: {reason}; use a smaller batch or model", RESOURCES)
+    message = f"out of memory: {reason}; use a smaller batch or model"
+    return SretError(message, RESOURCES, status="out_of_memory")
 
 
 def nearest(word: str, choices: list[str]) -> str:
     """Names the choice that looks most like a misspelt word, or lists all choices."""
     match = get_close_matches(word, choices, n=1, cutoff=0.5)
     return f"did you mean {match[0]!r}?" if match else f"choose from {', '.join(choices)}"
+
+
+def note(text: str) -> None:
+    """Tells the user, on stderr, what is no error."""
+    print(f"sret: {text}", file=sys.stderr, flush=True)
+
+
+@cache
+def note_once(text: str) -> None:
+    """Tells the user, on stderr, what need not be told again."""
+    note(text)

@@ -312,6 +312,6 @@ def _normalised(row: Row) -> str:
         return "as the data that the model is trained on"
     if row["train.dataset"] != "digits":
         return "by ImageNet's mean and deviation"
-    from sret_cli.data import DIGITS_MEAN, DIGITS_STD
+    from sret_cli.augment import DIGITS_MEAN, DIGITS_STD
 
     return f"by mean {DIGITS_MEAN} and deviation {DIGITS_STD}"

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from sret_cli.errors import USAGE, SretError
+from sret_cli.errors import DATA, USAGE, SretError
 
 StudyFile = Annotated[Path | None, typer.Argument(metavar="[STUDY]", help="A study file (TOML).")]
 Preset = Annotated[str | None, typer.Option(help="sret_t, sret_lt, sret_s, deep, nano …")]
@@ -28,8 +28,14 @@ Params = Annotated[str | None, typer.Option(help="Parameters, by the width: 14M 
 Macs = Annotated[str | None, typer.Option(help="FLOPs, by the width: 4.2G (within 1 %).")]
 Twin = Annotated[str | None, typer.Option(help="The untied control: layers, params or macs.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Any other field: model.mlp_ratio=4.")]
-Dataset = Annotated[str | None, typer.Option(help="digits (embedded) or folder.")]
+Dataset = Annotated[
+    str | None, typer.Option(help="digits, folder, tar, hfds, hfds/NAME, wds or torch/NAME.")
+]
 DataDir = Annotated[str | None, typer.Option(help="A folder with train/ and test/ or val/.")]
+Synthetic = Annotated[bool, typer.Option("--synthetic", help="Random images, for measuring speed.")]
+OnBadImage = Annotated[
+    str | None, typer.Option(help="An image that cannot be read: stop, or skip and count it.")
+]
 Epochs = Annotated[int | None, typer.Option(help="Epochs of training.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images a step.")]
 Seed = Annotated[int | None, typer.Option(help="Of the weights, the order and the augmentation.")]
@@ -41,13 +47,18 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Workers = Annotated[int | None, typer.Option(min=0, help="Processes that load images.")]
 Recompute = Annotated[str | None, typer.Option(help="none, pass, auto, or passes a segment.")]
 GpuMemory = Annotated[str | None, typer.Option(help="A budget: 80G is 80e9 bytes.")]
+EverySteps = Annotated[int | None, typer.Option(min=1, help="Save after every so many steps, too.")]
+Minutes = Annotated[float, typer.Option(min=0, help="Save after so many minutes, too; 0: never.")]
+Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Write for TensorBoard, too.")]
 Runs = Annotated[Path, typer.Option(help="Where run directories are.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 MODEL_FLAGS = (
     *("preset", "layers", "slices", "recursive_slices", "nll", "img_size", "num_classes"),
     *("params", "macs", "twin", "backbone", "recursions", "share"),
 )
-TRAIN_FLAGS = ("dataset", "data_dir", "epochs", "batch_size", "seed", "precision")
+TRAIN_FLAGS = (
+    *("dataset", "data_dir", "on_bad_image", "epochs", "batch_size", "seed", "precision"),
+)
 
 
 def notes() -> Console:
@@ -94,6 +105,12 @@ def study_from(context: typer.Context, trains: bool) -> Any:
     if model.get("share", "").isdecimal():
         model["share"] = int(model["share"])
     train = {key: given[key] for key in (TRAIN_FLAGS if trains else ("data_dir",)) if key in given}
+    if given.get("synthetic"):
+        if "dataset" in train or "data_dir" in train:
+            raise SretError(
+                "--synthetic needs no other data; leave the one or the other out", USAGE
+            )
+        train["dataset"] = "synthetic"
     settings, path = list(given.get("set_", ())), given.get("study")
     if "data_dir" in train and not trains and path is None:
         raise SretError("--data-dir goes with a study here, whose classes it counts", USAGE)
@@ -157,3 +174,35 @@ def show_memory(runs: Any, options: Any, recompute: Any, as_json: bool) -> None:
     show_rows(rows, report.MEMORY_TABLE, as_json)
     for row in () if as_json else rows:
         Output().print(memory_verdict(row))
+
+
+def write_report(where: Path, spec: Any, out: Path, as_json: bool) -> None:
+    """Prints and writes the report of the rows in a directory."""
+    from sret_cli import report
+    from sret_cli.figures import write_training_figure
+    from sret_cli.records import read_rows
+
+    rows = read_rows(where)
+    if not rows:
+        raise SretError(
+            f"no finished runs in {where}; `sret train` or `sret run STUDY` makes some", DATA
+        )
+    files = report.write_report(rows, spec, out)
+    files += write_training_figure(where, out)
+    show_rows(rows, report.RUN_TABLE, as_json)
+    notes().print(f"wrote {', '.join(file.name for file in files)} to {out}")
+
+
+def finish(failed: list[Any]) -> None:
+    """Ends with the exit code that failed runs call for.
+
+    Raises:
+        SretError: some runs failed; one run alone fails with its own reason and code.
+    """
+    if not failed:
+        return
+    (run, error), count = failed[0], len(failed)
+    if count == 1:
+        raise SretError(f"run {run.run_id} failed: {error}", error.code)
+    code = max(error.code for _, error in failed)
+    raise SretError(f"{count} runs failed, the first, {run.run_id}: {error}", code)

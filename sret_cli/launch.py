@@ -2,9 +2,11 @@
 
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +22,10 @@ from sret_cli.records import Row
 from sret_cli.study import Run, Study
 
 if TYPE_CHECKING:
+    from sret_cli.evaluate import OnStep
     from sret_cli.profiler import Profile
-    from sret_cli.train import OnStep
+
+SECONDS_A_LINE = 30  # between lines of progress where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Options:
     """How and where runs are done, which does not change what they do.
 
     `measure_batch_size` is None where nothing is to be timed; `compiles` is as in `compile_model`,
-    for what is timed; `gpu_memory` is a budget in bytes.
+    for what is timed; `gpu_memory` is a budget in bytes. Checkpoints are written at the end of
+    every epoch, so many minutes after the last one (0: not for that), and every so many steps.
     """
 
     device: str = "auto"
@@ -38,6 +43,9 @@ class Options:
     precision: str = "fp32"
     compiles: str = "off"
     gpu_memory: int | None = None
+    checkpoint_every_steps: int | None = None
+    checkpoint_minutes: float = 10.0
+    tensorboard: bool = False
 
 
 @dataclass
@@ -50,10 +58,11 @@ class Outcome:
 
 
 class Display:
-    """Progress on stderr: bars on a terminal, a line for each finished run elsewhere."""
+    """Progress on stderr: bars on a terminal; elsewhere a line now and then, and for each run."""
 
     def __init__(self, console: Console, title: str, total: int) -> None:
         self.console = console
+        self.line_at = time.monotonic() + SECONDS_A_LINE
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -75,6 +84,15 @@ class Display:
     def on_step(self, done: int, total: int, text: str) -> None:
         """Moves the bar of the run under way."""
         self.progress.update(self.current, completed=done, total=total, text=text)
+        if not self.console.is_terminal and time.monotonic() >= self.line_at:
+            self.line_at = time.monotonic() + SECONDS_A_LINE
+            task = next(task for task in self.progress.tasks if task.id == self.current)
+            left = timedelta(seconds=round(task.time_remaining or 0))
+            self.note(f"{task.description}: step {done:,} of {total:,}, {text}, {left} left")
+
+    def note(self, line: str) -> None:
+        """Leaves a line, over the bars where there are any."""
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     @contextmanager
     def showing(self) -> "Iterator[OnStep]":
@@ -90,7 +108,7 @@ class Display:
     def finish(self, line: str) -> None:
         """Ticks a run off and leaves one line about it."""
         self.progress.advance(self.overall)
-        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+        self.note(line)
 
 
 def profile_run(run: Run, options: Options) -> tuple[Row, "Profile"]:
@@ -192,33 +210,48 @@ def run_study(
             else:
                 display.start(run)
                 if run.train is None or "training" in missing:
-                    row |= {"error": None, **records.provenance()}
-                _write_config(run, directory)
+                    row |= {"status": None, "error": None, **records.provenance()}
                 try:
-                    with _out_of_memory_is_an_error():
-                        for measurement in missing:
-                            row |= _do(measurement, run, directory, options, display)
+                    with records.locked(directory):
+                        _measure(missing, row, run, directory, options, display)
                 except SretError as error:
-                    if error.code not in (SOME_FAILED, RESOURCES):
-                        _remove_unless_finished(directory)
+                    if not isinstance(error, records.Busy) and not row["error"]:
+                        _remove_unless_begun(directory)
                         raise
-                    row["error"] = str(error)
+                    row |= {"status": row["status"] or "busy", "error": str(error)}
                     outcome.failed.append((run, error))
-                records.write_json(directory / "row.json", row)
             outcome.rows.append(row)
             display.finish(f"[{number}/{len(study.runs)}] {_summary(run, row, bool(missing))}")
     return outcome
 
 
-def _write_config(run: Run, directory: Path) -> None:
-    records.make_directory(directory)
-    config = {"study": run.study, "name": run.name, **run.spec()}
-    records.write_json(directory / "config.json", config)
+def _measure(
+    missing: list[str], row: Row, run: Run, directory: Path, options: Options, display: Display
+) -> None:
+    """Does what a run lacks, and writes its row, also where it failed for a reason of its own.
+
+    Raises:
+        SretError: it failed.
+    """
+    records.write_config(directory, {"study": run.study, "name": run.name, **run.spec()})
+    try:
+        with _out_of_memory_is_an_error():
+            for measurement in missing:
+                row |= _do(measurement, run, directory, options, display)
+        if "training" in missing:
+            row["status"] = "done"
+    except SretError as error:
+        own_reason = error.code in (SOME_FAILED, RESOURCES) and error.status != "disk_full"
+        if own_reason:
+            row |= {"status": error.status, "error": str(error)}
+            records.write_json(directory / "row.json", row)
+        raise
+    records.write_json(directory / "row.json", row)
 
 
-def _remove_unless_finished(directory: Path) -> None:
+def _remove_unless_begun(directory: Path) -> None:
     """Removes what a run left that could not be done, and the study's directory if it is empty."""
-    if not (directory / "row.json").exists():
+    if not (directory / "row.json").exists() and not list(directory.glob("checkpoint-*")):
         shutil.rmtree(directory, ignore_errors=True)
         for parent in list(directory.parents)[:2]:
             if parent.is_dir() and not any(parent.iterdir()):
@@ -257,10 +290,13 @@ def _do(measurement: str, run: Run, directory: Path, options: Options, display: 
         return {**costs.row(), **published_columns(run.model, costs.params, costs.macs)}
     if measurement == "speed":
         return _speed(run, options)
-    from sret_cli.train import train
+    from sret_cli.train import Saving, train
 
-    arguments = (options.device, options.workers, display.on_step, options.gpu_memory)
-    return train(run, directory, *arguments)
+    saving = Saving(options.checkpoint_every_steps, options.checkpoint_minutes or None)
+    where = (directory, options.device, options.workers)
+    return train(
+        run, *where, display.on_step, display.note, saving, options.tensorboard, options.gpu_memory
+    )
 
 
 @contextmanager
@@ -272,7 +308,7 @@ def _says_what_was_kept(
     except (KeyboardInterrupt, SystemExit):
         console.print(
             f"stopped: {len(outcome.rows)} of {len(study.runs)} runs are done and kept in "
-            f"{root / study.name}; the one under way starts over; type the same command to go on"
+            f"{root / study.name}; type the same command to go on where the one under way was"
         )
         raise
 

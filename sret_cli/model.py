@@ -8,6 +8,8 @@ Tensors carry their shape in their name: B batch, N tokens, C channels, G slices
 slice, H heads, D head width, P passes or permutations, R gathers, Y and X rows and columns.
 """
 
+import math
+from collections.abc import Callable
 from copy import deepcopy
 from math import prod
 
@@ -351,6 +353,30 @@ class SReT(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay leaves alone, beside those of one dimension."""
         return {"pos_embed", *(n for n, _ in self.named_parameters() if n.endswith("lrc_P4"))}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[float, ...]]:
+        """Where a parameter stands from input to output, by its name, for layer decay by timm.
+
+        The stem is first, then each block with its NLLs, whichever passes they serve, then the
+        head; `coarse` has one place for a stage. A pool goes with the stage that it leads to.
+        """
+
+        def place(name: str) -> tuple[float, ...]:
+            part, *path = name.split(".")
+            if part in ("stem", "pos_embed"):
+                return (-1.0,)
+            if part not in ("stages", "pools"):
+                return (math.inf,)
+            stage = int(path[0]) + (part == "pools")
+            if coarse or part == "pools" or path[1] not in ("blocks", "nlls"):
+                return (stage, 0)
+            block = int(path[2])
+            if path[1] == "nlls":
+                schedule = self.spec.schedule(stage)
+                block = next(p.block for p in schedule if p.nll == block)
+            return (stage, block)
+
+        return place
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every pass in the backward pass instead of storing it."""

@@ -1,7 +1,7 @@
 """How a model is trained: the spec of a training, and its rules."""
 
 import os
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -23,31 +23,117 @@ def check_compile_mode(mode: str) -> str:
     return mode
 
 
+DATASETS = ("digits", "synthetic", "folder", "tar", "hfds", "wds")
+NAMED = ("hfds", "torch")  # with a name after a slash
+
+# DeiT's published training: arXiv 2012.12877, table 9, and the defaults of its main.py.
+_DEIT: dict[str, Any] = {
+    "epochs": 300,
+    "batch_size": 1024,
+    "opt": "adamw",
+    "weight_decay": 0.05,
+    "sched": "cosine",
+    "min_lr": 1e-5,
+    "warmup_epochs": 5,
+    "smoothing": 0.1,
+    "clip_grad": 0.0,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "model_ema_decay": 0.99996,
+    "scale": (0.08, 1),
+    "color_jitter": 0.0,
+    "auto_augment": "rand-m9-mstd0.5-inc1",
+    "reprob": 0.25,
+    "aug_repeats": 3,
+}
+
+# What a recipe says of the fields that are not given; `RATES` has its lr for 512 images a step, and
+# the drop path of its models.
+RECIPES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "sret": {**_DEIT, "warmup_epochs": 30},  # as in SReT's released training
+    "deit": _DEIT,
+    "finetune": {  # DeiT's fine-tuning at 384 px
+        **_DEIT,
+        "epochs": 30,
+        "batch_size": 512,
+        "weight_decay": 1e-8,
+        "min_lr": 5e-6,
+        "warmup_epochs": 0,
+    },
+    "small": {  # ours, for 32 px
+        "epochs": 50,
+        "batch_size": 128,
+        "warmup_epochs": 2,
+        "weight_decay": 0.05,
+        "mixup": 0.2,
+        "cutmix": 0.5,
+        "scale": (0.5, 1),
+        "auto_augment": "rand-m7-mstd0.5-inc1",
+        "reprob": 0.1,
+    },
+}
+
+
+class Rates(NamedTuple):
+    """A recipe's learning rate for 512 images a step, and the drop path of its models."""
+
+    lr: float
+    drop_path_rate: float
+
+
+RATES = {
+    "sret": Rates(1e-3, 0.1),
+    "deit": Rates(5e-4, 0.1),
+    "finetune": Rates(5e-6, 0.1),
+    "small": Rates(4e-3, 0.05),
+}
+
+
 class TrainSpec(Strict):
     """How a model is trained: data, optimiser and schedule, in timm's words.
 
-    `recursions_range` has each step draw the recursions of all stages from a range, from the seed
-    and the step alone; a `clip_grad` of 0 is none. `recompute` has the backward pass recompute each
-    pass ("pass"), segments of so many passes (a number), or what takes least memory ("auto"). The
-    defaults train the preset `nano` on `digits`; on a folder of images, `hflip` is 0.5 and
-    `crop_pct` 0.875 where they are not given.
+    A `recipe` fills the fields that are not given, its `lr` in proportion to `batch_size`, which is
+    the images of one optimiser step on all devices; `accumulation` has a step take them in so many
+    parts. `recursions_range` has each step draw the recursions of all stages from a range, from the
+    seed and the step alone. A `clip_grad`, `mixup`, `cutmix` or `model_ema_decay` of 0 is none, and
+    a `layer_decay` of 1. `decay_epochs` is of the schedules `step`, `wsd` and `rsqrt`,
+    `decay_milestones` of `multistep`, `decay_rate` of both, and it is the power of `poly`. `init`
+    is a directory with weights to start from. `recompute` has the backward pass recompute each pass
+    ("pass"), segments of so many passes (a number), or what takes least memory ("auto"); `compile`
+    has each kind of pass compiled ("auto": where there is a compiler).
+    The defaults train the preset `nano` on `digits`; on other images, `hflip` is 0.5 and `crop_pct`
+    0.875 where they are not given. With a `data_dir` and no other word, the dataset is a folder of
+    images.
 
     Raises:
         SretError: a value is of the wrong type or out of range, or the values do not fit together.
     """
 
-    dataset: Literal["digits", "folder"] = "digits"
+    recipe: Literal["none", "sret", "deit", "finetune", "small"] = "none"
+    dataset: str = "digits"
     data_dir: str | None = None
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 15
     batch_size: Annotated[int, Field(ge=2, le=1_000_000)] = 64
+    accumulation: Count = 1
     opt: str = "adamw"
     lr: Annotated[float, Field(gt=0)] = 2e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    sched: Literal["cosine"] = "cosine"
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    sched: Literal["cosine", "tanh", "poly", "step", "multistep", "constant", "wsd", "rsqrt"] = (
+        "cosine"
+    )
+    decay_epochs: Count = 30
+    decay_milestones: tuple[Count, ...] = (30, 60)
+    decay_rate: Annotated[float, Field(gt=0)] = 0.1
     min_lr: Annotated[float, Field(ge=0)] = 1e-5
     warmup_epochs: Annotated[int, Field(ge=0)] = 1
     smoothing: Rate = 0.1
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    model_ema_decay: Rate = 0.0
+    init: str | None = None
     scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (
         0.5,
         1,
@@ -57,24 +143,40 @@ class TrainSpec(Strict):
     hflip: Share = 0.0
     color_jitter: Share = 0.0
     auto_augment: str | None = None
+    reprob: Share = 0.0
+    aug_repeats: Annotated[int, Field(ge=0, le=100)] = 0
+    on_bad_image: Literal["stop", "skip"] = "stop"
     precision: Literal["fp32", "bf16"] = "fp32"
     recompute: Literal["none", "pass", "auto"] | Count = "none"
+    compile: Literal["off", "on", "auto"] = "off"
     recursions_range: tuple[Count, Count] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults_of_the_dataset(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("dataset") == "folder":
-            return {"hflip": 0.5, "crop_pct": 0.875, **data}
+    def _fill(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        if "dataset" not in data and data.get("data_dir") is not None:
+            data = {"dataset": "folder", **data}
+        if data.get("dataset", "digits") != "digits":
+            data = {"hflip": 0.5, "crop_pct": 0.875, **data}
+        name = data.get("recipe", "none")
+        if not isinstance(name, str) or name not in RECIPES:
+            raise SretError(f"unknown recipe {name!r}; {nearest(str(name), list(RECIPES))}")
+        data = {**RECIPES[name], **data}
+        if name in RATES and "lr" not in data and isinstance(data["batch_size"], int):
+            data["lr"] = RATES[name].lr * data["batch_size"] / 512
+            if "min_lr" in RECIPES[name]:
+                data["min_lr"] = min(data["min_lr"], data["lr"])
         return data
 
-    @field_validator("scale", "recursions_range", mode="before")
+    @field_validator("scale", "recursions_range", "decay_milestones", mode="before")
     @classmethod
     def _list_to_tuple(cls, value: Any) -> Any:
         return as_tuples(value)
 
-    @field_validator("data_dir")
+    @field_validator("data_dir", "init")
     @classmethod
     def _one_spelling(cls, value: str | None) -> str | None:
         return None if value is None else os.path.normpath(value)
@@ -82,10 +184,11 @@ class TrainSpec(Strict):
     @field_validator("dataset", mode="before")
     @classmethod
     def _known_dataset(cls, value: Any) -> Any:
-        if value not in ("digits", "folder"):
-            raise SretError(
-                f"unknown dataset {value!r}; {nearest(str(value), ['digits', 'folder'])}"
-            )
+        value = value.rstrip("/") if isinstance(value, str) else value  # timm writes wds/
+        kind, slash, _ = str(value).partition("/")
+        if (kind if slash else value) not in (NAMED if slash else DATASETS):
+            choices = [*DATASETS, *(f"{kind}/NAME" for kind in NAMED)]
+            raise SretError(f"unknown dataset {value!r}; {nearest(str(value), choices)}")
         return value
 
     @field_validator("recompute", mode="before")
@@ -100,9 +203,12 @@ class TrainSpec(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.dataset == "folder" and self.data_dir is None:
-            raise SretError("dataset = 'folder' needs a folder of images; name it with --data-dir")
-        if self.dataset != "folder" and self.data_dir is not None:
+        embedded = self.dataset in ("digits", "synthetic")
+        if self.data_dir is None and not embedded and not self.dataset.startswith("hfds/"):
+            raise SretError(
+                f"dataset = {self.dataset!r} needs a folder of images; name it with --data-dir"
+            )
+        if embedded and self.data_dir is not None:
             raise SretError(
                 f"data_dir = {self.data_dir!r} is not used by dataset = {self.dataset!r}; "
                 "use --dataset folder, or leave it out"
@@ -115,6 +221,16 @@ class TrainSpec(Strict):
         if self.min_lr > self.lr:
             raise SretError(
                 f"min_lr = {self.min_lr:g} is above lr = {self.lr:g}; use a smaller one"
+            )
+        if self.batch_size % self.accumulation:
+            raise SretError(
+                f"batch_size = {self.batch_size} is not accumulation = {self.accumulation} equal "
+                f"parts; use {self.accumulation * -(-self.batch_size // self.accumulation)}"
+            )
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise SretError(
+                f"batch_size = {self.batch_size} is odd, and mixup mixes pairs of images; use "
+                f"{self.batch_size + 1}, or mixup = 0 and cutmix = 0"
             )
         if self.recursions_range and self.recursions_range[0] > self.recursions_range[1]:
             raise SretError(

@@ -1,22 +1,28 @@
 """Run directories and rows: the run directory is the truth, and a table is what its rows say.
 
-`<root>/<study>/<run_id>/` holds `config.json`, `metrics.jsonl`, `model.safetensors` and, written
-last and atomically, `row.json`: one flat row of spec fields, measurements with their unit in the
-name, and provenance. No file is shared between runs, so any number of processes can work on one
-study.
+`<root>/<study>/<run_id>/` holds `config.json`, `metrics.jsonl`, checkpoints, `model.safetensors`
+and, written last and atomically, `row.json`: one flat row of spec fields, measurements with their
+unit in the name, and provenance. No file is shared between runs, so any number of processes can
+work on one study, and a lock keeps two from the same run.
 """
 
 import errno
 import json
 import os
 import platform
+import shutil
+import signal
+import socket
 import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
 from sret_cli import __version__
-from sret_cli.errors import DATA, RESOURCES, USAGE, SretError
+from sret_cli.errors import CHECKPOINT, DATA, RESOURCES, USAGE, SretError
 
 Row = dict[str, Any]
 
@@ -47,7 +53,15 @@ MEASUREMENTS = (
     "top1_percent",
     "top5_percent",
     "test_images",
+    "best_top1_percent",
+    "ema_test_loss",
+    "ema_top1_percent",
+    "ema_top5_percent",
+    "bad_images",
 )
+OUTCOME = ("status", "error")  # what became of the training, and the reason where it failed
+CONFIG_FILE = "config.json"
+LOCK_FILE, HOLDER_FILE = ".lock", ".lock.json"
 
 
 def make_directory(path: Path) -> Path:
@@ -65,11 +79,28 @@ def make_directory(path: Path) -> Path:
     return path
 
 
-def cannot_write(path: Path, error: OSError) -> SretError:
-    """The user's error for a file or directory that could not be written."""
+def cannot_write(path: Path, error: OSError, needed: int | None = None) -> SretError:
+    """The user's error for a file or directory that could not be written, of so many bytes."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return SretError(f"no room left on the disk to write {path}; free some", RESOURCES)
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        size = "" if needed is None else f" ({needed:,} bytes, and {free:,} are free)"
+        message = f"no room left on the disk to write {path}{size}; free some"
+        return SretError(message, RESOURCES, status="disk_full")
     return SretError(f"cannot write {path}: {error.strerror}; choose another directory", USAGE)
+
+
+_points: Counter[str] = Counter()
+
+
+def reached(name: str) -> None:
+    """A named point of writing, where `SRET_KILL_AT=name:count` has the process end by SIGKILL.
+
+    So tests can show that a run survives its end at any of them; else nothing is done.
+    """
+    if wanted := os.environ.get("SRET_KILL_AT"):
+        _points[name] += 1
+        if wanted == f"{name}:{_points[name]}":
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
@@ -79,18 +110,26 @@ def write_atomically(path: Path, data: str | bytes) -> None:
         SretError: the directory cannot be written to, or the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    data = data.encode() if isinstance(data, str) else data
     try:
         with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        reached(f"{path.name} written")
         os.replace(temporary, path)
+        reached(f"{path.name} renamed")
+        sync_directory(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise cannot_write(path, error) from None
+            raise cannot_write(path, error, len(data)) from None
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes what a directory lists survive a power cut."""
+    directory = os.open(path, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
@@ -100,22 +139,43 @@ def write_atomically(path: Path, data: str | bytes) -> None:
 class LineFile:
     """A file that is written line by line, each of which is there as soon as it is written.
 
+    What stands after the first `position` bytes is cut off.
+
     Raises:
-        SretError: the file cannot be written, or the disk is full.
+        SretError: the file has fewer bytes, it cannot be written, or the disk is full.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, position: int = 0) -> None:
+        self.path, self.position = path, position
         try:
-            self.file = open(path, "w", encoding="utf-8")
+            found = path.stat().st_size if position else 0
+            if found < position:
+                raise SretError(
+                    f"{path} has {found:,} bytes, and the checkpoint counts {position:,}; put it "
+                    "back, or remove the run's directory to start over",
+                    CHECKPOINT,
+                )
+            self.file = open(path, "r+b" if position else "wb", buffering=0)
+            if position:
+                self.file.truncate(position)
+                self.file.seek(position)
         except OSError as error:
             raise cannot_write(path, error) from None
 
     def write(self, line: str) -> None:
-        """Writes a line and flushes it."""
+        """Writes a line."""
+        data = f"{line}\n".encode()
         try:
-            self.file.write(line + "\n")
-            self.file.flush()
+            self.file.write(data)
+        except OSError as error:
+            raise cannot_write(self.path, error, len(data)) from None
+        self.position += len(data)
+        reached(f"{self.path.name} line")
+
+    def sync(self) -> None:
+        """Makes the lines so far survive a power cut."""
+        try:
+            os.fsync(self.file.fileno())
         except OSError as error:
             raise cannot_write(self.path, error) from None
 
@@ -123,10 +183,87 @@ class LineFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
-            self.file.close()
-        except OSError as error:
-            raise cannot_write(self.path, error) from None
+        self.file.close()
+
+
+class Busy(SretError):
+    """Another process works on the run."""
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keeps every other process from working on a run; the system frees it if this one dies.
+
+    Raises:
+        Busy: another process has it; the message names it.
+    """
+    from filelock import FileLock, Timeout
+
+    make_directory(directory)
+    lock = FileLock(directory / LOCK_FILE, timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        message = f"{directory} is in use by {_holder(directory)}; wait for it, or end it"
+        raise Busy(message, USAGE) from None
+    try:
+        if lock.lock_counter == 1:
+            mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
+            write_json(directory / HOLDER_FILE, mine)
+            for stale in directory.glob(".*.tmp"):  # of a process that was killed while it wrote
+                stale.unlink(missing_ok=True)
+        yield
+    finally:
+        if lock.lock_counter == 1:
+            (directory / HOLDER_FILE).unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder(directory: Path) -> str:
+    try:
+        holder = read_json(directory / HOLDER_FILE)
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (SretError, KeyError, TypeError):
+        return "another process"
+
+
+def write_config(directory: Path, config: Row) -> None:
+    """Writes `config.json` of a run; one that is there has to say the same of the run.
+
+    Raises:
+        SretError: it says something else; the message names the keys.
+    """
+    path = directory / CONFIG_FILE
+    if path.exists():
+        refuse_other_config(f"{path}", read_json(path), config)
+    write_json(path, config)
+
+
+def refuse_other_config(where: str, found: Any, config: Row) -> None:
+    """Makes sure that a stored config has the model and the training of another.
+
+    Raises:
+        SretError: it has not; the message names the keys that differ, with both values.
+    """
+    stored, wanted = _flat(found), _flat(config)
+    differ = [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]
+    if differ:
+        values = ", ".join(f"{k} ({stored.get(k)!r}, not {wanted.get(k)!r})" for k in differ[:8])
+        more = f" and {len(differ) - 8} more" if len(differ) > 8 else ""
+        raise SretError(
+            f"{where} is of another run: {values}{more} differ; use another directory", CHECKPOINT
+        )
+
+
+def _flat(config: Any) -> Row:
+    """The fields of the tables `model` and `train`, as JSON gives them."""
+    config = json.loads(json.dumps(config))
+    tables = config if isinstance(config, dict) else {}
+    return {
+        f"{table}.{key}": value
+        for table in ("model", "train")
+        for key, value in (tables.get(table) or {}).items()
+    }
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -160,7 +297,7 @@ def read_row(directory: Path) -> Row | None:
     row = read_json(path)
     if not isinstance(row, dict) or not {"study", "run_id", "started_at", "layers"} <= row.keys():
         raise SretError(f"{path} is not a row; remove it and run again", DATA)
-    return {**dict.fromkeys((*MEASUREMENTS, "error")), **row}
+    return {**dict.fromkeys((*MEASUREMENTS, *OUTCOME)), **row}
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -202,8 +339,13 @@ def provenance() -> Row:
         "sret_version": __version__,
         "python_version": platform.python_version(),
         "git_commit": git_commit(),
-        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started_at": now(),
     }
+
+
+def now() -> str:
+    """The time, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def git_commit() -> str | None:

@@ -17,6 +17,7 @@ from sret_cli.errors import SretError, nearest
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+NOT_STAGES = ("scale", "stem_strides", "recursions_range", "decay_milestones")
 
 
 def as_tuples(value: Any) -> Any:
@@ -30,7 +31,7 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> str:
     field = str(first["loc"][0]) if first["loc"] else cls.__name__
     if first["type"] == "extra_forbidden":
         return f"unknown key {field!r}; {nearest(field, list(cls.model_fields))}"
-    stage = len(first["loc"]) > 1 and field not in ("scale", "stem_strides", "recursions_range")
+    stage = len(first["loc"]) > 1 and field not in NOT_STAGES
     place = f" (stage {int(first['loc'][1]) + 1})" if stage else ""
     message = first["msg"][0].lower() + first["msg"][1:]
     return f"{field} = {first['input']!r}{place}: {message}"

@@ -16,11 +16,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from sret_cli.backbone import BackboneSpec, Spec
+from sret_cli.backbone import BackboneSpec, Spec, read_spec
 from sret_cli.cost import TWIN_KINDS, fit_width, parse_quantity, twin
-from sret_cli.errors import DATA, USAGE, SretError, nearest
-from sret_cli.recipe import TrainSpec
-from sret_cli.records import MEASUREMENTS
+from sret_cli.errors import CHECKPOINT, DATA, USAGE, SretError, nearest
+from sret_cli.folders import folder_classes
+from sret_cli.recipe import RATES, TrainSpec
+from sret_cli.records import CONFIG_FILE, MEASUREMENTS, OUTCOME, read_json
 from sret_cli.spec import ModelSpec, preset
 from sret_cli.strict import Strict
 
@@ -34,12 +35,17 @@ RESERVED = ("train", "profile", "report")
 
 @dataclass(frozen=True)
 class Run:
-    """One spec and what to do with it; `train` is None where the model is measured only."""
+    """One spec and what to do with it; `train` is None where the model is measured only.
+
+    `continues` is the id of a run of fewer epochs that this one goes on from: since its first
+    epochs had another schedule, it is not the run that has all its epochs from the start.
+    """
 
     study: str
     name: str
     model: Spec
     train: TrainSpec | None = None
+    continues: str | None = None
 
     @property
     def run_id(self) -> str:
@@ -50,7 +56,8 @@ class Run:
     def spec(self) -> Table:
         """The resolved model and training, as plain values."""
         train = None if self.train is None else self.train.model_dump(mode="json")
-        return {"model": self.model.model_dump(mode="json"), "train": train}
+        spec = {"model": self.model.model_dump(mode="json"), "train": train}
+        return spec if self.continues is None else {**spec, "continues": self.continues}
 
     def directory(self, root: Path) -> Path:
         """Where the run keeps its files under a root of runs."""
@@ -62,7 +69,9 @@ class Run:
         row |= {f"model.{k}": v for k, v in self.spec()["model"].items()}
         if self.train is not None:
             row |= {f"train.{k}": v for k, v in self.spec()["train"].items()}
-        return row | dict.fromkeys(MEASUREMENTS) | {"layers": self.model.layers, "error": None}
+        if self.continues is not None:
+            row["continues"] = self.continues
+        return row | dict.fromkeys((*MEASUREMENTS, *OUTCOME)) | {"layers": self.model.layers}
 
 
 NUMBERS = [
@@ -283,6 +292,8 @@ def resolve(study: str, model: Table, train: Table | None, name: str | None = No
     classes = dataset_classes(train_spec) if train_spec is not None else None
     if classes is not None and "num_classes" not in model:
         model = model | {"num_classes": classes}
+    if train_spec is not None and train_spec.recipe in RATES:
+        model = {"drop_path_rate": RATES[train_spec.recipe].drop_path_rate} | model
     spec = resolve_model(model if "backbone" in model else {**model, "preset": chosen})
     if classes is not None and spec.num_classes < classes:
         raise SretError(
@@ -386,41 +397,50 @@ def model_settings(settings: list[str]) -> Table:
     return values
 
 
-def dataset_classes(train: TrainSpec) -> int:
-    """How many classes a run's data has.
+def continued(directory: Path, epochs: int | None) -> Run:
+    """The run of a directory; with more epochs a new run that goes on from it, beside it.
 
     Raises:
-        SretError: the folder is missing or holds fewer than two classes.
+        SretError: it is no run that trains, or has as many epochs already.
     """
+    config = read_json(directory / CONFIG_FILE)
+    try:
+        model, train = read_spec(config["model"]), TrainSpec(**config["train"])
+        run = Run(config["study"], config["name"], model, train, config.get("continues"))
+    except (KeyError, TypeError) as error:
+        raise SretError(f"{directory} is no run that trains: {error}", DATA) from None
+    if run.run_id != directory.name or run.study != directory.parent.name:
+        raise SretError(
+            f"{directory}/config.json is of {run.study}/{run.run_id}: it was changed, or moved; "
+            "put it back",
+            CHECKPOINT,
+        )
+    if epochs is None or epochs == train.epochs:
+        return run
+    if epochs < train.epochs:
+        raise SretError(f"{directory} is a run of {train.epochs} epochs; give more than that")
+    return replace(run, train=train.with_values(epochs=epochs), continues=directory.name)
+
+
+def dataset_classes(train: TrainSpec) -> int | None:
+    """How many classes a run's data has; None where it has as many as the model.
+
+    Raises:
+        SretError: the data are missing or hold fewer than two classes.
+    """
+    if train.dataset == "synthetic":
+        return None
     if train.dataset == "digits":
         return DIGITS_CLASSES
-    return len(folder_classes(Path(train.data_dir or "")))
+    if train.dataset == "folder":
+        return len(folder_classes(Path(train.data_dir or "")))
+    if train.dataset == "wds":
+        from sret_cli.streams import find_shards
 
+        return find_shards(str(train.data_dir), True).classes
+    from sret_cli.readers import named_source
 
-def class_folders(folder: Path) -> list[str]:
-    """The names of the folders in a folder, sorted, without hidden ones."""
-    names = (entry.name for entry in folder.iterdir() if entry.is_dir())
-    return sorted(name for name in names if not name.startswith("."))
-
-
-def folder_classes(data_dir: Path) -> list[str]:
-    """The class names of an image folder: the sorted directories of its `train/`.
-
-    Raises:
-        SretError: there is no such folder, it has no `train/`, or that has fewer than two classes.
-    """
-    if not data_dir.is_dir():
-        raise SretError(f"no folder {data_dir}; --data-dir names one with train/ and test/", DATA)
-    train = data_dir / "train"
-    if not train.is_dir():
-        raise SretError(f"{data_dir} has no train/; put one folder of images a class in it", DATA)
-    classes = class_folders(train)
-    if len(classes) < 2:
-        raise SretError(
-            f"{train} has {len(classes)} class folders; give it 2 or more, each with its images",
-            DATA,
-        )
-    return classes
+    return len(named_source(train.dataset, train.data_dir, True).classes)
 
 
 def from_flags(path: Path | None, model: Table, train: Table | None, settings: list[str]) -> Study:

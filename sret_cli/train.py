@@ -1,67 +1,48 @@
-"""Training and evaluation of one run."""
+"""Training of one run: its epochs, and all that keeps them from being lost."""
 
-import json
 import math
-import os
-import random
+import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
-from torch import Tensor, nn
 
 from sret_cli import records
-from sret_cli.data import Loader, load_data, load_test_data
-from sret_cli.errors import DATA, SOME_FAILED, SretError, nearest
-from sret_cli.measure import choose_device, device_name
-from sret_cli.memory import set_recompute
-from sret_cli.model import SReT
-from sret_cli.recipe import TrainSpec
-from sret_cli.records import Row
-from sret_cli.recurse import build_any, count_layers
-from sret_cli.study import Run, folder_classes
-from sret_cli.weights import CONFIG_FILE, load_config, load_model, save_weights
+from sret_cli.checkpoint import Writer, newest
+from sret_cli.data import Loader, load_data
+from sret_cli.errors import CHECKPOINT, RESOURCES, SretError, note, out_of_memory
+from sret_cli.evaluate import (
+    Evaluation,
+    OnStep,
+    default_workers,
+    evaluate,
+    evaluate_run,
+    use_deterministic_kernels,
+)
+from sret_cli.interrupt import Interrupted, Stop, listening
+from sret_cli.measure import choose_device, device_name, free_bytes
+from sret_cli.metrics import METRICS_FILE, Metrics
+from sret_cli.optimizer import drawn_recursions
+from sret_cli.records import CONFIG_FILE, Row
+from sret_cli.spec import ModelSpec
+from sret_cli.study import Run
+from sret_cli.trainer import Diverged, Trainer
+from sret_cli.weights import save_weights
 
-METRICS_FILE = "metrics.jsonl"
+__all__ = ["METRICS_FILE", "Saving", "drawn_recursions", "evaluate", "evaluate_run", "train"]
 
-OnStep = Callable[[int, int, str], None]  # steps done, steps in all, what to show
+DIVERGED_FILE = "diverged.json"
+EMA_DIRECTORY = "ema"
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Loss (mean cross-entropy) and accuracy over all images of a loader."""
+class Saving:
+    """When checkpoints are written, beside the end of every epoch; None is never."""
 
-    test_loss: float
-    top1_percent: float
-    top5_percent: float
-    test_images: int
-    images_by_class: tuple[int, ...] = ()
-    correct_by_class: tuple[int, ...] = ()
-
-    def row(self) -> Row:
-        """The measurements of a row."""
-        names = ("test_loss", "top1_percent", "top5_percent", "test_images")
-        return {name: getattr(self, name) for name in names}
-
-    def per_class(self, classes: tuple[str, ...]) -> list[Row]:
-        """Images and top-1 of each class that images were tested of, in the order of the names."""
-        counts = zip(classes, self.images_by_class, self.correct_by_class, strict=False)
-        return [
-            {"class": name, "test_images": images, "top1_percent": 100 * correct / images}
-            for name, images, correct in counts
-            if images
-        ]
-
-
-def default_workers(train: TrainSpec) -> int:
-    """Loader processes: none for the tiny embedded images, else one a core and 8 at the most."""
-    return 0 if train.dataset == "digits" else min(os.cpu_count() or 1, 8)
+    every_steps: int | None = None
+    minutes: float | None = 10.0
 
 
 def train(
@@ -70,268 +51,251 @@ def train(
     device: str = "auto",
     workers: int | None = None,
     on_step: OnStep = lambda done, total, text: None,
+    note: Callable[[str], None] = note,
+    saving: Saving = Saving(),
+    tensorboard: bool = False,
     gpu_memory: int | None = None,
 ) -> Row:
-    """Trains a run and returns its measurements.
+    """Trains a run and returns its measurements; goes on from its newest checkpoint, if it has one.
 
-    `gpu_memory` is a budget in bytes for `recompute = "auto"`.
-    Writes `config.json`, `metrics.jsonl` and, at the end, `model.safetensors` to the run's
-    directory (`runs/<study>/<run_id>`). The same seed on the same machine gives bitwise the same
-    losses: on a CPU always, on CUDA as far as torch has deterministic kernels.
+    Writes `config.json`, `metrics.jsonl`, checkpoints and, at the end, `model.safetensors` to the
+    run's directory (`runs/<study>/<run_id>`), and the averaged weights to `ema/` in it. The same
+    seed on the same machine gives bitwise the same losses, also where it was interrupted: on a CPU
+    always, on CUDA as far as torch has deterministic kernels. `gpu_memory` is a
+    budget in bytes for `recompute = "auto"`.
 
     Raises:
-        SretError: data or device are not there, or the loss is not finite.
+        SretError: data or device are not there, the loss is not finite, memory or disk are full,
+            another process trains the run, or what is in the directory is of another run.
+        KeyboardInterrupt, SystemExit: a signal came; the state is saved.
     """
     if run.train is None:
         raise SretError("this run has no [train] table; add one, or use `sret profile`")
-    spec, target_device = run.train, choose_device(device)
+    target_device = choose_device(device)
     directory = directory or run.directory(Path("runs"))
     use_deterministic_kernels(target_device)
-    torch.manual_seed(spec.seed)
-    workers = default_workers(spec) if workers is None else workers
-    train_loader, test_loader = load_data(spec, run.model, workers)
-    model = build_any(run.model).to(target_device)
-    set_recompute(model, spec, target_device, gpu_memory)
-    if spec.recursions_range is not None:
-        model.set_recursions(spec.recursions_range[1])  # refuses what it has no weights for
-    optimizer = create_optimizer(model, spec)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=spec.sched,
-        num_epochs=spec.epochs,
-        min_lr=spec.min_lr,
-        warmup_epochs=spec.warmup_epochs,
-        warmup_lr=spec.lr / 100,
-        step_on_epochs=False,
-        updates_per_epoch=len(train_loader),
-    )
-    scheduler.step_update(0)
+    workers = default_workers(run.train) if workers is None else workers
+    loaders = load_data(run.train, run.model, workers)
+    trainer = Trainer(run, loaders[0], target_device, gpu_memory=gpu_memory)
+    with records.locked(directory), listening() as stop:
+        records.write_config(directory, describe(run, loaders[0]))
+        session = Session(trainer, loaders[1], directory, saving, stop, on_step, note)
+        session.resume()
+        metrics = Metrics(
+            *(directory, trainer.progress.metrics_bytes, trainer.progress.step),
+            *(tensorboard, note),
+        )
+        try:
+            with metrics:
+                return session.run(metrics)
+        except Interrupted:
+            stop.leave()
+        except (RuntimeError, MemoryError) as error:
+            if stop.code is not None:  # the signal ended the loader's processes, too
+                stop.leave()
+            if out_of_memory(error) is None:
+                raise
+            raise _out_of_memory(error, trainer) from None
+        finally:
+            session.writer.close()
 
-    records.make_directory(directory)
+
+def describe(run: Run, loader: Loader) -> Row:
+    """What `config.json` says of a run."""
     config = {"study": run.study, "name": run.name, **run.spec()}
-    if spec.dataset == "folder":
-        config["classes"] = folder_classes(Path(spec.data_dir or ""))
-    records.write_json(directory / CONFIG_FILE, config)
-    total, step, images, seconds = spec.epochs * len(train_loader), 0, 0, 0.0
-    with records.LineFile(directory / METRICS_FILE) as metrics:
-
-        def log(**values: object) -> None:
-            metrics.write(json.dumps(values, allow_nan=False))
-
-        for epoch in range(spec.epochs):
-            model.train()
-            losses, start = [], time.perf_counter()
-            for x, target in train_loader.epoch(epoch):
-                lr = optimizer.param_groups[0]["lr"]
-                if spec.recursions_range is not None:
-                    model.set_recursions(drawn_recursions(spec, step))
-                x, target = x.to(target_device, non_blocking=True), target.to(target_device)
-                with autocast(target_device, spec.precision):
-                    output = model(x)
-                loss = F.cross_entropy(output.float(), target, label_smoothing=spec.smoothing)
-                losses.append(loss.item())
-                _stop_if_diverged(losses[-1], f"loss is {losses[-1]}", step + 1, epoch + 1, lr)
-                loss.backward()
-                if spec.clip_grad:
-                    nn.utils.clip_grad_norm_(model.parameters(), spec.clip_grad)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                step += 1
-                images += len(x)
-                scheduler.step_update(step)
-                log(step=step, epoch=epoch + 1, loss=losses[-1], lr=lr)
-                speed = images / (seconds + time.perf_counter() - start)
-                on_step(step, total, f"loss {losses[-1]:.3f}, {speed:.0f} images/s")
-            seconds += time.perf_counter() - start
-            if spec.recursions_range is not None:
-                model.set_recursions(None)
-            evaluation = evaluate(model, test_loader, target_device, spec.precision)
-            what = f"test loss is {evaluation.test_loss}"
-            _stop_if_diverged(evaluation.test_loss, what, step, epoch + 1, lr)
-            final_loss = sum(losses) / len(losses)
-            log(epoch=epoch + 1, train_loss=final_loss, **evaluation.row())
-    save_weights(model, directory)
-    return {
-        "epochs_trained": spec.epochs,
-        "train_seconds": seconds,
-        "images_per_second": images / seconds,
-        "final_loss": final_loss,
-        **evaluation.row(),
-        "device_name": device_name(target_device),
-        "torch_version": torch.__version__,
-    }
+    if run.train is not None and run.train.dataset != "digits":
+        config["classes"] = list(loader.classes)
+    return config
 
 
-def _stop_if_diverged(loss: float, what: str, step: int, epoch: int, lr: float) -> None:
-    if not math.isfinite(loss):
-        raise SretError(
-            f"diverged: the {what} at step {step} (epoch {epoch}, lr {lr:.2g}); "
-            "use a smaller train.lr or clip_grad",
-            SOME_FAILED,
-        )
-
-
-def create_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
-    """Timm's optimizer of that name, with weight decay on matrices alone.
+class Session:
+    """A trainer at work in a run's directory: resumes, goes through the epochs, saves.
 
     Raises:
-        SretError: there is none, or it cannot work here.
+        SretError: as `train`.
     """
-    if spec.opt not in list_optimizers():
-        raise SretError(f"unknown opt {spec.opt!r}; {nearest(spec.opt, list_optimizers())}")
-    try:
-        optimizer = create_optimizer_v2(model, spec.opt, spec.lr, spec.weight_decay)
-    except (AssertionError, ImportError, RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0] or "it needs what is not here"
-        raise SretError(f"opt = {spec.opt!r} cannot be used: {reason}; use adamw") from None
-    if getattr(optimizer, "is_second_order", False):
-        raise SretError(f"opt = {spec.opt!r} needs second derivatives; use adamw or another")
-    return optimizer
 
+    def __init__(
+        self,
+        trainer: Trainer,
+        test_loader: Loader,
+        directory: Path,
+        saving: Saving,
+        stop: Stop,
+        on_step: OnStep,
+        note: Callable[[str], None],
+    ) -> None:
+        self.trainer, self.test_loader, self.directory = trainer, test_loader, directory
+        self.saving, self.stop, self.on_step, self.note = saving, stop, on_step, note
+        self.writer = Writer(directory)
+        self.saved_at = time.monotonic()
 
-def drawn_recursions(spec: TrainSpec, step: int) -> int:
-    """The recursion count of a training step: the same in every process."""
-    assert spec.recursions_range is not None
-    return random.Random(f"{spec.seed} {step}").randint(*spec.recursions_range)
+    def resume(self) -> None:
+        """Goes on from the newest checkpoint that is sound, where there is one."""
+        continues, trainer = self.trainer.run.continues, self.trainer
+        found = newest(self.directory, self.note)
+        if found is not None:
+            self.writer = Writer(self.directory, found.path)
+        elif continues is not None:
+            source = self.directory.parent / continues
+            found = newest(source, self.note)
+            if found is None:
+                raise SretError(f"{source} has no checkpoint to continue", CHECKPOINT)
+        if found is None:
+            return
+        if changed := trainer.load(found):
+            self.note(f"{found.path} was written by {', '.join(changed)}: last digits may differ")
+        if found.path.parent != self.directory:
+            lines = (found.path.parent / METRICS_FILE).read_bytes()
+            records.write_atomically(
+                self.directory / METRICS_FILE, lines[: trainer.progress.metrics_bytes]
+            )
+        bad = trainer.progress.bad_images
+        trainer.loader.bad_images += [text for text in bad if text not in trainer.loader.bad_images]
 
+    def run(self, metrics: Metrics) -> Row:
+        """All epochs that are left, then the weights; returns the run's measurements."""
+        trainer, spec, p = self.trainer, self.trainer.spec, self.trainer.progress
+        try:
+            while p.epoch < spec.epochs:
+                self._train_epoch(metrics)
+                self._evaluate_epoch(metrics)
+                self._save(metrics)
+            self.writer.wait()
+        except Diverged:
+            self._save(metrics)
+            self.writer.wait()
+            raise
+        except (Interrupted, RuntimeError):
+            if self.stop.code is not None and trainer.whole:
+                self._save(metrics)
+                self.writer.wait()
+            raise
+        save_weights(trainer.module, self.directory)
+        if trainer.ema is not None:
+            ema = records.make_directory(self.directory / EMA_DIRECTORY)
+            records.write_json(ema / CONFIG_FILE, describe(trainer.run, trainer.loader))
+            save_weights(trainer.ema.module, ema)
+        self.stop.check()
+        return {
+            "bad_images": len({*trainer.loader.bad_images, *self.test_loader.bad_images}),
+            "epochs_trained": spec.epochs,
+            "train_seconds": p.seconds,
+            "images_per_second": p.images / p.seconds if p.seconds else None,
+            **p.results,
+            "device_name": device_name(trainer.device),
+            "torch_version": torch.__version__,
+        }
 
-def evaluate_run(
-    directory: Path,
-    data_dir: str | None = None,
-    batch_size: int = 256,
-    precision: str = "fp32",
-    device: str = "auto",
-    workers: int | None = None,
-    changes: Mapping[str, Any] | None = None,
-    reference_shuffle: int | None = None,
-    on_step: OnStep = lambda done, total, text: None,
-    recursions: int | None = None,
-) -> Row:
-    """Evaluates a directory's weights on its run's test images, or on another folder's.
+    def _train_epoch(self, metrics: Metrics) -> None:
+        trainer, p = self.trainer, self.trainer.progress
+        steps = len(trainer.loader)
+        trainer.module.train()
+        before, seconds = time.perf_counter(), p.seconds
+        for images, target in trainer.loader.epoch(p.epoch, p.batch) if p.batch < steps else ():
+            lr = trainer.lr
+            try:
+                loss = trainer.step(images, target)
+            except Diverged as error:
+                self._report(error, lr)
+                raise
+            metrics.write(p.step, step=p.step, epoch=p.epoch + 1, loss=loss, lr=lr)
+            p.seconds = seconds + time.perf_counter() - before
+            trainer.whole = True
+            speed = f"{p.images / p.seconds:.0f} images/s"
+            self.on_step(
+                p.step,
+                trainer.spec.epochs * steps,
+                f"loss {loss:.3f}, lr {lr:.2g}, {speed}, {peak_gigabytes(trainer.device)}",
+            )
+            self.writer.check()
+            if p.batch < steps and self._is_due():
+                self._save(metrics)
+            self.stop.check()
 
-    A folder's images have ImageNet's mean and deviation; those of a model that was not trained here
-    are resized and cropped as ImageNet's are, bicubic and with `crop_pct` 0.875. Another folder has
-    as many classes as the model. On one machine, two evaluations with the same batch size agree
-    bitwise: on a CPU always, on CUDA as far as torch has deterministic kernels.
+    def _evaluate_epoch(self, metrics: Metrics) -> None:
+        """Evaluates, and moves on to the next epoch."""
+        trainer, spec, p = self.trainer, self.trainer.spec, self.trainer.progress
+        if spec.recursions_range is not None:
+            trainer.module.set_recursions(None)
+        found = self._evaluate(trainer.module)
+        results: Row = {"final_loss": p.loss_sum / max(p.batch, 1), **found.row()}
+        if trainer.ema is not None:
+            averaged = self._evaluate(trainer.ema.module).row()
+            results |= {f"ema_{k}": averaged[k] for k in averaged if k != "test_images"}
+        line = {("train_loss" if k == "final_loss" else k): v for k, v in results.items()}
+        metrics.write(p.step, epoch=p.epoch + 1, **line)
+        best = p.results.get("best_top1_percent", 0.0)
+        p.results = {**results, "best_top1_percent": max(best, found.top1_percent)}
+        p.epoch, p.batch, p.loss_sum = p.epoch + 1, 0, 0.0
 
-    Args:
-        directory: of a run, or of a model that was built or converted.
-        data_dir: a folder with `val/` or `test/`; the run's own if None.
-        batch_size: images a step.
-        precision: fp32 or bf16.
-        device: auto, cpu or cuda.
-        workers: processes that load images.
-        changes: fields of the spec to evaluate with instead, such as `img_size`.
-        reference_shuffle: draw the permutations of tokens as the reference does, after this seed.
-        on_step: is told of the progress.
-        recursions: run the same blocks so many times instead, in every stage.
-
-    Raises:
-        SretError: the directory holds no model, or none for so many recursions, or the data are
-            not there or have other classes.
-    """
-    config = load_config(directory)
-    settings = dict(config.get("train") or {})
-    if not settings and data_dir is None:
-        raise SretError(
-            f"{directory} was not trained here; name a folder with val/ by --data-dir", DATA
+    def _evaluate(self, model: torch.nn.Module) -> Evaluation:
+        trainer = self.trainer
+        found = evaluate(
+            *(model, self.test_loader, trainer.device, trainer.spec.precision),
+            lambda done, total, text: self.stop.check(),
         )
-    if data_dir is not None:
-        settings = {**settings, "dataset": "folder", "data_dir": data_dir}
-    spec = TrainSpec(**{**settings, "batch_size": max(batch_size, 2), "precision": precision})
-    target_device = choose_device(device)
-    use_deterministic_kernels(target_device)
-    model = load_model(directory, changes).to(target_device)
-    layers = count_layers(model)
-    if recursions is not None:
-        if not isinstance(model, SReT):
-            raise SretError(f"{directory} holds a timm model; its recursions cannot be changed")
-        model.set_recursions(recursions)
-        layers = model.spec.with_values(recursions=recursions).layers
-    workers = default_workers(spec) if workers is None else workers
-    test_loader, classes = load_test_data(spec, model.spec, workers)
-    own_data = data_dir is None  # whose classes a run may have room beside
-    if len(classes) > model.num_classes or (len(classes) < model.num_classes and not own_data):
-        raise SretError(
-            f"the test images have {len(classes):,} classes, and the model has "
-            f"{model.num_classes:,}; name data of as many (folders of the others may be empty)",
-            DATA,
+        if not math.isfinite(found.test_loss):
+            error = trainer.diverged(f"test loss is {found.test_loss}", trainer.progress.step)
+            self._report(error, trainer.lr)
+            raise error
+        return found
+
+    def _is_due(self) -> bool:
+        every, minutes = self.saving.every_steps, self.saving.minutes
+        return (every is not None and self.trainer.progress.step % every == 0) or (
+            minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
         )
-    trained = config.get("classes", classes)
-    if not own_data and list(trained) != list(classes):
-        name = min(set(trained) ^ set(classes))
-        raise SretError(
-            f"the model was trained on other classes than the test images have, {name!r} for one; "
-            "name data with the same folders (they may be empty)",
-            DATA,
-        )
-    if reference_shuffle is not None:
-        model.set_reference_shuffle()
-        torch.manual_seed(reference_shuffle)
-    evaluation = evaluate(model, test_loader, target_device, precision, on_step)
-    return {
-        "run_id": directory.name,
-        "name": config.get("name"),
-        "layers": layers,
-        "params": sum(p.numel() for p in model.parameters()),
-        "recursions": recursions,
-        **evaluation.row(),
-        "per_class": evaluation.per_class(classes),
-        "model.img_size": model.spec.img_size,
-        "reference_shuffle": reference_shuffle,
-        "device_name": device_name(target_device),
-        "torch_version": torch.__version__,
-    }
+
+    def _save(self, metrics: Metrics) -> None:
+        self.saved_at = time.monotonic()
+        p = self.trainer.progress
+        p.metrics_bytes, p.bad_images = metrics.position, self.trainer.loader.bad_images
+        self.writer.write(p.step, self.trainer.state(), metrics.sync)
+
+    def _report(self, error: Diverged, lr: float) -> None:
+        """Writes where a training diverged, and on which images."""
+        p, steps = self.trainer.progress, len(self.trainer.loader)
+        report: Row = {"error": str(error), "steps_done": p.step, "epoch": p.epoch + 1, "lr": lr}
+        report["batch_indices"] = self.trainer.batch_indices() if p.batch < steps else []
+        records.write_json(self.directory / DIVERGED_FILE, report)
 
 
-def use_deterministic_kernels(device: torch.device) -> None:
-    """Makes CUDA repeat itself as far as torch has deterministic kernels; a CPU always does."""
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which a model of that precision runs; fp32 leaves everything as it is."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def evaluate(
-    model: nn.Module,
-    loader: Loader,
-    device: torch.device,
-    precision: str = "fp32",
-    on_step: OnStep = lambda done, total, text: None,
-) -> Evaluation:
-    """Evaluates a model, in eval mode, on every image of a loader; deterministic.
-
-    Raises:
-        SretError: an image cannot be decoded.
-    """
-    training = model.training
-    model.eval()
-    loss, top1, top5, images = 0.0, 0, 0, 0
-    tested: list[Tensor] = []
-    correct: list[Tensor] = []
-    with torch.inference_mode():
-        for done, (x, target) in enumerate(loader.epoch(0)):
-            target = target.to(device)
-            with autocast(device, precision):
-                output = model(x.to(device))
-            loss += F.cross_entropy(output.float(), target, reduction="sum").item()
-            best = output.topk(min(5, output.shape[1])).indices.eq(target[:, None])
-            top1 += int(best[:, 0].sum())
-            tested.append(target.bincount(minlength=output.shape[1]))
-            correct.append(target[best[:, 0]].bincount(minlength=output.shape[1]))
-            top5 += int(best.sum())
-            images += len(x)
-            on_step(done + 1, len(loader), f"{images} images")
-    model.train(training)
-    return Evaluation(
-        loss / images,
-        100 * top1 / images,
-        100 * top5 / images,
-        images,
-        tuple(torch.stack(tested).sum(0).tolist()),
-        tuple(torch.stack(correct).sum(0).tolist()),
+def _out_of_memory(error: BaseException, trainer: Trainer) -> SretError:
+    """The user's error, with what was in use and predicted, and what can be done about it."""
+    spec, step = trainer.spec, trainer.progress.step + 1
+    at_once = -(-spec.batch_size // spec.accumulation)
+    advice, predicted = "use a smaller model or fewer layers", ""
+    if at_once > 1:
+        parts = range(spec.accumulation + 1, spec.batch_size + 1)
+        fewer = next(n for n in parts if spec.batch_size % n == 0)
+        advice = f"use train.accumulation = {fewer}, or a smaller batch_size"
+    if isinstance(trainer.run.model, ModelSpec):
+        setting = Setting(at_once, spec.precision, trainer.device.type, spec.opt)
+        needed = predict(trainer.run.model, setting, spec.recompute)[0].training_memory_bytes
+        predicted = f", {needed / 1e9:.1f} GB predicted"
+        room = free_bytes(trainer.device) + used_bytes(trainer.device)
+        fits = largest_batch(trainer.run.model, setting, spec.recompute, room)
+        if 0 < fits < at_once:
+            advice += f" ({fits:,} images fit at a time)"
+    reason = str(error).partition("\n")[0] or "the allocator gave up"
+    return SretError(
+        f"out of memory at step {step} with {at_once:,} images at a time: "
+        f"{peak_gigabytes(trainer.device)} in use at the most{predicted} ({reason}); {advice}",
+        RESOURCES,
+        status="out_of_memory",
     )
+
+
+def used_bytes(device: torch.device) -> int:
+    """What this process has of a device's memory now; on a CPU it is not told apart."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+
+def peak_gigabytes(device: torch.device) -> str:
+    """The most memory that was in use so far: CUDA's allocator's, or this process's."""
+    if device.type == "cuda":
+        used = torch.cuda.max_memory_allocated(device)
+    else:
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return f"{used / 1e9:.1f} GB"

@@ -42,6 +42,9 @@ def evaluate(
         str | None,
         typer.Option(help="A folder with val/ or test/, and as many classes as the model."),
     ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Its kind, where it is no folder: tar, hfds, wds …")
+    ] = None,
     img_size: Annotated[
         int | None, typer.Option(help="Of the images; position embeddings are resampled.")
     ] = None,
@@ -66,9 +69,9 @@ def evaluate(
 ) -> None:
     """Evaluate a run, or a converted model, on test images; twice the same is bitwise the same."""
     from sret_cli import report
+    from sret_cli.evaluate import evaluate_run
     from sret_cli.launch import Display
     from sret_cli.records import make_directory, newest_run
-    from sret_cli.train import evaluate_run
 
     check_device(device)
     directory = directory or newest_run(runs)
@@ -79,7 +82,7 @@ def evaluate(
         rows = [
             evaluate_run(
                 *(directory, data_dir, batch_size, precision, device, workers, changes),
-                *(reference_shuffle, on_step, count),
+                *(reference_shuffle, on_step, count, dataset),
             )
             for count in counts
         ]

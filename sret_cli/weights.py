@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sret_cli.backbone import read_spec
 from sret_cli.errors import CHECKPOINT, USAGE, SretError
 from sret_cli.model import SReT, build_model
-from sret_cli.records import make_directory, read_json, write_atomically, write_json
+from sret_cli.records import CONFIG_FILE, make_directory, read_json, write_atomically, write_json
 from sret_cli.recurse import build_any
 from sret_cli.reference import from_reference, layout, recognise, to_reference
 from sret_cli.safe_read import State, read_tensors, without_prefix
@@ -25,7 +25,6 @@ from sret_cli.spec import ModelSpec, preset
 from sret_cli.study import resolve_sret
 
 WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
 REFERENCE_FILE = "model.pth"
 
 MAX_TABLE_LINES = 20
@@ -114,6 +113,27 @@ def load_model(directory: Path, changes: Mapping[str, Any] | None = None) -> Any
     _check_shapes(model.state_dict(), tensors, str(path))
     model.load_state_dict(_like(model.state_dict(), tensors, str(path)))
     return model
+
+
+def load_weights(model: Any, directory: Path) -> None:
+    """Loads what a directory holds into a model of the same design.
+
+    Position embeddings of another image size are resampled; a head for other classes stays fresh.
+
+    Raises:
+        SretError: a file is missing or damaged, or the weights are of another model.
+    """
+    path = directory / WEIGHTS_FILE
+    if not path.is_file():
+        raise SretError(f"{directory} has no {WEIGHTS_FILE}; name a trained run", CHECKPOINT)
+    tensors, state = read_tensors(path), model.state_dict()
+    if isinstance(model.spec, ModelSpec):
+        tensors = _fitted(tensors, model.spec)
+    for key in ("head.weight", "head.bias"):
+        if key in tensors and key in state and tensors[key].shape[0] != state[key].shape[0]:
+            tensors[key] = state[key]
+    _check_shapes(state, tensors, str(path))
+    model.load_state_dict(_like(state, tensors, str(path)))
 
 
 def changed(spec: ModelSpec, changes: Mapping[str, Any]) -> ModelSpec:

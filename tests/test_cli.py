@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from sret_cli import launch
+from sret_cli.records import cannot_write, locked
+from sret_cli.study import load_study
 
 # A study that trains in seconds: five passes of a tiny model, two depths.
 STUDY = """
@@ -116,7 +118,8 @@ def test_a_study_is_run_reported_and_not_run_again(sret, study):
         assert row["peak_memory_bytes"] is None
         assert row["torch_version"] == torch.__version__
         assert {p.name for p in path.parent.iterdir()} == {
-            *("config.json", "metrics.jsonl", "model.safetensors", "row.json"),
+            *("config.json", "metrics.jsonl", "model.safetensors", "row.json", "checkpoint-5"),
+            ".lock",
         }
     code, again, err = sret("run", study)
     assert (code, again) == (0, out)
@@ -186,6 +189,7 @@ def test_a_run_that_fails_is_a_row_with_its_error_and_the_others_go_on(sret, stu
     failed = [row for row in rows if row["error"]]
     assert sorted(row["train.lr"] for row in failed) == [1e30, 1e30]
     assert all("diverged" in row["error"] for row in failed)
+    assert sorted(row["status"] for row in rows) == ["diverged", "diverged", "done", "done"]
     assert all(row["top1_percent"] is None for row in failed)
     assert len([row for row in rows if row["top1_percent"]]) == 2
     code, out, _ = sret("report", study)
@@ -209,7 +213,56 @@ def test_running_out_of_memory_is_a_row_with_its_error_and_exit_7(sret, study, m
     code, _, err = sret("train", study)
     assert code == 7
     assert "out of memory" in err
-    assert len(list(study.parent.glob("runs/depth/*/row.json"))) == 2
+    rows = [json.loads(p.read_text()) for p in study.parent.glob("runs/depth/*/row.json")]
+    assert [row["status"] for row in rows] == ["out_of_memory", "out_of_memory"]
+
+
+def test_a_run_that_another_process_has_is_left_to_it_and_the_others_are_done(sret, study):
+    (first, second) = load_study(study).runs
+    with locked(first.directory(study.parent / "runs")):
+        process = start("train", study, cwd=study.parent)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert f"is in use by process {os.getpid()} on " in err
+    assert not (first.directory(study.parent / "runs") / "row.json").exists()
+    assert (second.directory(study.parent / "runs") / "row.json").exists()
+
+
+def test_a_full_disk_ends_the_study_and_leaves_no_row(sret, study, monkeypatch):
+    def full(*_):
+        raise cannot_write(study, OSError(28, "No space left on device"), 1_000_000)
+
+    monkeypatch.setattr(launch, "_do", full)
+    code, _, err = sret("train", study)
+    assert code == 7
+    assert "(1,000,000 bytes, and " in err
+    assert list(study.parent.glob("runs/depth/*/row.json")) == []
+
+
+def test_a_run_goes_on_with_more_epochs_beside_the_run_of_fewer(sret):
+    code, out, _ = sret("train", *QUICK, "--json")
+    (first,) = json.loads(out)
+    directory = f"runs/train/{first['run_id']}"
+    code, out, _ = sret("train", "--resume", directory, "--epochs", 2, "--json")
+    (second,) = json.loads(out)
+    assert (code, second["train.epochs"], second["continues"]) == (0, 2, first["run_id"])
+    code, out, err = sret("train", "--resume", directory, "--json")
+    assert (code, json.loads(out)) == (0, [first])
+    code, _, err = sret("train", "--resume", directory, "--seed", 1, "--layers", 8)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "leave out layers, seed" in err
+    assert "epochs; give more than that" not in err
+    assert sret("report")[0] == 0
+
+
+def test_without_a_terminal_there_is_a_line_of_progress_now_and_then(sret, monkeypatch):
+    monkeypatch.setattr(launch, "SECONDS_A_LINE", 0)
+    code, _, err = sret("train", *QUICK)
+    assert code == 0
+    line = err.splitlines()[-3]
+    assert "step 5 of 5, loss " in line
+    for part in (", lr ", " images/s, ", " GB, ", " left"):
+        assert part in line
 
 
 def test_our_own_errors_are_not_hidden(sret, monkeypatch):
@@ -255,6 +308,9 @@ def test_our_own_errors_are_not_hidden(sret, monkeypatch):
         (["train", "--dataset", "cifar"], 3, "unknown dataset 'cifar'"),
         (["train", "--dataset", "folder"], 3, "--data-dir"),
         (["train", "--dataset", "folder", "--data-dir", "nowhere"], 4, "no folder nowhere"),
+        (["train", "--data-dir", "nowhere"], 4, "no folder nowhere"),
+        (["train", "--synthetic", "--dataset", "digits"], 2, "--synthetic needs no other data"),
+        (["train", "--on-bad-image", "ask"], 3, "on_bad_image = 'ask'"),
         (["train", "--epochs", 0], 3, "epochs = 0"),
         (["train", "--set", "train.opt=adamv"], 3, "unknown opt 'adamv'; did you mean"),
         (["train", "--runs", "file/x", *QUICK], 2, "cannot write file/x"),
@@ -332,7 +388,7 @@ def test_a_stopped_study_says_what_it_kept_and_goes_on(study, number, code):
     assert process.returncode == code
     assert "Traceback" not in err
     assert "stopped: 1 of 2 runs are done and kept in runs/depth" in err
-    assert "type the same command to go on" in err
+    assert "type the same command to go on where the one under way was" in err
     assert len(list(study.parent.glob("runs/depth/*/row.json"))) == 1
 
     study.write_text(study.read_text().replace("100", "2"))

@@ -126,7 +126,9 @@ def test_what_cannot_be_built_is_refused_in_one_line(values, message):
     [
         ({"dataset": "digit"}, "unknown dataset 'digit'; did you mean 'digits'"),
         ({"dataset": "folder"}, "--data-dir"),
-        ({"data_dir": "x"}, "not used by dataset = 'digits'"),
+        ({"dataset": "torch/cifar10"}, "--data-dir"),
+        ({"dataset": "tfds/cats"}, "unknown dataset 'tfds/cats'; .*hfds/NAME"),
+        ({"dataset": "digits", "data_dir": "x"}, "not used by dataset = 'digits'"),
         ({"epochs": 0}, "epochs = 0"),
         ({"epochs": 3, "warmup_epochs": 3}, "warm-up"),
         ({"lr": float("inf")}, "lr = inf"),
@@ -140,7 +142,9 @@ def test_training_that_cannot_be_is_refused(values, message):
 
 
 def test_a_folder_of_images_is_flipped_and_cropped_where_nothing_else_is_said():
-    assert TrainSpec(dataset="folder", data_dir="x").hflip == 0.5
+    assert TrainSpec(data_dir="x").dataset == "folder"
+    assert TrainSpec(dataset="wds/", data_dir="x").dataset == "wds"
+    assert TrainSpec(data_dir="x").hflip == 0.5
     assert TrainSpec(dataset="folder", data_dir="x", hflip=0.0).hflip == 0.0
     assert TrainSpec().hflip == 0.0
 

@@ -25,6 +25,9 @@ def losses(directory):
 def test_training_writes_what_it_did_and_what_it_made(tiny, tmp_path):
     row = train(run_of(tiny), tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".lock",
+        "checkpoint-10",
+        "checkpoint-5",
         "config.json",
         "metrics.jsonl",
         "model.safetensors",
@@ -111,6 +114,8 @@ def test_accuracy_is_counted_over_every_image(tiny):
 
         def __len__(self):
             return 3
+
+        normalize = staticmethod(torch.Tensor.float)
 
         def epoch(self, epoch):
             targets = torch.tensor([1] * 7 + [2] * 2 + [5])

@@ -1,0 +1,192 @@
+"""What is wrong with a folder of images: every file decoded once, as training decodes it."""
+
+import csv
+import hashlib
+import io
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sret_cli.errors import DATA, SretError
+from sret_cli.folders import TEST_NAMES, class_folders, image_root
+from sret_cli.records import write_atomically
+from sret_cli.sources import UNREADABLE, decode, find_images, unreadable
+
+FILES_A_TASK = 16
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One line of the manifest: a file, and what it holds where it can be decoded.
+
+    `pixels_sha256` is of the decoded pixels as RGB: equal for copies in another format.
+    """
+
+    path: str
+    split: str
+    class_name: str
+    bytes: int | None = None
+    width: int | None = None
+    height: int | None = None
+    mode: str | None = None
+    frames: int | None = None
+    alpha: bool | None = None
+    sha256: str | None = None
+    pixels_sha256: str | None = None
+    error: str | None = None
+
+    def oddities(self) -> list[str]:
+        """What about it may surprise: training converts such images to RGB or grey."""
+        if self.mode is None:
+            return []
+        found = {
+            "CMYK": self.mode == "CMYK",
+            "16 bits or more": self.mode in ("I", "F") or self.mode.startswith("I;16"),
+            "palette": self.mode == "P",
+            "alpha": bool(self.alpha),
+            "several frames": (self.frames or 1) > 1,
+        }
+        return [kind for kind, is_so in found.items() if is_so]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a check found, over all files of a folder."""
+
+    files: list[Checked]
+
+    @property
+    def unreadable(self) -> list[Checked]:
+        """The files that cannot be decoded."""
+        return [file for file in self.files if file.error is not None]
+
+    def duplicates(self) -> list[list[str]]:
+        """Paths of the same bytes, or of the same pixels, in more than one split."""
+        found: dict[tuple[str, ...], None] = {}
+        for key in ("sha256", "pixels_sha256"):
+            same = defaultdict(list)
+            for file in self.files:
+                same[getattr(file, key)].append(file)
+            same.pop(None, None)
+            groups = [group for group in same.values() if len({f.split for f in group}) > 1]
+            found |= dict.fromkeys(tuple(sorted(f.path for f in group)) for group in groups)
+        return [list(paths) for paths in found]
+
+    def splits(self) -> dict[str, dict[str, int]]:
+        """Images, classes and bytes of each split."""
+        table: dict[str, dict[str, int]] = {}
+        for name in dict.fromkeys(file.split for file in self.files):
+            own = [file for file in self.files if file.split == name]
+            table[name] = {
+                "images": len(own),
+                "classes": len({file.class_name for file in own} - {""}),
+                "bytes": sum(file.bytes or 0 for file in own),
+            }
+        return table
+
+    def missing_classes(self) -> dict[str, list[str]]:
+        """The classes that a split has no image of, and another has."""
+        classes = defaultdict(set)
+        for file in self.files:
+            if file.class_name:
+                classes[file.split].add(file.class_name)
+        every = set().union(*classes.values())
+        return {split: sorted(every - own) for split, own in classes.items() if every - own}
+
+    def odd(self) -> dict[str, list[str]]:
+        """The paths of files of odd kinds."""
+        found = defaultdict(list)
+        for file in self.files:
+            for kind in file.oddities():
+                found[kind].append(file.path)
+        return dict(found)
+
+    def summary(self) -> dict[str, Any]:
+        """All findings, as plain values."""
+        return {
+            "images": len(self.files),
+            "splits": self.splits(),
+            "unreadable": {file.path: file.error for file in self.unreadable},
+            "duplicates": self.duplicates(),
+            "missing_classes": self.missing_classes(),
+            "odd": self.odd(),
+        }
+
+
+def check_folder(
+    data_dir: Path, workers: int | None, on_step: Callable[[int, int, str], None]
+) -> Findings:
+    """Decodes every image of a folder once, in as many processes as there are cores.
+
+    The splits are `train/`, `test/`, `val/` and `validation/`, as far as they are there; without
+    any, the folder is one split. A class is a folder in a split.
+
+    Raises:
+        SretError: there is no such folder, or no image in it.
+    """
+    root = image_root(data_dir)
+    names = [name for name in ("train", *TEST_NAMES) if (root / name).is_dir()]
+    jobs = [job for name in names or [""] for job in _files(root, name)]
+    if not jobs:
+        raise SretError(f"no images in {data_dir}; name a folder with train/ and test/", DATA)
+    found: list[Checked] = []
+    bad = 0
+    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+        try:
+            for checked in pool.map(check_file, jobs, chunksize=FILES_A_TASK):
+                found.append(checked)
+                bad += checked.error is not None
+                on_step(len(found), len(jobs), f"{bad} cannot be read")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return Findings(found)
+
+
+def _files(root: Path, split: str) -> list[Checked]:
+    """The images of a split, unread: those in its folders of classes, and those beside them."""
+    folder, found = root / split, []
+    for name in class_folders(folder):
+        found += [Checked(str(path), split, name) for path in find_images(folder / name)]
+    alone = [path for path in find_images(folder) if path.parent == folder]
+    return found + [Checked(str(path), split, "") for path in alone]
+
+
+def check_file(job: Checked) -> Checked:
+    """The line of the manifest of a file."""
+    try:
+        data = Path(job.path).read_bytes()
+    except OSError as error:
+        return Checked(job.path, job.split, job.class_name, error=str(error))
+    known: dict[str, Any] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    try:
+        pixels = decode(io.BytesIO(data), "RGB")
+        with Image.open(io.BytesIO(data)) as image:
+            known |= {"width": image.width, "height": image.height, "mode": image.mode}
+            known["frames"] = getattr(image, "n_frames", 1)
+            known["alpha"] = "A" in image.getbands() or "transparency" in image.info
+        known["pixels_sha256"] = hashlib.sha256(
+            f"{pixels.size}".encode() + pixels.tobytes()
+        ).hexdigest()
+    except UNREADABLE as error:
+        known["error"] = str(unreadable(job.path, error))
+    return Checked(job.path, job.split, job.class_name, **known)
+
+
+def write_manifest(findings: Findings, path: Path) -> None:
+    """Writes one line a file, as CSV, atomically.
+
+    Raises:
+        SretError: it cannot be written.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Checked)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(map(asdict, findings.files))
+    write_atomically(path, text.getvalue())

@@ -1,0 +1,82 @@
+"""The commands about data: check a folder of images."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sret_cli.errors import DATA, SretError
+from sret_cli.flags import Json, Output, notes, print_json
+
+SHOWN = 10  # of a long list; the manifest and --json have all
+
+data_app = typer.Typer(
+    name="data", help="Check images before they are trained on.", rich_markup_mode=None
+)
+
+
+@data_app.callback()
+def data_root() -> None:
+    """Check images before they are trained on."""
+
+
+@data_app.command()
+def check(
+    data_dir: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder with train/ and test/.")
+    ],
+    manifest: Annotated[
+        Path | None, typer.Option(help="The list of all files; DIR's name and .csv if not given.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; one a core if not given.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Decode every image once, and list what is wrong or odd; exit 4 where one cannot be read.
+
+    Also lists images that are in two splits, by their bytes or pixels, and classes that a split has
+    no images of. The manifest holds sizes, modes and SHA-256 of all files.
+    """
+    from sret_cli.data_check import check_folder, write_manifest
+    from sret_cli.launch import Display
+
+    path = manifest or Path(f"{Path(os.path.abspath(data_dir)).name}.csv")
+    with Display(notes(), f"check {data_dir}", 1).showing() as on_step:
+        findings = check_folder(data_dir, workers, on_step)
+    write_manifest(findings, path)
+    summary = findings.summary()
+    if json_:
+        print_json(summary)
+    else:
+        show(summary)
+    notes().print(f"wrote {path}")
+    if bad := len(findings.unreadable):
+        files = f"{bad:,} of {len(findings.files):,} images"
+        raise SretError(f"{files} cannot be read; mend or remove them", DATA)
+
+
+def show(summary: dict) -> None:
+    """Prints what a check found."""
+    out = Output()
+    for split, counts in summary["splits"].items():
+        size = f"{counts['images']:,} images of {counts['classes']:,} classes"
+        out.print(f"{split or 'all'}: {size}, {counts['bytes'] / 1e6:,.1f} MB")
+    for error in summary["unreadable"].values():
+        out.print(error)
+    for kind, paths in summary["odd"].items():
+        _list(f"{kind}: {len(paths):,} images", paths)
+    duplicates = [" = ".join(paths) for paths in summary["duplicates"]]
+    if duplicates:
+        _list(f"the same image in two splits: {len(duplicates):,}", duplicates)
+    for split, classes in summary["missing_classes"].items():
+        _list(f"{split} has no images of {len(classes):,} classes", classes)
+
+
+def _list(title: str, lines: list[str]) -> None:
+    Output().print(title)
+    for line in lines[:SHOWN]:
+        Output().print(f"  {line}")
+    if len(lines) > SHOWN:
+        Output().print(f"  and {len(lines) - SHOWN:,} more")

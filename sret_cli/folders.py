@@ -1,0 +1,65 @@
+"""Where a folder of images keeps its splits and classes."""
+
+import csv
+from pathlib import Path
+
+from sret_cli.errors import DATA, SretError
+
+TEST_NAMES = ("test", "val", "validation", "valid")
+KAGGLE_IMAGENET = Path("ILSVRC", "Data", "CLS-LOC")
+KAGGLE_LABELS = "LOC_val_solution.csv"
+
+
+def image_root(data_dir: Path) -> Path:
+    """The folder with `train/`: `data_dir`, or the one in ImageNet as Kaggle unpacks it.
+
+    Raises:
+        SretError: there is no such folder.
+    """
+    if not data_dir.is_dir():
+        raise SretError(f"no folder {data_dir}; --data-dir names one with train/ and test/", DATA)
+    inner = data_dir / KAGGLE_IMAGENET
+    return inner if inner.is_dir() else data_dir
+
+
+def find_test(root: Path) -> Path | None:
+    """The folder of test images in a root; of several, the first with a folder a class."""
+    found = [root / name for name in TEST_NAMES if (root / name).is_dir()]
+    return next((folder for folder in found if class_folders(folder)), found[0] if found else None)
+
+
+def class_folders(folder: Path) -> list[str]:
+    """The names of the folders in a folder, sorted, without hidden ones."""
+    names = (entry.name for entry in folder.iterdir() if entry.is_dir())
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def folder_classes(data_dir: Path) -> list[str]:
+    """The class names of an image folder: the sorted directories of its `train/`.
+
+    Raises:
+        SretError: there is no such folder, it has no `train/`, or that has fewer than two classes.
+    """
+    root = image_root(data_dir)
+    train = root / "train"
+    if not train.is_dir():
+        raise SretError(f"{root} has no train/; put one folder of images a class in it", DATA)
+    classes = class_folders(train)
+    if len(classes) < 2:
+        raise SretError(
+            f"{train} has {len(classes)} class folders; give it 2 or more, each with its images",
+            DATA,
+        )
+    return classes
+
+
+def kaggle_labels(data_dir: Path) -> tuple[Path, dict[str, str]] | None:
+    """The flat `val/` of ImageNet as Kaggle unpacks it, and each image's class; None elsewhere."""
+    solution = data_dir / KAGGLE_LABELS
+    if not solution.is_file() or not (data_dir / KAGGLE_IMAGENET / "val").is_dir():
+        return None
+    with solution.open(newline="", encoding="utf-8") as file:
+        labels = {
+            row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)
+        }
+    return data_dir / KAGGLE_IMAGENET / "val", labels

@@ -1,0 +1,145 @@
+"""Labelled images in tar files and in the datasets of torchvision and Hugging Face, by timm."""
+
+import os
+import sys
+import tarfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from timm.data import create_dataset
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+
+from sret_cli.errors import DATA, SretError
+from sret_cli.folders import TEST_NAMES
+from sret_cli.sources import Indexed, Source
+
+
+@cache
+def named_source(dataset: str, data_dir: str | None, training: bool) -> Source:
+    """The training or test images of `tar`, `hfds`, `hfds/NAME` or `torch/NAME`.
+
+    Raises:
+        SretError: they are not there, or are not labelled images.
+    """
+    if dataset == "tar":
+        return tar_source(Path(data_dir or ""), training)
+    if dataset.startswith("torch/"):
+        return torchvision_source(dataset, str(data_dir), training)
+    return hugging_face_source(dataset, data_dir, training)
+
+
+def tar_source(data_dir: Path, training: bool) -> Source:
+    """Images in `train.tar` or in the tars in `train/`, and so for test; a folder or tar a class.
+
+    Raises:
+        SretError: there is none, it cannot be read, or it has a class that `train` has not.
+    """
+    found = _tar(data_dir, ("train",))
+    root = found if training else _tar(data_dir, TEST_NAMES)
+    if root is None:
+        names = "train.tar" if training else "test.tar or val.tar"
+        raise SretError(f"{data_dir} has no {names}, nor a folder of tar files of that name", DATA)
+    try:
+        # A tar file that stayed open would be shared by all workers, with one position.
+        reader = ReaderImageInTar(str(root), cache_tarfiles=False)
+    except (OSError, ValueError, AssertionError, tarfile.TarError) as error:
+        raise SretError(f"cannot read {root}: {error or 'no images in it'}", DATA) from None
+    classes = tuple(map(str, reader.class_name_to_idx))
+    if training or found is None:
+        return Source(str(root), reader, classes)
+    trained = tar_source(data_dir, True).classes
+    others = [name for name in classes if name not in set(trained)]
+    if others:
+        raise SretError(f"{root} has the class {others[0]!r}, which {found} has not", DATA)
+    reader.targets = np.array([trained.index(name) for name in classes])[reader.targets]
+    return Source(str(root), reader, trained)
+
+
+def _tar(data_dir: Path, names: Sequence[str]) -> Path | None:
+    for name in names:
+        if (data_dir / f"{name}.tar").is_file():
+            return data_dir / f"{name}.tar"
+        if any((data_dir / name).glob("*.tar")):
+            return data_dir / name
+    return None
+
+
+def torchvision_source(dataset: str, root: str, training: bool) -> Source:
+    """Images of one of torchvision's datasets, which lie in `root`; nothing is downloaded.
+
+    Raises:
+        SretError: they are not there, or timm does not know the name.
+    """
+    split = "train" if training else "validation"
+    try:
+        found = create_dataset(dataset, root, split, download=False)
+    except (AssertionError, OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "timm cannot make it"
+        raise SretError(
+            f"dataset = {dataset!r} in {root}: {reason.removesuffix('.')}; put its files there, "
+            "as torchvision.datasets downloads them",
+            DATA,
+        ) from None
+    classes = getattr(found, "classes", None)
+    if not classes:
+        raise SretError(f"dataset = {dataset!r} has no classes to train on", DATA)
+    names = (", ".join(name) if isinstance(name, tuple) else str(name) for name in classes)
+    return Source(f"{dataset} {split}", Indexed(found), tuple(names))
+
+
+def hugging_face_source(dataset: str, data_dir: str | None, training: bool) -> Source:
+    """Images of a Hugging Face dataset: a folder of parquet files or of images, or a cached one.
+
+    `hfds` alone reads the folder `data_dir`; `hfds/NAME` a folder, or a dataset in the cache, which
+    `data_dir` then is. Nothing is downloaded, unless the environment has HF_HUB_OFFLINE=0.
+
+    Raises:
+        SretError: it is not there, or has no columns of images and classes.
+    """
+    try:
+        import datasets
+        from timm.data.readers.reader_hfds import ReaderHfds
+    except ImportError:
+        raise SretError("hfds needs the package datasets: pip install 'sret[data]'", DATA) from None
+    if "HF_HUB_OFFLINE" not in os.environ:
+        datasets.config.HF_HUB_OFFLINE = True
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    name = dataset.partition("/")[2] or str(data_dir)
+    root = data_dir if "/" in dataset else None
+    try:
+        splits = datasets.load_dataset(name, cache_dir=root)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise SretError(f"cannot read the dataset {name}: {reason}", DATA) from None
+    for split in ("train",) if training else TEST_NAMES:
+        if split not in splits:
+            continue
+        image, label = _columns(name, splits[split].features)
+        labels = splits[split].features[label]
+        numbers = splits[split].unique(label)
+        if not training and set(numbers) == {-1}:
+            continue  # as in ImageNet's own test images, whose classes are secret
+        if not all(isinstance(n, int) and n >= 0 for n in numbers):
+            raise SretError(f"{name}, {split}: {label} holds other than numbers of classes", DATA)
+        names = getattr(labels, "names", None) or map(str, range(max(numbers) + 1))
+        reader = ReaderHfds(name, root, split, input_key=image, target_key=label)
+        return Source(f"{name} {split}", reader, tuple(names))
+    wanted = "train" if training else "labelled " + ", ".join(TEST_NAMES)
+    raise SretError(f"{name} has no split {wanted}, but {', '.join(splits)}", DATA)
+
+
+def _columns(name: str, features: Any) -> tuple[str, str]:
+    """The columns of images and of classes: those of such a type, else those of usual names."""
+    image = [column for column, kind in features.items() if type(kind).__name__ == "Image"]
+    label = [column for column, kind in features.items() if type(kind).__name__ == "ClassLabel"]
+    image += [column for column in ("image", "img") if column in features]
+    label += [column for column in ("label", "labels") if column in features]
+    if not image or not label:
+        raise SretError(
+            f"{name} has the columns {', '.join(features)}; name them image and label", DATA
+        )
+    return image[0], label[0]

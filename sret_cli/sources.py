@@ -1,0 +1,267 @@
+"""Labelled images by index, decoded strictly: folders, `digits` and random ones."""
+
+import struct
+import tarfile
+import warnings
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+from timm.data.readers.img_extensions import get_img_extensions
+from timm.data.readers.reader_image_folder import find_images_and_targets
+
+from sret_cli.errors import DATA, SretError
+from sret_cli.folders import (
+    class_folders,
+    find_test,
+    folder_classes,
+    image_root,
+    kaggle_labels,
+)
+
+# What Pillow raises for files that it cannot decode, or finds absurdly large.
+UNREADABLE = (
+    *(OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, tarfile.TarError),
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
+EXTENSIONS = (*get_img_extensions(), ".bmp", ".gif", ".tif", ".tiff", ".webp")
+SYNTHETIC_IMAGES = 10_240, 1_024  # for training and for test
+
+
+class Images(Protocol):
+    """What timm's readers do: images and classes by index, and where an image comes from."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        """An open file, Pillow's image or an 8-bit array `[Y, X]` or `[Y, X, 3]`; its class."""
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str | None:
+        """The file's path, where it has one."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Labelled images by index, and the names of the classes, where they are known."""
+
+    name: str
+    images: Images
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def open(self, index: int, mode: str) -> tuple[Image.Image, int]:
+        """The image of that index, decoded, and its class.
+
+        Raises:
+            SretError: it cannot be decoded, or is absurdly large; the message names it.
+        """
+        try:
+            found, target = self.images[index]
+            return decode(found, mode), int(target)
+        except UNREADABLE as error:
+            raise unreadable(self.filename(index), error) from None
+
+    def filename(self, index: int) -> str:
+        """What an image is called in messages."""
+        found = self.images.filename(index, absolute=True) or f"image {index}"
+        return found if found.startswith(self.name) else f"{self.name}, {found}"
+
+
+def unreadable(name: str, error: BaseException) -> SretError:
+    """The user's error for an image that cannot be decoded."""
+    reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else error
+    return SretError(f"cannot read {name}: {reason}; mend or remove it", DATA)
+
+
+def decode(found: Any, mode: str) -> Image.Image:
+    """An open file, an image or an array as an image of 8 bits of that mode.
+
+    Raises:
+        ValueError, OSError and others of `UNREADABLE`: it cannot be decoded, or has more pixels
+            than Pillow thinks sane.
+    """
+    if isinstance(found, np.ndarray):
+        return Image.fromarray(found).convert(mode)
+    if isinstance(found, Image.Image):
+        return eight_bits(found).convert(mode)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with found, Image.open(found) as image:
+            return eight_bits(image).convert(mode)
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """An image with 16 bits a pixel scaled to 8, where Pillow would clip; others as they are.
+
+    Raises:
+        ValueError: its pixels have no known range.
+    """
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    pixels = np.asarray(image)
+    if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65_535:
+        raise ValueError(f"pixels of mode {image.mode} have no known range")
+    return Image.fromarray((pixels // 257).astype(np.uint8))
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Paths of files, or arrays, and their classes."""
+
+    images: Sequence[str | np.ndarray]
+    targets: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = self.images[index]
+        return open(image, "rb") if isinstance(image, str) else image, self.targets[index]
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str | None:
+        """The path of a file; arrays have none."""
+        image = self.images[index]
+        return image if isinstance(image, str) else None
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """A torchvision dataset."""
+
+    dataset: Any
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.dataset[index]
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str | None:
+        """None: its images are not all files."""
+        return None
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Random images and classes, each drawn from the seed and its index when it is asked for."""
+
+    count: int
+    seed: int
+    shape: tuple[int, ...]  # Y, X and, of colour images, 3
+    classes: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        generator = np.random.default_rng((self.seed, self.count, index))
+        pixels = np.frombuffer(generator.bytes(int(np.prod(self.shape))), np.uint8)
+        return pixels.reshape(self.shape), int(generator.integers(self.classes))
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str | None:
+        """None: there is no file."""
+        return None
+
+
+def synthetic(seed: int, img_size: int, channels: int, classes: int) -> tuple[Source, Source]:
+    """Random images that need no augmentation: 10,240 for training, 1,024 for test."""
+    shape = (img_size, img_size) if channels == 1 else (img_size, img_size, channels)
+    train, test = (Synthetic(count, seed, shape, classes) for count in SYNTHETIC_IMAGES)
+    names = tuple(map(str, range(classes)))
+    return Source("synthetic", train, names), Source("synthetic", test, names)
+
+
+def digits() -> tuple[Source, Source]:
+    """scikit-learn's 1,797 scans of handwritten digits, 8x8: 1,437 for training, 360 for test.
+
+    Source: Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI, 1998.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    data = load_digits()
+    images = np.round(data.images * (255 / 16)).astype(np.uint8)
+    split = train_test_split(
+        images, data.target, test_size=0.2, random_state=0, stratify=data.target
+    )
+    train, test, train_targets, test_targets = split
+    names = tuple(map(str, range(10)))
+    return (
+        Source("digits", Listed(list(train), train_targets.tolist()), names),
+        Source("digits", Listed(list(test), test_targets.tolist()), names),
+    )
+
+
+def train_folder(data_dir: Path) -> Source:
+    """Images of `train/`, one folder a class.
+
+    Raises:
+        SretError: the folder or a class has no images.
+    """
+    folder, classes = image_root(data_dir) / "train", tuple(folder_classes(data_dir))
+    source = _images(folder, classes)
+    assert isinstance(source.images, Listed)
+    empty = sorted(set(range(len(classes))) - set(source.images.targets))
+    if empty:
+        raise SretError(f"no images of class {classes[empty[0]]!r} in {folder}", DATA)
+    return source
+
+
+def test_folder(data_dir: Path) -> Source:
+    """Images of `test/`, `val/` or `validation/`, one folder a class; of several, the first.
+
+    The classes are the folders of `train/` where there is one, else those of the test images. A
+    folder may be empty: so a part of the classes keeps its numbers. ImageNet as Kaggle unpacks it
+    is known by its `LOC_val_solution.csv`.
+
+    Raises:
+        SretError: the folder is missing or has no images, or a class that `train/` has not.
+    """
+    root = image_root(data_dir)
+    test = find_test(root)
+    if test is None:
+        raise SretError(f"{root} has no test/ and no val/; put images to test on in one", DATA)
+    trained = folder_classes(data_dir) if (root / "train").is_dir() else None
+    flat = kaggle_labels(data_dir)
+    if flat is not None and not class_folders(flat[0]):
+        return _labelled(*flat, tuple(trained or sorted(set(flat[1].values()))))
+    classes = class_folders(test)
+    others = [name for name in classes if trained is not None and name not in set(trained)]
+    if others:
+        raise SretError(f"{test} has the class {others[0]!r}, which train/ has not; add it", DATA)
+    return _images(test, tuple(trained or classes))
+
+
+def _images(folder: Path, classes: tuple[str, ...]) -> Source:
+    found = [(path, n) for n, name in enumerate(classes) for path in find_images(folder / name)]
+    if not found:
+        raise SretError(f"no images in {folder}; put them in one folder a class", DATA)
+    return _listed(folder, found, classes)
+
+
+def _labelled(folder: Path, labels: dict[str, str], classes: tuple[str, ...]) -> Source:
+    numbers = {name: number for number, name in enumerate(classes)}
+    found = []
+    for path in find_images(folder):
+        label = labels.get(path.stem)
+        if label not in numbers:
+            raise SretError(f"{path} has the class {label!r}, which is not one of train/", DATA)
+        found.append((path, numbers[label]))
+    return _listed(folder, found, classes)
+
+
+def _listed(folder: Path, found: list[tuple[Path, int]], classes: tuple[str, ...]) -> Source:
+    images = Listed([str(path) for path, _ in found], [target for _, target in found])
+    return Source(str(folder), images, classes)
+
+
+def find_images(folder: Path) -> list[Path]:
+    """The images in a class's folder and the folders in it, in their order; no hidden files."""
+    found, _ = find_images_and_targets(str(folder), types=EXTENSIONS)
+    return [Path(path) for path, _ in found if not Path(path).name.startswith(".")]

@@ -1,0 +1,189 @@
+"""WebDataset shards, read in a row: batches whose order depends on the ranks and the workers."""
+
+import io
+import json
+import random
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from sret_cli.augment import seeded
+from sret_cli.errors import DATA, SretError
+from sret_cli.folders import TEST_NAMES
+from sret_cli.sources import EXTENSIONS, UNREADABLE, decode, unreadable
+
+BUFFERED_SAMPLES = 2_048  # of which the next is drawn
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Tar files, the samples in each, and how many classes there are, where that is known."""
+
+    paths: tuple[str, ...]
+    samples: tuple[int, ...]
+    classes: int | None
+
+
+@cache
+def find_shards(data_dir: str, training: bool) -> Shards:
+    """The shards of a folder whose names contain `train`, or `test`, `val`.
+
+    Their samples are counted by reading all headers, unless an `_info.json` tells, as beside the
+    sets of timm; it does not tell the number of classes.
+
+    Raises:
+        SretError: there are none, they cannot be read, or they have no classes.
+    """
+    try:
+        import webdataset  # noqa: F401
+    except ImportError:
+        raise SretError(
+            "wds needs the package webdataset: pip install 'sret[data]'", DATA
+        ) from None
+    names = ("train",) if training else TEST_NAMES
+    for name in names:
+        paths = sorted(Path(data_dir).glob(f"*{name}*.tar"))
+        if paths:
+            break
+    else:
+        wanted = " or ".join(f"*{name}*.tar" for name in names)
+        raise SretError(f"{data_dir} has no shards {wanted}; --data-dir names their folder", DATA)
+    told = _told(Path(data_dir))
+    if all(path.name in told for path in paths):
+        return Shards(tuple(map(str, paths)), tuple(told[path.name] for path in paths), None)
+    counts, highest = [], -1
+    for path in paths:
+        samples, class_ = _count(path)
+        counts.append(samples)
+        highest = max(highest, class_)
+    if not sum(counts):
+        raise SretError(f"{paths[0]} has no files .cls, which hold the numbers of classes", DATA)
+    return Shards(tuple(map(str, paths)), tuple(counts), highest + 1)
+
+
+def _told(data_dir: Path) -> dict[str, int]:
+    """The samples of each shard, as `_info.json` tells."""
+    path = data_dir / "_info.json"
+    try:
+        splits = json.loads(path.read_bytes())["splits"].values() if path.exists() else ()
+        pairs = [zip(s["filenames"], s["shard_lengths"], strict=True) for s in splits]
+        return {name: int(length) for pair in pairs for name, length in pair}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise SretError(f"{path} does not tell filenames and shard_lengths; remove it") from None
+
+
+def _count(path: Path) -> tuple[int, int]:
+    """The samples of a shard and the highest class among them."""
+    samples, highest = 0, -1
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name.endswith(".cls"):
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    samples, highest = samples + 1, max(highest, int(file.read()))
+    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
+        raise SretError(f"cannot read {path}: {error}; mend or remove it", DATA) from None
+    return samples, highest
+
+
+class Stream(IterableDataset):
+    """One rank's batches of an epoch over shards, from batch `start` on, as lists of samples.
+
+    With a seed, shards and samples are shuffled, and a worker whose shards are at their end before
+    those of others begins them again: all ranks have as many batches. Without, each sample comes
+    once. The same number of ranks and workers gives the same batches again.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        transform: Any,
+        mode: str,
+        batch_size: int,
+        seed: int | None,
+        rank: int,
+        world_size: int,
+        workers: int,
+    ) -> None:
+        self.shards, self.transform, self.mode, self.seed = shards, transform, mode, seed
+        self.batch_size = batch_size
+        self.rank, self.world_size = rank, world_size
+        self.workers = max(min(workers, len(shards.paths) // world_size), 1)
+        self.epoch, self.start = 0, 0
+        if len(shards.paths) < world_size:
+            raise SretError(
+                f"{len(shards.paths)} shards do not feed {world_size} processes; "
+                "make more shards, or use fewer processes",
+                DATA,
+            )
+
+    @property
+    def _share(self) -> int:
+        return max(self.batch_size // self.world_size, 1)
+
+    def __len__(self) -> int:
+        if self.seed is not None:
+            return max(sum(self.shards.samples) // self.batch_size, 1)
+        own = (self._of_worker(self.shards.samples, worker) for worker in range(self.workers))
+        return sum(-(-sum(samples) // self._share) for samples in own)
+
+    def _of_worker(self, values: Any, worker: int) -> Any:
+        return values[self.rank * self.workers + worker :: self.world_size * self.workers]
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        info = get_worker_info()
+        # The loader asks its workers in turn, the first first, whichever batch it starts at.
+        worker = ((info.id if info is not None else 0) + self.start) % self.workers
+        samples = self._samples(worker)
+        numbers = count(0) if self.seed is None else range(worker, len(self), self.workers)
+        try:
+            for number in numbers:
+                batch = list(islice(samples, self._share))
+                if not batch:
+                    return
+                if self.seed is None or number >= self.start:
+                    yield [self._transformed(sample) for sample in batch]
+        except (OSError, EOFError, tarfile.TarError) as error:
+            yield [SretError(f"cannot read a shard: {error}; mend or remove it", DATA)]
+
+    def _samples(self, worker: int) -> Iterator[dict[str, Any]]:
+        """The undecoded samples of a worker: once, or without end where they are shuffled."""
+        import webdataset
+
+        if self.seed is None:
+            paths = self._of_worker(self.shards.paths, worker)
+            yield from webdataset.DataPipeline(
+                webdataset.SimpleShardList(paths), webdataset.tarfile_to_samples()
+            )
+            return
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.shards.paths)
+        rng = random.Random(f"{self.seed} {self.epoch} {self.rank} {worker}")
+        while True:
+            yield from webdataset.DataPipeline(
+                webdataset.SimpleShardList(self._of_worker(order.tolist(), worker)),
+                webdataset.tarfile_to_samples(),
+                webdataset.shuffle(BUFFERED_SAMPLES, initial=BUFFERED_SAMPLES, rng=rng),
+            )
+
+    def _transformed(self, sample: dict[str, Any]) -> tuple[Any, int] | SretError:
+        name = f"{sample['__url__']}, {sample['__key__']}"
+        extensions = [key for key in sample if f".{key.lower()}" in EXTENSIONS]
+        try:
+            if not extensions or "cls" not in sample:
+                raise ValueError("it has no image, or no file .cls")
+            image = decode(io.BytesIO(sample[extensions[0]]), self.mode)
+            target = int(sample["cls"])
+        except UNREADABLE as error:
+            return unreadable(name, error)
+        if self.seed is None:
+            return self.transform(image), target
+        with seeded(f"{self.seed} {self.epoch} {Path(sample['__url__']).name} {sample['__key__']}"):
+            return self.transform(image), target

@@ -1,0 +1,123 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three different 8x6 images in each of two classes, in train/ and val/."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / "pets" / split / name).mkdir(parents=True)
+            for number in range(3):
+                pixels = generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "pets" / split / name / f"{number}.png")
+    return tmp_path / "pets"
+
+
+def check(sret, folder, code=0):
+    exit_code, out, err = sret("data", "check", folder, "--json")
+    assert exit_code == code
+    return json.loads(out), err
+
+
+def test_a_clean_folder_is_listed_with_its_sizes_and_hashes(sret, folder):
+    code, out, err = sret("data", "check", folder)
+    assert code == 0
+    assert out.startswith("train: 6 images of 2 classes, 0.0 MB\nval: 6 images of 2 classes")
+    assert err == "wrote pets.csv\n"
+    (folder / "train" / "cat" / "0.png").write_bytes((folder / "val/cat/0.png").read_bytes())
+    sret("data", "check", folder, "--manifest", "list.csv", "--workers", "1")
+    with open("list.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 12
+    first = lines[0]
+    assert (first["split"], first["class_name"]) == ("train", "cat")
+    assert (first["width"], first["height"], first["mode"]) == ("8", "6", "RGB")
+    assert len(first["sha256"]) == 64
+    assert first["sha256"] == lines[6]["sha256"]
+    assert first["error"] == ""
+
+
+def test_every_file_that_cannot_be_read_is_named_and_the_exit_code_is_4(sret, folder):
+    (folder / "train" / "cat" / "0.png").write_text("no image")
+    broken = folder / "val" / "dog" / "2.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    (folder / "val" / "dog" / "notes.txt").write_text("not even called an image")
+    found, err = check(sret, folder, code=4)
+    assert list(found["unreadable"]) == [
+        str(folder / "train" / "cat" / "0.png"),
+        str(folder / "val" / "dog" / "2.png"),
+    ]
+    assert "not an image" in next(iter(found["unreadable"].values()))
+    assert err.endswith("sret: 2 of 12 images cannot be read; mend or remove them\n")
+    _, out, _ = sret("data", "check", folder)
+    assert f"cannot read {broken}" in out
+
+
+def test_images_in_two_splits_are_found_by_bytes_and_by_pixels(sret, folder):
+    train, val = folder / "train" / "cat", folder / "val" / "dog"
+    (val / "0.png").write_bytes((train / "0.png").read_bytes())
+    Image.open(train / "1.png").save(val / "1.bmp")
+    (train / "3.png").write_bytes((train / "2.png").read_bytes())  # in one split: no matter
+    found, _ = check(sret, folder)
+    assert found["duplicates"] == [
+        [str(train / "0.png"), str(val / "0.png")],
+        [str(train / "1.png"), str(val / "1.bmp")],
+    ]
+
+
+def test_classes_without_images_in_a_split_are_found(sret, folder):
+    for image in (folder / "val" / "dog").iterdir():
+        image.unlink()
+    found, _ = check(sret, folder)
+    assert found["missing_classes"] == {"val": ["dog"]}
+
+
+def test_images_of_odd_kinds_are_listed(sret, folder):
+    cat = folder / "train" / "cat"
+    Image.new("CMYK", (8, 8)).save(cat / "cmyk.jpg")
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(cat / "deep.png")
+    Image.new("RGBA", (8, 8)).save(cat / "alpha.png")
+    Image.new("P", (8, 8)).save(cat / "palette.png")
+    frames = [Image.new("L", (8, 8), level) for level in (0, 99)]
+    frames[0].save(cat / "moving.gif", save_all=True, append_images=frames[1:])
+    found, _ = check(sret, folder)
+    names = {kind: [p.rpartition("/")[2] for p in paths] for kind, paths in found["odd"].items()}
+    assert names == {
+        "alpha": ["alpha.png"],
+        "CMYK": ["cmyk.jpg"],
+        "16 bits or more": ["deep.png"],
+        "several frames": ["moving.gif"],
+        "palette": ["moving.gif", "palette.png"],
+    }
+
+
+def test_what_training_refuses_as_too_large_the_check_refuses(sret, folder, monkeypatch):
+    Image.new("L", (100, 100)).save(folder / "train" / "cat" / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_000)
+    found, _ = check(sret, folder, code=4)
+    assert "exceeds limit of" in found["unreadable"][str(folder / "train/cat/large.png")]
+
+
+def test_a_folder_without_splits_is_one_split(sret, folder):
+    found, _ = check(sret, folder / "train")
+    assert found["splits"] == {
+        "": {"images": 6, "classes": 2, "bytes": found["splits"][""]["bytes"]}
+    }
+
+
+def test_no_folder_and_no_images_are_data_errors(sret, tmp_path):
+    code, _, err = sret("data", "check", "nowhere")
+    assert (code, err) == (
+        4,
+        "sret: no folder nowhere; --data-dir names one with train/ and test/\n",
+    )
+    (tmp_path / "empty").mkdir()
+    code, _, err = sret("data", "check", "empty")
+    assert code == 4
+    assert "no images in empty" in err

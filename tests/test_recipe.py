@@ -1,0 +1,194 @@
+import copy
+import json
+
+import pytest
+import torch
+
+from sret_cli.backbone import BackboneSpec
+from sret_cli.data import load_data
+from sret_cli.errors import SretError
+from sret_cli.optimizer import create_ema, create_optimizer, create_schedule
+from sret_cli.recipe import TrainSpec
+from sret_cli.recurse import build_any
+from sret_cli.study import Run, resolve
+from sret_cli.train import evaluate_run, train
+from sret_cli.trainer import Trainer
+
+VIT = BackboneSpec(backbone="vit_tiny_patch16_224", img_size=16, num_classes=10)
+
+
+def test_the_recipe_of_the_paper_is_filled_in():
+    spec = TrainSpec(recipe="sret").model_dump()
+    expected = {
+        "epochs": 300,
+        "batch_size": 1024,
+        "opt": "adamw",
+        "lr": 0.002,  # 0.001 for 512 images
+        "weight_decay": 0.05,
+        "sched": "cosine",
+        "warmup_epochs": 30,
+        "smoothing": 0.1,
+        "clip_grad": 0.0,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "model_ema_decay": 0.99996,
+        "auto_augment": "rand-m9-mstd0.5-inc1",
+        "reprob": 0.25,
+        "aug_repeats": 3,
+    }
+    assert {key: spec[key] for key in expected} == expected
+    assert resolve("t", {}, {"recipe": "sret"}).model.drop_path_rate == 0.1
+
+
+def test_recipes_differ_where_they_were_published_to_differ():
+    deit = TrainSpec(recipe="deit", batch_size=512)
+    assert (deit.lr, deit.warmup_epochs, deit.min_lr) == (5e-4, 5, 1e-5)
+    tune = TrainSpec(recipe="finetune")
+    assert (tune.lr, tune.weight_decay, tune.epochs, tune.warmup_epochs) == (5e-6, 1e-8, 30, 0)
+    small = TrainSpec(recipe="small", epochs=3)
+    assert (small.lr, small.batch_size, small.mixup) == (1e-3, 128, 0.2)
+
+
+def test_every_value_can_be_set_over_the_recipes():
+    spec = TrainSpec(recipe="sret", batch_size=256, mixup=0.0, epochs=100)
+    assert (spec.lr, spec.mixup, spec.cutmix, spec.epochs) == (5e-4, 0.0, 1.0, 100)
+    assert TrainSpec(recipe="deit", lr=1.0, batch_size=8).lr == 1.0
+    assert TrainSpec(recipe="deit", batch_size=8).min_lr == 5e-4 * 8 / 512
+    run = resolve("t", {"drop_path_rate": 0.3}, {"recipe": "sret"})
+    assert run.model.drop_path_rate == 0.3
+    assert spec.with_values(seed=1).lr == 5e-4
+
+
+def test_no_recipe_changes_nothing():
+    assert TrainSpec(recipe="none") == TrainSpec()
+    assert resolve("t", {}, {}).model.drop_path_rate == 0.0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"recipe": "deti"}, "unknown recipe 'deti'; did you mean 'deit'"),
+        ({"recipe": "sret", "epochs": 20}, "30 warm-up epochs leave nothing of 20 epochs"),
+        ({"accumulation": 7}, "64 is not accumulation = 7 equal parts; use 70"),
+        ({"mixup": 0.1, "batch_size": 9}, "9 is odd, and mixup mixes pairs of images; use 10"),
+        ({"sched": "cosin"}, "sched = 'cosin'"),
+        ({"layer_decay": 0.0}, "layer_decay = 0.0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(values, message):
+    with pytest.raises(SretError, match=message):
+        TrainSpec(**values)
+
+
+@pytest.mark.parametrize(
+    ("sched", "halfway", "last"),
+    [
+        ("cosine", 5.05e-4, 1e-3 * (0.01 + 0.99 * 0.0244717)),
+        ("step", 1e-4, 1e-4),
+        ("multistep", 1e-4, 1e-5),
+        ("constant", 1e-3, 1e-3),
+    ],
+)
+def test_schedules_have_timms_names(sched, halfway, last):
+    spec = TrainSpec(
+        **{"sched": sched, "epochs": 10, "warmup_epochs": 0, "lr": 1e-3, "min_lr": 1e-5},
+        **{"decay_epochs": 5, "decay_milestones": [4, 8]},
+    )
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    schedule, rates = create_schedule(optimizer, spec, 1), []
+    for step in range(10):
+        schedule.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == pytest.approx(1e-3)
+    assert rates[5] == pytest.approx(halfway)
+    assert rates[9] == pytest.approx(last, rel=1e-4)
+
+
+def test_layers_nearer_to_the_input_learn_more_slowly(tiny):
+    model = build_any(tiny.with_values(nll="per_pass", nll_ratio=1.0))
+    optimizer = create_optimizer(model, TrainSpec(layer_decay=0.5))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    scales = {
+        names[id(parameter)]: group["lr_scale"]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert len(scales) == len(names)
+    assert scales["head.weight"] == 1.0
+    assert scales["stages.2.blocks.0.attn.qkv.weight"] == scales["pools.1.conv.weight"] == 0.5
+    assert scales["stages.1.blocks.1.attn.qkv.weight"] == 0.25
+    assert scales["stages.1.nlls.2.mlp.fc1.weight"] == scales["stages.1.nlls.3.norm.bias"] == 0.25
+    assert scales["stages.1.blocks.0.attn.qkv.weight"] == 0.125
+    assert scales["stages.0.blocks.0.attn.qkv.weight"] == 0.0625
+    assert scales["stem.conv1.weight"] == scales["pos_embed"] == 0.03125
+
+
+def trainer_of(model, **values):
+    spec = TrainSpec(**{"epochs": 1, "warmup_epochs": 0, "batch_size": 240, **values})
+    run = Run("test", "test", model, spec)
+    loader, _ = load_data(spec, model)
+    return Trainer(run, loader, torch.device("cpu")), next(iter(loader.epoch(0)))
+
+
+def test_a_step_in_parts_is_the_step_as_a_whole_up_to_rounding():
+    losses, weights = [], []
+    for parts in (1, 3):
+        trainer, batch = trainer_of(VIT, accumulation=parts, opt="sgd")
+        losses.append(trainer.step(*batch))
+        weights.append(trainer.module.state_dict())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert all(torch.allclose(weights[0][k], weights[1][k], atol=1e-6) for k in weights[0])
+    assert trainer.progress.step == 1
+
+
+def test_mixed_targets_are_drawn_from_the_seed_and_the_step(tiny):
+    losses = []
+    for seed in (0, 0, 1):
+        trainer, batch = trainer_of(tiny, mixup=0.8, cutmix=1.0, seed=seed)
+        torch.rand(3)
+        losses.append(trainer.step(*batch))
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("kind", ["sret", "tied"])
+def test_a_shared_tensor_is_averaged_once_in_a_step(tiny, kind):
+    model = build_any(tiny if kind == "sret" else VIT.with_values(share=2, recursions=2))
+    ema = create_ema(model, TrainSpec(model_ema_decay=0.9))
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    ema.update(model)
+    found = ema.module.state_dict()
+    assert found.keys() == before.keys()
+    for name, _ in model.named_parameters():
+        assert torch.allclose(found[name], before[name] + 0.1, atol=1e-6), name
+    if kind == "tied":
+        first, second = (ema.module.blocks[n].mlp.fc1.weight for n in (0, 1))
+        assert first is second
+    model.load_state_dict(found)
+    x = torch.zeros(2, 3, 16, 16)
+    assert torch.equal(model.eval()(x), ema.module(x))
+
+
+def test_averaged_weights_are_evaluated_and_kept_beside_the_others(tiny, tmp_path):
+    values = {"epochs": 2, "warmup_epochs": 0, "batch_size": 240, "model_ema_decay": 0.5}
+    values |= {"accumulation": 3, "mixup": 0.1}
+    row = train(Run("test", "tiny", tiny, TrainSpec(**values)), tmp_path)
+    assert row["ema_test_loss"] != row["test_loss"]
+    assert evaluate_run(tmp_path, batch_size=240)["test_loss"] == row["test_loss"]
+    assert evaluate_run(tmp_path / "ema", batch_size=240)["test_loss"] == row["ema_test_loss"]
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["ema_top1_percent"] == row["ema_top1_percent"]
+
+
+def test_fine_tuning_starts_from_a_runs_weights_at_another_resolution(tiny, tmp_path):
+    first = TrainSpec(epochs=1, warmup_epochs=0, batch_size=240)
+    train(Run("test", "tiny", tiny, first), tmp_path / "first")
+    larger = tiny.with_values(img_size=32)
+    fresh, _ = trainer_of(larger)
+    tuned, _ = trainer_of(larger, recipe="finetune", batch_size=64, init=str(tmp_path / "first"))
+    assert tuned.module.pos_embed.shape == (1, 8, 16, 16)
+    assert not torch.equal(fresh.module.head.weight, tuned.module.head.weight)
+    with pytest.raises(SretError, match="has no model.safetensors; name a trained run"):
+        trainer_of(larger, init=str(tmp_path))
