@@ -12,7 +12,7 @@ import typer
 
 from sret_cli import __version__
 from sret_cli.data_commands import data_app
-from sret_cli.errors import USAGE, SretError, out_of_memory
+from sret_cli.errors import RESOURCES, USAGE, SretError, out_of_memory
 from sret_cli.flags import (
     MODEL_FLAGS,
     TRAIN_FLAGS,
@@ -235,6 +235,8 @@ def profile(
     if len(profiled) == 1 and not json_:
         for table in report.breakdown_tables(profiled[0][1]):
             Output().print(table)
+    errors = zip(found.runs, (row["error"] for row, _ in profiled), strict=True)
+    finish([(run, SretError(error, RESOURCES)) for run, error in errors if error])
 
 
 @app.command()

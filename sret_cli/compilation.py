@@ -88,6 +88,11 @@ def compile_model(model: nn.Module, mode: str = "on", on_failure: OnFailure | No
         stage.one_pass = Compiled(_copy(one_pass), fall_back)
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `compile_model` was told to compile that model of ours."""
+    return isinstance(model, SReT) and isinstance(model.call_stem, Compiled)
+
+
 def _probe(x: Tensor) -> Tensor:
     return x.sin() + 1
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sret_cli.compilation import is_compiled
 from sret_cli.data import Loader, load_test_data
 from sret_cli.errors import DATA, SretError
 from sret_cli.measure import choose_device, device_name
@@ -172,21 +173,24 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    loss, top1, top5, images = 0.0, 0, 0, 0
+    loss, top1, top5, images, whole = 0.0, 0, 0, 0, 0
     tested: list[Tensor] = []
     correct: list[Tensor] = []
     with torch.inference_mode():
         for done, (x, target) in enumerate(loader.epoch(0)):
             target = target.to(device)
+            whole = max(whole, len(x))
+            if is_compiled(model) and len(x) < whole:  # no other shape is to be compiled for it
+                x = torch.cat((x, x[:1].expand(whole - len(x), *x.shape[1:])))
             with autocast(device, precision):
-                output = model(loader.normalize(x.to(device)))
+                output = model(loader.normalize(x.to(device)))[: len(target)]
             loss += F.cross_entropy(output.float(), target, reduction="sum").item()
             best = output.topk(min(5, output.shape[1])).indices.eq(target[:, None])
             top1 += int(best[:, 0].sum())
             tested.append(target.bincount(minlength=output.shape[1]))
             correct.append(target[best[:, 0]].bincount(minlength=output.shape[1]))
             top5 += int(best.sum())
-            images += len(x)
+            images += len(target)
             on_step(done + 1, len(loader), f"{images} images")
     model.train(training)
     return Evaluation(

@@ -112,14 +112,22 @@ class Display:
 
 
 def profile_run(run: Run, options: Options) -> tuple[Row, "Profile"]:
-    """The row of a run that is measured and not kept, beside published figures of its model."""
+    """The row of a run that is measured and not kept, beside published figures of its model.
+
+    Where the device's memory does not suffice, the row has an `error` in place of measurements.
+    """
     from sret_cli.profiler import profile
 
     costs = profile(run)
     row = {**run.row(), **records.provenance(), **costs.row()}
     row |= published_columns(run.model, costs.params, costs.macs)
     if options.measure_batch_size is not None:
-        row |= _speed(run, options)
+        try:
+            row |= _speed(run, options)
+        except SretError as error:
+            if error.code != RESOURCES:
+                raise
+            row["error"] = str(error)
     return row, costs
 
 

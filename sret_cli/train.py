@@ -23,6 +23,7 @@ from sret_cli.evaluate import (
 )
 from sret_cli.interrupt import Interrupted, Stop, listening
 from sret_cli.measure import choose_device, device_name, free_bytes
+from sret_cli.memory import Setting, largest_batch, predict
 from sret_cli.metrics import METRICS_FILE, Metrics
 from sret_cli.optimizer import drawn_recursions
 from sret_cli.records import CONFIG_FILE, Row

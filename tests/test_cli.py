@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -263,6 +264,24 @@ def test_without_a_terminal_there_is_a_line_of_progress_now_and_then(sret, monke
     assert "step 5 of 5, loss " in line
     for part in (", lr ", " images/s, ", " GB, ", " left"):
         assert part in line
+
+
+def test_a_model_that_does_not_fit_the_device_is_a_row_and_the_others_go_on(sret, monkeypatch):
+    monkeypatch.setattr("sret_cli.measure.free_bytes", lambda device: 10**8)
+    Path("sizes.toml").write_text(
+        '[model]\npreset = "nano"\n[grid]\n"model.recursions" = [1, 400]\n', encoding="utf-8"
+    )
+    flags = ("--device", "cpu", "--batch-size", 32, "--json")
+    code, out, err = sret("profile", "sizes.toml", *flags)
+    assert code == 7
+    small, large = json.loads(out)
+    assert small["error"] is None
+    assert small["step_seconds"] > 0
+    assert "out of memory: a training step of 32 images needs" in large["error"]
+    assert large["step_seconds"] is None
+    code, out, err = sret("profile", "--preset", "nano", "--layers", 1600, *flags)
+    assert code == 7
+    assert "use --batch-size" in json.loads(out)[0]["error"]
 
 
 def test_our_own_errors_are_not_hidden(sret, monkeypatch):
