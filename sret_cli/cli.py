@@ -172,7 +172,7 @@ def profile(
     measure_precision: Annotated[
         str, typer.Option("--precision", help="fp32 or bf16, for measuring.")
     ] = "fp32",
-    compile_: Compile = "off",
+    compile_: Compile = None,
     against: Annotated[
         str | None, typer.Option(help="Models of timm's to measure beside, with commas between.")
     ] = None,
@@ -201,7 +201,7 @@ def profile(
         device=device or "auto",
         measure_batch_size=measure_batch_size if device or against else None,
         precision=measure_precision,
-        compiles=check_compile_mode(compile_),
+        compiles=check_compile_mode(compile_ or "off"),
     )
     if memory:
         predicted = replace(
@@ -267,6 +267,8 @@ def train(
     precision: Precision = None,
     device: Device = "auto",
     workers: Workers = None,
+    compile_: Compile = None,
+    recompute: Recompute = None,
     gpu_memory: GpuMemory = None,
     checkpoint_every_steps: EverySteps = None,
     checkpoint_minutes: Minutes = 10.0,

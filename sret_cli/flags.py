@@ -41,7 +41,8 @@ BatchSize = Annotated[int | None, typer.Option(help="Images a step.")]
 Seed = Annotated[int | None, typer.Option(help="Of the weights, the order and the augmentation.")]
 Precision = Annotated[str | None, typer.Option(help="fp32 or bf16.")]
 Compile = Annotated[
-    str, typer.Option("--compile", help="Compile passes: on, off, or auto (where it can be).")
+    str | None,
+    typer.Option("--compile", help="Compile passes: on, off or auto (where it can be)."),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Workers = Annotated[int | None, typer.Option(min=0, help="Processes that load images.")]
@@ -111,6 +112,10 @@ def study_from(context: typer.Context, trains: bool) -> Any:
                 "--synthetic needs no other data; leave the one or the other out", USAGE
             )
         train["dataset"] = "synthetic"
+    if trains and "compile_" in given:
+        train["compile"] = given["compile_"]
+    if trains and "recompute" in given:
+        train["recompute"] = recompute_of(given["recompute"])
     settings, path = list(given.get("set_", ())), given.get("study")
     if "data_dir" in train and not trains and path is None:
         raise SretError("--data-dir goes with a study here, whose classes it counts", USAGE)

@@ -11,14 +11,14 @@ from sret_cli.strict import Count, Rate, Share, Strict, as_tuples
 COMPILE_MODES = ("off", "on", "auto")
 
 
-def check_compile_mode(mode: str) -> str:
+def check_compile_mode(mode: Any) -> Any:
     """The mode, if there is such a one.
 
     Raises:
         SretError: there is not.
     """
     if mode not in COMPILE_MODES:
-        choice = nearest(mode, list(COMPILE_MODES))
+        choice = nearest(str(mode), list(COMPILE_MODES))
         raise SretError(f"unknown mode of compilation {mode!r}; {choice}", USAGE)
     return mode
 
@@ -190,6 +190,11 @@ class TrainSpec(Strict):
             choices = [*DATASETS, *(f"{kind}/NAME" for kind in NAMED)]
             raise SretError(f"unknown dataset {value!r}; {nearest(str(value), choices)}")
         return value
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _known_mode(cls, value: Any) -> Any:
+        return check_compile_mode(value)
 
     @field_validator("recompute", mode="before")
     @classmethod
