@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sret_cli.linear import Linear
 from sret_cli.spec import ModelSpec
 
 LAYER_NORM_EPS = 1e-6
@@ -22,8 +23,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int, drop_rate: float) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
         self.drop_rate = drop_rate
 
     def forward(self, x_BNC: Tensor) -> Tensor:
@@ -38,8 +39,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, drop_rate: float, attn_drop_rate: float) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
         self.drop_rate = drop_rate
         self.attn_drop_rate = attn_drop_rate
 

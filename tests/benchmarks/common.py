@@ -15,6 +15,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
+from sret_cli.linear import ONEDNN, product
 from sret_cli.spec import ModelSpec
 
 Call = Callable[[], object]
@@ -128,7 +129,8 @@ def peak_flops(device: str) -> float:
     size = 8192 if device == "cuda" else 2048
     kind = torch.bfloat16 if device == "cuda" else torch.float32
     a, b = torch.randn(2, size, size, device=device, dtype=kind)
-    return 2 * size**3 / min(seconds(lambda: a @ b, device) for _ in range(10))
+    multiply = product if device == "cpu" and ONEDNN else torch.mm
+    return 2 * size**3 / min(seconds(lambda: multiply(a, b), device) for _ in range(10))
 
 
 def deep_reference(module: ModuleType, spec: ModelSpec) -> nn.Module:
