@@ -3,12 +3,15 @@
     python tests/benchmarks/growth.py [--img-size 64]
 
 Forward pass and training step of `deep` at batch 1, in alternating rounds; deep training steps
-recompute, segments of 20 passes at every depth, or 10,000 layers would not fit. The fixed part is
-that of stem, pools, head and optimizer: a line through the two smallest depths, at no layers.
+recompute, segments of 20 passes at every depth, or 10,000 layers would not fit. The fixed part
+(stem, pools, head, optimizer) and the time of a layer are those of the line with the least relative
+errors; each depth's error is printed.
 """
 
+import gc
 import statistics
 
+import numpy as np
 import torch
 from common import arguments, prepare, seconds, training_step
 
@@ -19,7 +22,7 @@ LAYERS = (20, 100, 1000, 10_000)
 
 
 def main() -> None:
-    """Prints times, and each depth's time a layer over that of all depths."""
+    """Prints times, and how far each depth is off the line through all."""
     parser = arguments(__doc__)
     parser.set_defaults(rounds=5)
     parser.add_argument("--img-size", type=int, default=64)
@@ -42,10 +45,13 @@ def main() -> None:
             model.train(what == "training step")
         for call in calls:
             call()
+        gc.collect()
+        gc.disable()  # as training does: each collection looks at all passes of the graph
         rounds = [[seconds(call, device) for call in calls] for _ in range(given.rounds)]
+        gc.enable()
         times = [statistics.median(each) for each in zip(*rounds, strict=True)]
-        layer = (times[1] - times[0]) / (LAYERS[1] - LAYERS[0])
-        fixed = times[0] - LAYERS[0] * layer
+        weights = np.array([[1 / t, n / t] for n, t in zip(LAYERS, times, strict=True)])
+        fixed, layer = np.linalg.lstsq(weights, np.ones(len(LAYERS)))[0]
         print(f"{what}: {1e3 * fixed:.3g} ms fixed, {1e3 * layer:.3g} ms a layer")
         for layers, taken in zip(LAYERS, times, strict=True):
             off = (taken - fixed) / (layers * layer) - 1
