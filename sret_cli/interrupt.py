@@ -25,6 +25,9 @@ class Stop:
         """Sets the flag; a second Ctrl-C ends the process at once."""
         self.code = CODES[signal.Signals(number)]
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        # The loader's processes may have got the signal, too: torch would raise for each that ends,
+        # wherever a step is.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def check(self) -> None:
         """Ends a training at a place where its state is whole.
