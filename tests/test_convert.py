@@ -196,12 +196,12 @@ def test_a_converted_model_has_no_test_images_of_its_own(sret, tmp_path):
 
 
 def test_classes_of_test_images_are_those_of_train_where_there_is_one(images):
-    assert read_test_folder(images)[1] == ("n01", "n02", "n03")
+    assert read_test_folder(images).classes == ("n01", "n02", "n03")
     for name in ("n00", "n01", "n02", "n03"):
         (images / "train" / name).mkdir(parents=True)
-    source, classes = read_test_folder(images)
-    assert classes == ("n00", "n01", "n02", "n03")
-    assert source.targets == [1] * 4 + [2] * 4 + [3] * 4
+    source = read_test_folder(images)
+    assert source.classes == ("n00", "n01", "n02", "n03")
+    assert source.images.targets == [1] * 4 + [2] * 4 + [3] * 4
     (images / "val" / "n99").mkdir()
     with pytest.raises(SretError, match="has the class 'n99', which train/ has not"):
         read_test_folder(images)
