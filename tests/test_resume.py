@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sret_cli import interrupt
 from sret_cli.checkpoint import read
 from sret_cli.data import load_data
 from sret_cli.errors import SretError
@@ -96,6 +97,25 @@ def test_a_signal_saves_the_state_and_the_run_ends_the_same(
     row = train(run_of(tiny), tmp_path, on_step=lambda done, *_: steps.append(done))
     assert steps == list(range(step + 1, 11))
     assert left(tmp_path, row) == whole
+
+
+def test_a_step_that_takes_too_long_is_given_up_and_done_again(tiny, tmp_path, whole, monkeypatch):
+    monkeypatch.setattr(interrupt, "PATIENCE", 0.01)
+    loss = Trainer.loss
+
+    def endless(trainer, x, target):
+        found = loss(trainer, x, target)  # BatchNorm has seen the images
+        if trainer.progress.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        return found
+
+    monkeypatch.setattr(Trainer, "loss", endless)
+    with pytest.raises(SystemExit):
+        train(run_of(tiny), tmp_path)
+    assert (tmp_path / "checkpoint-6" / "manifest.json").exists()
+    monkeypatch.setattr(Trainer, "loss", loss)
+    assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
 
 
 def test_ctrl_c_saves_the_state(tiny, tmp_path, whole):
