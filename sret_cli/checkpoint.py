@@ -67,9 +67,9 @@ class Writer:
         """
         self.wait()
         if step != self.step:
-            self.step = step
             tensors, values = flatten(state)
             self.pending = self.thread.submit(self._write, step, tensors, values, sync)
+            self.step = step
 
     def check(self) -> None:
         """Raises what the writing of a checkpoint failed with, if it has."""

@@ -63,6 +63,7 @@ from sret_cli.flags import (
     study_from,
     write_report,
 )
+from sret_cli.interrupt import CODES
 from sret_cli.weight_commands import convert, evaluate, export
 
 app = typer.Typer(
@@ -379,7 +380,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs `sret` and exits with the code of the outcome."""
     arguments = spell_out(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in CODES.keys() - {signal.SIGINT}:
+        signal.signal(number, _terminated)
     try:
         code = app(args=[a for a in arguments if a != "--debug"], standalone_mode=False)
         sys.stdout.flush()
@@ -416,7 +418,7 @@ def spell_out(arguments: list[str]) -> list[str]:
 
 
 def _terminated(signal_number: int, frame: object) -> NoReturn:
-    raise SystemExit(128 + signal_number)
+    raise SystemExit(CODES[signal.Signals(signal_number)])
 
 
 def _fail(message: str, code: int, debug: bool) -> int:

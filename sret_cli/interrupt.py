@@ -1,4 +1,7 @@
-"""Signals that ask a training to stop: the handler only sets a flag, and a step is finished."""
+"""Signals that ask a training to stop: the handler only sets a flag, and a step is finished.
+
+A step that takes longer than `PATIENCE` is given up, since a scheduler does not wait.
+"""
 
 import signal
 import threading
@@ -9,6 +12,7 @@ from typing import Any, NoReturn
 # Exit codes; 75 is sysexits.h's EX_TEMPFAIL: Slurm warns by one of these before the time is up, and
 # a script that sees it should requeue the job.
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 75, signal.SIGUSR2: 75}
+PATIENCE = 10  # seconds
 
 
 class Interrupted(Exception):
@@ -25,6 +29,10 @@ class Stop:
         """Sets the flag; a second Ctrl-C ends the process at once."""
         self.code = CODES[signal.Signals(number)]
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        # The loader's processes may have got the signal, too: torch would raise for each that ends,
+        # wherever a step is.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE)
 
     def check(self) -> None:
         """Ends a training at a place where its state is whole.
@@ -33,7 +41,20 @@ class Stop:
             Interrupted: a signal came.
         """
         if self.code is not None:
+            self.be_patient()
             raise Interrupted
+
+    def be_patient(self) -> None:
+        """Gives what follows, the saving, the time that it takes."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def give_up(self, number: int, frame: Any) -> NoReturn:
+        """Ends a step, or whatever else takes too long.
+
+        Raises:
+            Interrupted: always.
+        """
+        raise Interrupted
 
     def leave(self) -> NoReturn:
         """Ends the process by the way of the signal that came."""
@@ -50,8 +71,10 @@ def listening() -> Iterator[Stop]:
         yield stop
         return
     before = {number: signal.signal(number, stop) for number in CODES}
+    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, stop.give_up)
     try:
         yield stop
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -38,7 +38,7 @@ PARITY_TABLE = (
 RUN_TABLE = (
     *("layers", "params", "macs", "activation_bytes", "peak_memory_bytes", "step_seconds"),
     *("images_per_second", "train_seconds", "final_loss", "test_loss"),
-    *("top1_percent", "top5_percent"),
+    *("top1_percent", "top5_percent", "ema_top1_percent"),
 )
 EVAL_TABLE = ("layers", "params", "test_images", "test_loss", "top1_percent", "top5_percent")
 

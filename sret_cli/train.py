@@ -169,6 +169,7 @@ class Session:
             raise
         except (Interrupted, RuntimeError):
             if self.stop.code is not None and trainer.whole:
+                self.stop.be_patient()
                 self._save(metrics)
                 self.writer.wait()
             raise

@@ -18,6 +18,7 @@ from sret_cli.compilation import compile_model
 from sret_cli.data import Batches, Loader
 from sret_cli.errors import CHECKPOINT, SOME_FAILED, SretError, note
 from sret_cli.evaluate import autocast
+from sret_cli.interrupt import Interrupted
 from sret_cli.measure import device_name
 from sret_cli.memory import set_recompute
 from sret_cli.optimizer import (
@@ -114,7 +115,7 @@ class Trainer:
             Diverged: the loss or the gradient is not finite; nothing has changed.
         """
         self.whole = False
-        p, parts = self.progress, self.spec.accumulation
+        p = self.progress
         seed_step(self.spec.seed, p.step, self.rank)
         if self.spec.recursions_range is not None:
             self.module.set_recursions(drawn_recursions(self.spec, p.step))
@@ -123,25 +124,14 @@ class Trainer:
         if self.mixup is not None:
             x, target = self.mixup(x, target)
         before = [buffer.clone() for buffer in self.statistics]
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=self.device)
-        for x_part, target_part in zip(x.chunk(parts), target.chunk(parts), strict=True):
-            share = len(x_part) / len(x)
-            part = self.loss(x_part, target_part) * share
-            part.backward()
-            loss += part.detach()
-        parameters = [q for q in self.module.parameters() if q.grad is not None]
-        norm = nn.utils.get_total_norm([q.grad for q in parameters if q.grad is not None])
-        # One transfer for both. What all ranks have to agree on is agreed on here.
-        loss_value, norm_value = torch.stack([loss, norm.to(loss.dtype)]).tolist()
-        if not math.isfinite(loss_value) or not math.isfinite(norm_value):
+        try:
+            loss, parameters, norm = self._backward(x, target)
+        except (Diverged, Interrupted):
             for buffer, old in zip(self.statistics, before, strict=True):
                 buffer.copy_(old)
             self.optimizer.zero_grad(set_to_none=True)
             self.whole = True
-            finite = math.isfinite(loss_value)
-            what = f"norm of the gradient is {norm_value}" if finite else f"loss is {loss_value}"
-            raise self.diverged(what, p.step + 1)
+            raise
         if self.spec.clip_grad:
             nn.utils.clip_grads_with_norm_(parameters, self.spec.clip_grad, norm)
         self.optimizer.step()
@@ -150,9 +140,28 @@ class Trainer:
         p.step += 1
         p.batch += 1
         p.images += len(x)
-        p.loss_sum += loss_value
+        p.loss_sum += loss
         self.schedule.step_update(p.step)
-        return loss_value
+        return loss
+
+    def _backward(self, x: Tensor, target: Tensor) -> tuple[float, list[nn.Parameter], Tensor]:
+        """Loss, parameters with a gradient and its norm; what all ranks must agree on is here."""
+        parts = self.spec.accumulation
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=self.device)
+        for x_part, target_part in zip(x.chunk(parts), target.chunk(parts), strict=True):
+            part = self.loss(x_part, target_part) * (len(x_part) / len(x))
+            part.backward()
+            loss += part.detach()
+        parameters = [q for q in self.module.parameters() if q.grad is not None]
+        norm = nn.utils.get_total_norm([q.grad for q in parameters if q.grad is not None])
+        # One transfer from the device for both.
+        loss_value, norm_value = torch.stack([loss, norm.to(loss.dtype)]).tolist()
+        if not math.isfinite(loss_value):
+            raise self.diverged(f"loss is {loss_value}", self.progress.step + 1)
+        if not math.isfinite(norm_value):
+            raise self.diverged(f"norm of the gradient is {norm_value}", self.progress.step + 1)
+        return loss_value, parameters, norm
 
     def loss(self, x: Tensor, target: Tensor) -> Tensor:
         """The loss of normalised images: the cross-entropy with classes or with mixed targets."""

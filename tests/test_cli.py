@@ -394,7 +394,7 @@ def test_a_closed_pipe_ends_quietly(tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_study_says_what_it_kept_and_goes_on(study, number, code):
-    study.write_text(STUDY.replace("[1, 2]", "[1, 100]").replace("epochs = 1\n", "epochs = 2\n"))
+    study.write_text(STUDY.replace("[1, 2]", "[1, 30]").replace("epochs = 1\n", "epochs = 4\n"))
     process = start("train", study, cwd=study.parent)
     first = process.stderr.readline()
     assert first.startswith("[1/2] ")
@@ -410,7 +410,7 @@ def test_a_stopped_study_says_what_it_kept_and_goes_on(study, number, code):
     assert "type the same command to go on where the one under way was" in err
     assert len(list(study.parent.glob("runs/depth/*/row.json"))) == 1
 
-    study.write_text(study.read_text().replace("100", "2"))
+    study.write_text(study.read_text().replace("[1, 30]", "[1, 2]"))
     process = start("train", study, cwd=study.parent)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0

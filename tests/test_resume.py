@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sret_cli import interrupt
 from sret_cli.checkpoint import read
 from sret_cli.data import load_data
 from sret_cli.errors import SretError
@@ -58,6 +59,22 @@ def test_runs_that_are_killed_anywhere_end_as_if_they_had_not_been():
     assert done.stdout.splitlines()[-1].endswith(" 0 lost")
 
 
+@pytest.mark.slow
+def test_a_signal_to_all_processes_of_a_run_loses_no_step(tmp_path):
+    command = [sys.executable, "-m", "sret_cli", "train", "--epochs", "9", "--workers", "2"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **streams)
+    while not list(tmp_path.glob("runs/train/*/checkpoint-*/manifest.json")):
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert errors.startswith("stopped: 0 of 1 runs are done") and errors.count("\n") == 1
+    (metrics,) = tmp_path.glob("runs/train/*/metrics.jsonl")
+    steps = [json.loads(line)["step"] for line in metrics.open() if "step" in json.loads(line)]
+    assert read(metrics.parent / f"checkpoint-{steps[-1]}")["progress"]["step"] == len(steps)
+
+
 @pytest.mark.parametrize(
     ("number", "step", "code"),
     [
@@ -80,6 +97,25 @@ def test_a_signal_saves_the_state_and_the_run_ends_the_same(
     row = train(run_of(tiny), tmp_path, on_step=lambda done, *_: steps.append(done))
     assert steps == list(range(step + 1, 11))
     assert left(tmp_path, row) == whole
+
+
+def test_a_step_that_takes_too_long_is_given_up_and_done_again(tiny, tmp_path, whole, monkeypatch):
+    monkeypatch.setattr(interrupt, "PATIENCE", 0.01)
+    loss = Trainer.loss
+
+    def endless(trainer, x, target):
+        found = loss(trainer, x, target)  # BatchNorm has seen the images
+        if trainer.progress.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        return found
+
+    monkeypatch.setattr(Trainer, "loss", endless)
+    with pytest.raises(SystemExit):
+        train(run_of(tiny), tmp_path)
+    assert (tmp_path / "checkpoint-6" / "manifest.json").exists()
+    monkeypatch.setattr(Trainer, "loss", loss)
+    assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
 
 
 def test_ctrl_c_saves_the_state(tiny, tmp_path, whole):
@@ -174,9 +210,7 @@ def test_a_run_whose_data_have_changed_is_refused(tiny, tmp_path, monkeypatch):
         train(run_of(tiny), tmp_path, on_step=signalled(signal.SIGTERM, 3))
     from sret_cli import data
 
-    digits = data.digits()
-    half = data.Source(digits[0].images[:700], digits[0].targets[:700])
-    monkeypatch.setattr(data, "digits", lambda: (half, digits[1]))
+    monkeypatch.setattr(data.Batches, "__len__", lambda batches: 2)
     with pytest.raises(SretError, match="5 steps an epoch, and these data have 2"):
         train(run_of(tiny), tmp_path)
 
