@@ -13,10 +13,10 @@ from math import prod
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from sret_cli.blocks import LAYER_NORM_EPS, NLL, Attention, Block, Mlp
 from sret_cli.errors import SretError
+from sret_cli.recompute import recompute
 from sret_cli.registry import register_models
 from sret_cli.spec import ModelSpec, Pass
 
@@ -59,14 +59,7 @@ class Stage(nn.Module):
             first = len(passes) if self.recomputed is None else min(self.recomputed, len(passes))
         for start in range(0, first, self.segment or 1):
             segment = passes[start : min(start + self.segment, first)]
-            x_BNC = checkpoint(
-                self.run_passes,
-                x_BNC,
-                segment,
-                lrcs,
-                use_reentrant=False,
-                preserve_rng_state=self._draws(segment),
-            )
+            x_BNC = recompute(self.run_passes, x_BNC, segment, lrcs, draws=self._draws(segment))
         return self.run_passes(x_BNC, passes[first:], lrcs)
 
     def run_passes(

@@ -12,8 +12,18 @@ PACKAGE = Path(sret_cli.__file__).parent
 # A file imports only from files above it.
 ORDER = (
     *("__init__", "errors", "strict", "depth", "recipe", "spec", "registry", "backbone"),
-    *("records", "published", "cost", "study", "blocks", "model", "recurse", "safe_read"),
-    *("reference", "weights", "profiler", "liveness", "footprint", "memory", "measure", "data"),
+    *("records", "published", "cost", "study", "blocks", "recompute", "model", "recurse"),
+    *(
+        "safe_read",
+        "reference",
+        "weights",
+        "profiler",
+        "liveness",
+        "footprint",
+        "memory",
+        "measure",
+        "data",
+    ),
     *("train", "launch", "views"),
     *("export", "figures", "report", "flags", "weight_commands", "cli", "__main__"),
 )
