@@ -52,7 +52,7 @@ def recompute(function: Callable[..., Tensor], x: Tensor, *arguments: Any, draws
         if state is not None:
             _set_random_state(x, state)
         try:
-            hooks = saved_tensors_hooks(keep, lambda _: None)
+            hooks = saved_tensors_hooks(keep, lambda _: x)
             with torch.enable_grad(), torch.autocast(device, **cast), hooks:
                 function(x, *arguments)
         except _AllThere:
