@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils.checkpoint import checkpoint
 
 from sret_cli.blocks import LAYER_NORM_EPS, NLL, Attention, Block, Mlp
 from sret_cli.errors import SretError
+from sret_cli.recompute import recompute
 from sret_cli.registry import register_models
 from sret_cli.spec import ModelSpec, Pass, ends_shuffled
 
@@ -81,14 +81,9 @@ class Stage(nn.Module):
         if self.segment and torch.is_grad_enabled():
             first = len(passes) if self.recomputed is None else min(self.recomputed, len(passes))
         for start in range(0, first, self.segment or 1):
-            x_BNC = checkpoint(
-                self.run_passes,
-                x_BNC,
-                passes[start : min(start + self.segment, first)],
-                own,
-                use_reentrant=False,
-                preserve_rng_state=self.draws and self.training,
-            )
+            segment = passes[start : min(start + self.segment, first)]
+            draws = self.draws and self.training
+            x_BNC = recompute(self.run_passes, x_BNC, segment, own, draws=draws)
         x_BNC = self.run_passes(x_BNC, passes[first:], own)
         return x_BNC.index_select(1, next(gathers)) if self.ends_shuffled else x_BNC
 

@@ -279,7 +279,7 @@ def test_a_model_that_does_not_fit_the_device_is_a_row_and_the_others_go_on(sret
     assert small["step_seconds"] > 0
     assert "out of memory: a training step of 32 images needs" in large["error"]
     assert large["step_seconds"] is None
-    code, out, err = sret("profile", "--preset", "nano", "--layers", 1600, *flags)
+    code, out, err = sret("profile", "--preset", "nano", "--layers", 40, *flags)
     assert code == 7
     assert "use --batch-size" in json.loads(out)[0]["error"]
 

@@ -13,11 +13,11 @@ PACKAGE = Path(sret_cli.__file__).parent
 ORDER = (
     *("__init__", "errors", "strict", "depth", "recipe", "spec", "registry", "backbone"),
     *("records", "published", "cost", "folders", "augment", "sources", "readers", "streams"),
-    *("study", "linear", "blocks", "model", "compilation", "recurse", "safe_read", "reference"),
-    *("weights", "profiler", "liveness", "footprint", "memory", "measure", "data", "evaluate"),
-    *("checkpoint", "interrupt", "metrics", "optimizer", "trainer", "train", "launch", "views"),
-    *("export", "figures", "report", "data_check", "flags", "weight_commands", "data_commands"),
-    *("cli", "__main__"),
+    *("study", "linear", "blocks", "recompute", "model", "compilation", "recurse", "safe_read"),
+    *("reference", "weights", "profiler", "liveness", "footprint", "memory", "measure", "data"),
+    *("evaluate", "checkpoint", "interrupt", "metrics", "optimizer", "trainer", "train"),
+    *("launch", "views", "export", "figures", "report", "data_check", "flags", "weight_commands"),
+    *("data_commands", "cli", "__main__"),
 )
 
 

@@ -179,6 +179,16 @@ def test_recomputation_leaves_gradients_as_they_are_in_parallel_training(tiny, t
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
+def test_a_graph_that_is_kept_goes_backward_twice(tiny):
+    model = build_model(tiny)
+    model.set_recompute((2, 2, 2))
+    loss = model(image(tiny)).square().sum()
+    loss.backward(retain_graph=True)
+    once = [p.grad.clone() for p in model.parameters()]
+    loss.backward()
+    assert all(torch.equal(2 * a, p.grad) for a, p in zip(once, model.parameters(), strict=True))
+
+
 def test_random_numbers_are_kept_only_where_a_segment_draws_some(tiny):
     stage = build_model(tiny.with_values(recursions=3)).stages[0]  # its first pass is not shuffled
     assert [stage._draws(range(1)), stage._draws(range(3))] == [False, True]
