@@ -189,13 +189,14 @@ def test_a_graph_that_is_kept_goes_backward_twice(tiny):
     assert all(torch.equal(2 * a, p.grad) for a, p in zip(once, model.parameters(), strict=True))
 
 
-def test_random_numbers_are_kept_only_where_a_segment_draws_some(tiny):
-    stage = build_model(tiny.with_values(recursions=3)).stages[0]  # its first pass is not shuffled
-    assert [stage._draws(range(1)), stage._draws(range(3))] == [False, True]
-    assert not stage.eval()._draws(range(3))
-    fixed = build_model(tiny.with_values(recursions=3, shuffle="fixed")).stages[0]
-    assert not fixed._draws(range(3))
-    assert build_model(tiny.with_values(drop_rate=0.1)).stages[2]._draws(range(1))
+def test_shuffles_and_drop_path_are_drawn_before_the_first_pass(tiny, monkeypatch):
+    stage = build_model(tiny.with_values(recursions=3, drop_path_rate=0.5)).stages[0]
+    drawn, real = [], torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *a, **b: drawn.append(a) or real(*a, **b))
+    stage(torch.randn(5, 64, 8))
+    assert drawn == [(2, 64), (3, 2, 5, 1)]  # two shuffled passes; two branches of three passes
+    stage.eval()(torch.randn(5, 64, 8))
+    assert len(drawn) == 2
 
 
 def test_features_head_and_classifier_are_timms(tiny):
@@ -371,6 +372,27 @@ def test_features_of_the_stages_are_timms():
         assert torch.equal(maps[2].flatten(2).mT, tokens)
         (second,) = model.forward_intermediates(x, [1], stop_early=True, intermediates_only=True)
         assert torch.equal(second, maps[1])
+
+
+@pytest.mark.parametrize("residual", ["lrc", "layerscale", "rezero", "sqrt", "deepnorm"])
+@pytest.mark.parametrize("lrc", ["per_block", "per_pass"])
+def test_a_fused_model_gives_the_logits_of_the_model(tiny, residual, lrc):
+    torch.manual_seed(0)
+    spec = tiny.with_values(recursions=3, residual=residual, lrc=lrc)
+    model = build_model(spec)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if "lrc" in name or "scale" in name or ".bn" in name and tensor.is_floating_point():
+                tensor.add_(0.2 * torch.rand_like(tensor))
+    fused = model.fused()
+    assert not fused.training
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in fused.modules())
+    names = {name for name, _ in fused.named_parameters()}
+    assert {n for n in names if "lrc" in n and not n.endswith("lrc_P4")} == set()
+    assert not any("scale" in name for name in names)
+    x = image(spec)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model.eval()(x), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.slow
