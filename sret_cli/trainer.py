@@ -17,7 +17,6 @@ from sret_cli.checkpoint import Checkpoint, State, random_states, set_random_sta
 from sret_cli.data import Batches, Loader
 from sret_cli.errors import CHECKPOINT, SOME_FAILED, SretError
 from sret_cli.evaluate import autocast
-from sret_cli.interrupt import Interrupted
 from sret_cli.measure import device_name
 from sret_cli.optimizer import (
     create_ema,
@@ -116,7 +115,7 @@ class Trainer:
         before = [buffer.clone() for buffer in self.statistics]
         try:
             loss, parameters, norm = self._backward(x, target)
-        except (Diverged, Interrupted):
+        except Exception:  # whatever it is, nothing has changed
             for buffer, old in zip(self.statistics, before, strict=True):
                 buffer.copy_(old)
             self.optimizer.zero_grad(set_to_none=True)
