@@ -29,9 +29,6 @@ class Stop:
         """Sets the flag; a second Ctrl-C ends the process at once."""
         self.code = CODES[signal.Signals(number)]
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        # The loader's processes may have got the signal, too: torch would raise for each that ends,
-        # wherever a step is.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, PATIENCE)
 
     def check(self) -> None:
@@ -43,6 +40,14 @@ class Stop:
         if self.code is not None:
             self.be_patient()
             raise Interrupted
+
+    def keep_steps_whole(self) -> None:
+        """Takes torch's handler away, which raises where a step is when a loader's process ends.
+
+        A signal to all processes ends those, too; that one is gone is found when its batch is due.
+        """
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def be_patient(self) -> None:
         """Gives what follows, the saving, the time that it takes."""

@@ -195,6 +195,7 @@ class Session:
         trainer.module.train()
         before, seconds = time.perf_counter(), p.seconds
         for images, target in trainer.loader.epoch(p.epoch, p.batch) if p.batch < steps else ():
+            self.stop.keep_steps_whole()
             lr = trainer.lr
             try:
                 loss = trainer.step(images, target)

@@ -18,7 +18,6 @@ from sret_cli.compilation import compile_model
 from sret_cli.data import Batches, Loader
 from sret_cli.errors import CHECKPOINT, SOME_FAILED, SretError, note
 from sret_cli.evaluate import autocast
-from sret_cli.interrupt import Interrupted
 from sret_cli.measure import device_name
 from sret_cli.memory import set_recompute
 from sret_cli.optimizer import (
@@ -126,7 +125,7 @@ class Trainer:
         before = [buffer.clone() for buffer in self.statistics]
         try:
             loss, parameters, norm = self._backward(x, target)
-        except (Diverged, Interrupted):
+        except Exception:  # whatever it is, nothing has changed
             for buffer, old in zip(self.statistics, before, strict=True):
                 buffer.copy_(old)
             self.optimizer.zero_grad(set_to_none=True)

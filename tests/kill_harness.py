@@ -85,7 +85,7 @@ def outcome(folder):
 def finish(folder, kill_at=None, seconds=None):
     """Runs the training to its end, or kills it; returns whether it was killed on its way."""
     process = start(folder, kill_at)
-    process.join(120 if seconds is None else seconds)
+    process.join(seconds)
     if seconds is not None:
         process.kill()
         process.join()

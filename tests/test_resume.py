@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -66,6 +67,7 @@ def test_a_signal_to_all_processes_of_a_run_loses_no_step(tmp_path):
     process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **streams)
     while not list(tmp_path.glob("runs/train/*/checkpoint-*/manifest.json")):
         assert process.poll() is None
+        time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143
