@@ -14,10 +14,10 @@ ORDER = (
     *("__init__", "errors", "strict", "depth", "recipe", "spec", "registry", "backbone"),
     *("records", "published", "cost", "folders", "augment", "sources", "readers", "streams"),
     *("study", "blocks", "model", "compilation", "recurse", "safe_read", "reference", "weights"),
-    *("profiler", "liveness", "footprint", "memory", "measure", "data", "evaluate", "checkpoint"),
-    *("interrupt", "metrics", "optimizer", "trainer", "train", "launch", "views", "export"),
-    *("figures", "report", "data_check", "flags", "weight_commands", "data_commands", "cli"),
-    *("__main__"),
+    *("profiler", "liveness", "footprint", "memory", "measure", "soft_labels", "data", "evaluate"),
+    *("checkpoint", "distill", "interrupt", "metrics", "optimizer", "trainer", "train", "launch"),
+    *("views", "export", "figures", "report", "data_check", "flags"),
+    *("weight_commands", "data_commands", "cli", "__main__"),
 )
 
 
