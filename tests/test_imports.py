@@ -16,8 +16,8 @@ ORDER = (
     *("study", "blocks", "model", "compilation", "recurse", "safe_read", "reference", "weights"),
     *("profiler", "liveness", "footprint", "memory", "measure", "soft_labels", "data", "evaluate"),
     *("checkpoint", "distill", "interrupt", "metrics", "optimizer", "trainer", "train", "launch"),
-    *("views", "export", "figures", "report", "data_check", "flags"),
-    *("weight_commands", "data_commands", "cli", "__main__"),
+    *("label_writer", "views", "export", "figures", "report", "data_check", "flags"),
+    *("weight_commands", "data_commands", "distill_commands", "cli", "__main__"),
 )
 
 
