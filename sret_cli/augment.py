@@ -55,7 +55,7 @@ class Pixels:
         std = (DIGITS_STD,) if digital else IMAGENET_DEFAULT_STD
         channels = model.in_chans
         return cls(
-            channels, model.img_size, _per_channel(mean, channels), _per_channel(std, channels)
+            channels, model.img_size, per_channel(mean, channels), per_channel(std, channels)
         )
 
     @property
@@ -116,7 +116,8 @@ class Erasing:
         return torch.where(noise.isnan(), image, erased.nan_to_num().to(torch.uint8))
 
 
-def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+def per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """The values, or where there are not as many channels their mean for each."""
     mean = sum(values) / len(values)
     return values if len(values) == channels else (mean,) * channels
 

@@ -12,6 +12,7 @@ import typer
 
 from sret_cli import __version__
 from sret_cli.data_commands import data_app
+from sret_cli.distill_commands import distill_labels
 from sret_cli.errors import RESOURCES, USAGE, SretError, out_of_memory
 from sret_cli.flags import (
     MODEL_FLAGS,
@@ -373,6 +374,7 @@ def run(
 
 
 app.command()(export)
+app.command()(distill_labels)
 app.add_typer(data_app)
 
 

@@ -19,21 +19,33 @@ from sret_cli.backbone import Spec
 from sret_cli.errors import DATA, SretError, note, note_once
 from sret_cli.readers import named_source
 from sret_cli.recipe import TrainSpec
+from sret_cli.soft_labels import StoredLabels
 from sret_cli.sources import Source, digits, synthetic, test_folder, train_folder
 from sret_cli.streams import Stream, find_shards
 
 Key = tuple[int, int, int]  # epoch, index, which repeat of the image in the epoch
-Sample = tuple[Tensor, int] | SretError  # the error where its image cannot be decoded
+Sample = tuple[Tensor, int | Tensor] | SretError  # the error where its image cannot be decoded
 
 
 class Samples(Dataset):
-    """Transformed images of 8 bits `[C, Y, X]`, and targets."""
+    """Transformed images of 8 bits `[C, Y, X]`, and targets; where labels are stored, their crops.
 
-    def __init__(self, source: Source, transform: Any, mode: str, seed: int | None) -> None:
+    A target is a class, or classes and their probabilities `[2, top_k]`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Any,
+        mode: str,
+        seed: int | None,
+        labels: StoredLabels | None = None,
+    ) -> None:
         self.source = source
         self.transform = transform
         self.mode = mode
         self.seed = seed  # None: the transform draws nothing
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.source)
@@ -42,6 +54,8 @@ class Samples(Dataset):
         """A sample, or the error of its image: a worker's exceptions would lose their type."""
         epoch, index, repeat = key
         try:
+            if self.labels is not None:  # each epoch has the next crop of every image
+                return self.labels.sample(self.source, index, epoch + repeat)
             image, target = self.source.open(index, self.mode)
         except SretError as error:
             return error
@@ -102,6 +116,8 @@ class Batches(Sampler[list[Key]]):
 
 class Loader:
     """Batches of 8-bit `images [B, C, Y, X]` and `targets [B]`, one rank's share of each.
+
+    Where soft labels are stored, the targets of training are `[B, 2, top_k]`.
 
     `classes` are the names of the classes, in their order, where they are known; `bad_images` says
     what is wrong with each image that was left out so far.
@@ -173,7 +189,9 @@ def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[SretError]]:
     errors = [sample for sample in samples if isinstance(sample, SretError)]
     good = [sample for sample in samples if not isinstance(sample, SretError)]
     images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
-    return images, torch.tensor([target for _, target in good]), errors
+    soft = [target for _, target in good if isinstance(target, Tensor)]
+    targets = torch.stack(soft) if soft else torch.tensor([target for _, target in good])
+    return images, targets, errors
 
 
 def load_data(
@@ -220,7 +238,11 @@ def _loader(
     source = find_source(train, model, training)
     if training and len(source) < world_size:
         raise SretError(f"{len(source)} images do not feed {world_size} processes", DATA)
-    samples = Samples(source, transform, pixels.mode, seed)
+    labels = None
+    if training and train.soft_labels is not None:
+        labels = StoredLabels(Path(train.soft_labels))
+        labels.refuse_other(train, model, source)
+    samples = Samples(source, transform, pixels.mode, seed, labels)
     repeats = max(train.aug_repeats, 1)
     batches = Batches(len(source), train.batch_size, seed, repeats, rank, world_size)
     return Loader(samples, batches, source.classes, workers, pixels, train.on_bad_image)
@@ -240,6 +262,8 @@ def _stream_loader(
         raise SretError(
             f"aug_repeats = {train.aug_repeats} needs images by index, and wds is a stream; use 0"
         )
+    if seed is not None and train.soft_labels is not None:
+        raise SretError("soft_labels need images by index, and wds is a stream; use a teacher")
     note_once(
         "wds is a stream: the order of its samples depends on the numbers of workers and processes,"
         " and a run that goes on with others is not the same run"

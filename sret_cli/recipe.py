@@ -82,6 +82,11 @@ class Rates(NamedTuple):
     drop_path_rate: float
 
 
+# Augmentation that stored soft labels know nothing of: their teacher saw crops and flips alone.
+UNLABELLED: dict[str, Any] = {
+    **{"mixup": 0.0, "cutmix": 0.0, "auto_augment": None, "color_jitter": 0.0, "reprob": 0.0}
+}
+
 RATES = {
     "sret": Rates(1e-3, 0.1),
     "deit": Rates(5e-4, 0.1),
@@ -105,6 +110,12 @@ class TrainSpec(Strict):
     The defaults train the preset `nano` on `digits`; on other images, `hflip` is 0.5 and `crop_pct`
     0.875 where they are not given. With a `data_dir` and no other word, the dataset is a folder of
     images.
+    A `teacher` is a model of timm's, with the weights of a file `teacher_checkpoint` or those that
+    timm downloads, or a directory of a trained model; `teacher_img_size` is what it was trained on
+    where timm says otherwise. `soft_labels` is a directory that `sret distill-labels` wrote. With
+    either, the loss is the cross-entropy of the teacher's and the student's probabilities at
+    `distill_temperature`: the images' classes and `smoothing` play no part. Stored labels bring
+    their crops and flips, and images are not augmented beside them.
 
     Raises:
         SretError: a value is of the wrong type or out of range, or the values do not fit together.
@@ -134,6 +145,11 @@ class TrainSpec(Strict):
     cutmix: Annotated[float, Field(ge=0)] = 0.0
     model_ema_decay: Rate = 0.0
     init: str | None = None
+    teacher: str | None = None
+    teacher_checkpoint: str | None = None
+    teacher_img_size: Count | None = None
+    soft_labels: str | None = None
+    distill_temperature: Annotated[float, Field(gt=0)] = 1.0
     scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (
         0.5,
         1,
@@ -164,7 +180,8 @@ class TrainSpec(Strict):
         name = data.get("recipe", "none")
         if not isinstance(name, str) or name not in RECIPES:
             raise SretError(f"unknown recipe {name!r}; {nearest(str(name), list(RECIPES))}")
-        data = {**RECIPES[name], **data}
+        unlabelled = UNLABELLED if data.get("soft_labels") is not None else {}
+        data = {**RECIPES[name], **unlabelled, **data}
         if name in RATES and "lr" not in data and isinstance(data["batch_size"], int):
             data["lr"] = RATES[name].lr * data["batch_size"] / 512
             if "min_lr" in RECIPES[name]:
@@ -176,7 +193,7 @@ class TrainSpec(Strict):
     def _list_to_tuple(cls, value: Any) -> Any:
         return as_tuples(value)
 
-    @field_validator("data_dir", "init")
+    @field_validator("data_dir", "init", "teacher", "teacher_checkpoint", "soft_labels")
     @classmethod
     def _one_spelling(cls, value: str | None) -> str | None:
         return None if value is None else os.path.normpath(value)
@@ -243,4 +260,26 @@ class TrainSpec(Strict):
             )
         if self.scale[0] > self.scale[1]:
             raise SretError(f"scale = {self.scale}: the smallest crop comes first; swap the two")
+        self._check_distillation()
         return self
+
+    def _check_distillation(self) -> None:
+        if self.teacher is not None and self.soft_labels is not None:
+            raise SretError(
+                f"teacher = {self.teacher!r} and soft_labels = {self.soft_labels!r}: labels have "
+                "been stored so that no teacher is needed; leave one of the two out"
+            )
+        for name in ("teacher_checkpoint", "teacher_img_size"):
+            if self.teacher is None and getattr(self, name) is not None:
+                raise SretError(f"{name} = {getattr(self, name)!r} needs a teacher; name one")
+        if self.teacher is None and self.soft_labels is None and self.distill_temperature != 1:
+            raise SretError(
+                f"distill_temperature = {self.distill_temperature:g} needs a teacher or "
+                "soft_labels; name one"
+            )
+        for name in UNLABELLED if self.soft_labels is not None else ():
+            if value := getattr(self, name):
+                raise SretError(
+                    f"{name} = {value!r} does not go with soft_labels, which are of crops and "
+                    "flips alone; leave it out, or use a teacher"
+                )

@@ -16,6 +16,7 @@ from sret_cli import __version__
 from sret_cli.checkpoint import Checkpoint, State, random_states, set_random_states
 from sret_cli.compilation import compile_model
 from sret_cli.data import Batches, Loader
+from sret_cli.distill import create_distillation
 from sret_cli.errors import CHECKPOINT, SOME_FAILED, SretError, note
 from sret_cli.evaluate import autocast
 from sret_cli.measure import device_name
@@ -91,6 +92,7 @@ class Trainer:
         self.schedule = create_schedule(self.optimizer, self.spec, len(loader))
         self.schedule.step_update(0)
         self.mixup = create_mixup(self.spec, run.model.num_classes)
+        self.distillation = create_distillation(self.spec, run.model, device)
         self.ema = create_ema(self.module, self.spec)
         compile_model(self.module, self.spec.compile, lambda why: note(f"not compiled: {why}"))
         self.progress = Progress()
@@ -163,9 +165,11 @@ class Trainer:
         return loss_value, parameters, norm
 
     def loss(self, x: Tensor, target: Tensor) -> Tensor:
-        """The loss of normalised images: the cross-entropy with classes or with mixed targets."""
+        """The loss of normalised images: the cross-entropy with classes or with soft targets."""
         with autocast(self.device, self.spec.precision):
             output = self.model(x)
+        if self.distillation is not None:
+            return self.distillation.loss(output.float(), x, target)
         smoothing = self.spec.smoothing if self.mixup is None else 0.0  # which has smoothed them
         return F.cross_entropy(output.float(), target, label_smoothing=smoothing)
 

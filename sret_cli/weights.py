@@ -136,6 +136,17 @@ def load_weights(model: Any, directory: Path) -> None:
     model.load_state_dict(_like(state, tensors, str(path)))
 
 
+def load_state(model: nn.Module, tensors: State, where: str) -> None:
+    """Loads a whole state dict into a model; `where` it is from goes into messages.
+
+    Raises:
+        SretError: it is of another model, or holds NaN or infinity.
+    """
+    state = model.state_dict()
+    _check_shapes(state, tensors, where)
+    model.load_state_dict(_like(state, tensors, where))
+
+
 def changed(spec: ModelSpec, changes: Mapping[str, Any]) -> ModelSpec:
     """A spec with other fields; single numbers of slices fit each stage, as `--slices` does.
 

@@ -14,10 +14,11 @@ ORDER = (
     *("__init__", "errors", "strict", "depth", "recipe", "spec", "registry", "backbone"),
     *("records", "published", "cost", "folders", "augment", "sources", "readers", "streams"),
     *("study", "linear", "blocks", "recompute", "model", "compilation", "recurse", "safe_read"),
-    *("reference", "weights", "profiler", "liveness", "footprint", "memory", "measure", "data"),
-    *("evaluate", "checkpoint", "interrupt", "metrics", "optimizer", "trainer", "train"),
-    *("launch", "views", "export", "figures", "report", "data_check", "flags", "weight_commands"),
-    *("data_commands", "cli", "__main__"),
+    *("reference", "weights", "profiler", "liveness", "footprint", "memory", "measure"),
+    *("soft_labels", "data", "evaluate", "checkpoint", "distill", "interrupt", "metrics"),
+    *("optimizer", "trainer", "train", "launch", "label_writer", "views", "export", "figures"),
+    *("report", "data_check", "flags", "weight_commands", "data_commands", "distill_commands"),
+    *("cli", "__main__"),
 )
 
 

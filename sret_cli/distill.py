@@ -1,0 +1,183 @@
+"""Distillation with soft labels alone: what a teacher says of an image takes its class's place.
+
+The loss is the cross-entropy of the teacher's and the student's probabilities at one temperature,
+without a factor for it, as SReT was trained: MEAL V2 (arXiv 2009.08453), Fast Knowledge
+Distillation (arXiv 2112.01528).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sret_cli.augment import Pixels, per_channel
+from sret_cli.backbone import BackboneSpec, Spec, read_spec
+from sret_cli.errors import CHECKPOINT, SretError
+from sret_cli.evaluate import autocast
+from sret_cli.recipe import TrainSpec
+from sret_cli.recurse import build_backbone
+from sret_cli.safe_read import read_tensors
+from sret_cli.soft_labels import spread
+from sret_cli.weights import load_config, load_model, load_state
+
+
+class Distillation:
+    """The loss of a training that distills, from a teacher or from stored labels; no state of it.
+
+    Raises:
+        SretError: the teacher cannot be had, or has other classes or channels than the student.
+    """
+
+    def __init__(self, train: TrainSpec, student: Spec, device: torch.device) -> None:
+        self.temperature = train.distill_temperature
+        self.teacher = None if train.teacher is None else Teacher(train, student, device)
+
+    def loss(self, output: Tensor, x: Tensor, target: Tensor) -> Tensor:
+        """The mean cross-entropy of the student's logits `[B, classes]`.
+
+        Args:
+            output: the student's logits, in float32.
+            x: the student's images, normalised, mixed where they are to be.
+            target: stored labels `[B, 2, top_k]`; with a teacher, anything.
+        """
+        if self.teacher is None:
+            soft = spread(target, output.shape[1])
+        else:
+            soft = (self.teacher(x) / self.temperature).softmax(1)
+        return F.cross_entropy(output / self.temperature, soft)
+
+
+def create_distillation(
+    train: TrainSpec, student: Spec, device: torch.device
+) -> Distillation | None:
+    """The loss of a training that distills; None for one that does not."""
+    distills = train.teacher is not None or train.soft_labels is not None
+    return Distillation(train, student, device) if distills else None
+
+
+class Teacher:
+    """A frozen model in eval mode, called on images as the student takes them.
+
+    It sees them with its own mean and deviation and at its own size, and runs in the precision of
+    the run.
+
+    Raises:
+        SretError: it cannot be had, or has other classes or channels than the student.
+    """
+
+    def __init__(self, train: TrainSpec, student: Spec, device: torch.device) -> None:
+        self.device, self.precision = device, train.precision
+        model, theirs = load_teacher(train, student)
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.img_size = theirs.img_size
+        ours = Pixels.of(train, student)
+        values = (ours.mean, ours.std, theirs.mean, theirs.std)
+        mean, std, other_mean, other_std = (
+            torch.tensor(v, device=device).view(1, -1, 1, 1) for v in values
+        )
+        self.factor, self.shift = std / other_std, (mean - other_mean) / other_std
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """The logits `[B, classes]` in float32 of images that are normalised for the student."""
+        x = x * self.factor + self.shift
+        if x.shape[-1] != self.img_size:
+            size = (self.img_size, self.img_size)
+            x = F.interpolate(x, size, mode="bicubic", antialias=True)
+        with autocast(self.device, self.precision):
+            return self.model(x).float()
+
+
+def load_teacher(train: TrainSpec, student: Spec) -> tuple[nn.Module, Pixels]:
+    """The teacher of a training, on the CPU, and the images that it takes.
+
+    Raises:
+        SretError: as `Teacher`.
+    """
+    assert train.teacher is not None
+    directory = Path(train.teacher)
+    if not directory.is_dir():
+        return _timm_teacher(train, student)
+    for name in ("teacher_checkpoint", "teacher_img_size"):
+        if (value := getattr(train, name)) is not None:
+            raise SretError(f"{name} = {value!r}: {directory} is a whole model; leave it out")
+    config = load_config(directory)
+    spec = read_spec(config["model"])
+    _refuse_other(train.teacher, spec.in_chans, spec.num_classes, student)
+    settings = config.get("train") or {"data_dir": "."}  # a model from elsewhere: ImageNet's mean
+    return load_model(directory), Pixels.of(TrainSpec(**settings), spec)
+
+
+def _timm_teacher(train: TrainSpec, student: Spec) -> tuple[nn.Module, Pixels]:
+    assert train.teacher is not None
+    model: Any
+    name, channels, checkpoint = train.teacher, student.in_chans, train.teacher_checkpoint
+    try:
+        spec = BackboneSpec(
+            backbone=name,
+            img_size=train.teacher_img_size,  # type: ignore[arg-type]  # None: the model's own
+            in_chans=channels,
+            num_classes=student.num_classes,
+        )
+    except SretError as error:
+        raise SretError(f"teacher: there is no directory {name}, and {error}") from None
+    if checkpoint is None:
+        model = _pretrained(train, student)
+    else:
+        model = build_backbone(spec)
+        tensors = read_tensors(Path(checkpoint))
+        stem, head = (tensors.get(f"{layer}.weight") for layer in _ends(model.pretrained_cfg))
+        if stem is not None and head is not None and stem.ndim > 1:
+            _refuse_other(checkpoint, stem.shape[1], head.shape[0], student)
+        load_state(model, tensors, checkpoint)
+    mean, std = (tuple(model.pretrained_cfg[k]) for k in ("mean", "std"))
+    mean, std = per_channel(mean, channels), per_channel(std, channels)
+    return model, Pixels(channels, spec.img_size, mean, std)
+
+
+def _ends(config: dict[str, Any]) -> tuple[str, str]:
+    """The names of the first convolution and of the classifier in timm's config of a model."""
+    names = [config.get(key) or "" for key in ("first_conv", "classifier")]
+    first, last = (name if isinstance(name, str) else name[0] for name in names)
+    return first, last
+
+
+def _pretrained(train: TrainSpec, student: Spec) -> nn.Module:
+    """One of timm's models with the weights that timm has for it, from its cache or the network."""
+    import timm
+
+    name = str(train.teacher)
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
+        raise SretError(
+            f"timm has no weights for the teacher {name}; give a file of them as "
+            "train.teacher_checkpoint"
+        )
+    _refuse_other(name, config.input_size[0], config.num_classes, student)
+    sized = {} if train.teacher_img_size is None else {"img_size": train.teacher_img_size}
+    try:
+        try:
+            return timm.create_model(name, pretrained=True, **sized)
+        except TypeError as error:
+            if "'img_size'" not in str(error):
+                raise
+            return timm.create_model(name, pretrained=True)  # takes images of any size
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SretError(
+            f"the weights of the teacher {name} are not here and cannot be downloaded ({reason}); "
+            "give a file of them as train.teacher_checkpoint",
+            CHECKPOINT,
+        ) from None
+
+
+def _refuse_other(name: str, channels: int, classes: int, student: Spec) -> None:
+    """Refuses a teacher whose logits or images are not those of the student."""
+    if (channels, classes) != (student.in_chans, student.num_classes):
+        raise SretError(
+            f"the teacher {name} has {classes:,} classes and {channels} channels, and the model "
+            f"{student.num_classes:,} and {student.in_chans}; use a teacher that was trained on "
+            "these classes"
+        )
