@@ -8,11 +8,17 @@ from typing import Any, NoReturn
 
 # Exit codes; 75 is sysexits.h's EX_TEMPFAIL: Slurm warns by one of these before the time is up, and
 # a script that sees it should requeue the job.
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 75, signal.SIGUSR2: 75}
+AGAIN = 75
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: AGAIN, signal.SIGUSR2: AGAIN}
 
 
 class Interrupted(Exception):
-    """A training has been asked to stop."""
+    """A training has been asked to stop, with an exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+        self.agreed = True  # of several processes, all stop
 
 
 class Stop:
@@ -33,13 +39,14 @@ class Stop:
             Interrupted: a signal came.
         """
         if self.code is not None:
-            raise Interrupted
+            raise Interrupted(self.code)
 
-    def leave(self) -> NoReturn:
-        """Ends the process by the way of the signal that came."""
-        if self.code == CODES[signal.SIGINT]:
-            raise KeyboardInterrupt
-        raise SystemExit(self.code)
+
+def leave(code: int) -> NoReturn:
+    """Ends the process by the way of the signal that asked for that exit code."""
+    if code == CODES[signal.SIGINT]:
+        raise KeyboardInterrupt
+    raise SystemExit(code)
 
 
 @contextmanager
