@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,7 @@ from sret_cli.flags import (
     Runs,
     Seed,
     Set,
+    Shard,
     Share,
     Slices,
     StudyFile,
@@ -65,7 +67,10 @@ from sret_cli.flags import (
     write_report,
 )
 from sret_cli.interrupt import CODES
+from sret_cli.processes import leads
 from sret_cli.weight_commands import convert, evaluate, export
+
+LEADER_SECONDS = 5.0  # in which the first of several processes fails where this one does
 
 app = typer.Typer(
     name="sret",
@@ -275,6 +280,7 @@ def train(
     checkpoint_every_steps: EverySteps = None,
     checkpoint_minutes: Minutes = 10.0,
     tensorboard: Tensorboard = False,
+    shard: Shard = False,
     resume: Annotated[
         Path | None, typer.Option(help="Go on with that run, or with --epochs from its end.")
     ] = None,
@@ -311,6 +317,7 @@ def train(
         checkpoint_every_steps=checkpoint_every_steps,
         checkpoint_minutes=checkpoint_minutes,
         tensorboard=tensorboard,
+        shard=shard,
     )
     outcome = run_study(found, runs, options, notes())
     show_rows(outcome.rows, report.RUN_TABLE, json_)
@@ -393,7 +400,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
             headings, *lines = map(list, error.table)
             Output(stderr=True).print(terminal_table(headings, lines))
-        code = _fail(str(error), error.code, debug)
+        code = _fail(str(error), error.code, debug, error.tells)
     except typer.TyperException as error:
         code = _fail(error.format_message(), USAGE, debug)
     except (typer.Abort, KeyboardInterrupt):
@@ -423,8 +430,13 @@ def _terminated(signal_number: int, frame: object) -> NoReturn:
     raise SystemExit(CODES[signal.Signals(signal_number)])
 
 
-def _fail(message: str, code: int, debug: bool) -> int:
+def _fail(message: str, code: int, debug: bool, tells: bool | None = None) -> int:
     if debug:
         traceback.print_exc()
-    print(f"sret: {message}", file=sys.stderr)
+    if tells is None and not leads():
+        # What fails all processes alike is told by the first: its end ends this one meanwhile.
+        time.sleep(LEADER_SECONDS)
+        tells = True
+    if tells is not False:
+        print(f"sret: {message}", file=sys.stderr)
     return code

@@ -53,7 +53,9 @@ class Compiled:
             return self.function(*arguments, **named)
 
 
-def compile_model(model: nn.Module, mode: str = "on", on_failure: OnFailure | None = None) -> None:
+def compile_model(
+    model: nn.Module, mode: str = "on", on_failure: OnFailure | None = None, stem: bool = True
+) -> None:
     """Compiles a model's passes and stem from their next call on.
 
     Args:
@@ -61,6 +63,7 @@ def compile_model(model: nn.Module, mode: str = "on", on_failure: OnFailure | No
         mode: "off" leaves it as it is, "on" makes a missing or failing compiler an error, "auto"
             goes on without.
         on_failure: is told of that, once.
+        stem: False leaves the stem as it is, where its BatchNorm asks other processes.
 
     Raises:
         SretError: there is no such mode.
@@ -83,14 +86,15 @@ def compile_model(model: nn.Module, mode: str = "on", on_failure: OnFailure | No
         if not told:
             model.compile(dynamic=False)
         return
-    model.call_stem = Compiled(_copy(model.call_stem), fall_back)
+    if stem:
+        model.call_stem = Compiled(_copy(model.call_stem), fall_back)
     for stage in model.every_stage():
         stage.one_pass = Compiled(_copy(one_pass), fall_back)
 
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether `compile_model` was told to compile that model of ours."""
-    return isinstance(model, SReT) and isinstance(model.call_stem, Compiled)
+    return isinstance(model, SReT) and isinstance(model.every_stage()[0].one_pass, Compiled)
 
 
 def _probe(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from sret_cli.augment import Pixels, seeded
 from sret_cli.backbone import Spec
 from sret_cli.errors import DATA, SretError, note, note_once
+from sret_cli.processes import share
 from sret_cli.readers import named_source
 from sret_cli.recipe import TrainSpec
 from sret_cli.soft_labels import StoredLabels
@@ -68,8 +69,9 @@ class Samples(Dataset):
 class Batches(Sampler[list[Key]]):
     """One rank's keys of the batches of an epoch, from batch `start` on.
 
-    With a seed, the order is drawn from seed and epoch, each rank takes its contiguous share of a
-    batch, and a last batch that is not full is dropped, unless it is the only one. Images that are
+    With a seed, the order is drawn from seed and epoch, each rank takes its share of each of the
+    `parts` of a batch (`processes.share`), so that these are the same images whatever the number of
+    ranks, and a last batch that is not full is dropped, unless it is the only one. Images that are
     repeated follow on each other, and the epoch is as long, as in timm's `RepeatAugSampler`.
     Without a seed, samples come in their order, and each rank takes every `world_size`-th.
     """
@@ -82,9 +84,10 @@ class Batches(Sampler[list[Key]]):
         repeats: int = 1,
         rank: int = 0,
         world_size: int = 1,
+        parts: int = 1,
     ) -> None:
         self.samples, self.batch_size, self.seed, self.repeats = samples, batch_size, seed, repeats
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.parts = rank, world_size, parts
         self.epoch, self.start = 0, 0
 
     def __len__(self) -> int:
@@ -107,10 +110,13 @@ class Batches(Sampler[list[Key]]):
             places = range(first, min(first + self.batch_size, self.samples))
             if first and len(places) < self.batch_size:
                 return
-            ends = [len(places) * rank // self.world_size for rank in (self.rank, self.rank + 1)]
+            parts = self.parts if len(places) == self.batch_size else 1
+            size = len(places) // parts
+            offsets = share(size, self.rank, self.world_size)
             yield [
                 (self.epoch, int(order[place // self.repeats]), place % self.repeats)
-                for place in places[ends[0] : ends[1]]
+                for part in range(parts)
+                for place in (places[part * size + offset] for offset in offsets)
             ]
 
 
@@ -203,14 +209,16 @@ def load_data(
         SretError: the data are missing or hold no labelled images, the model takes no images of
             this kind, or the batches do not divide among the ranks.
     """
-    if train.batch_size % world_size:
-        above = train.batch_size + world_size - train.batch_size % world_size
+    shares = world_size * train.accumulation
+    if train.batch_size % shares:
+        above = train.batch_size + shares - train.batch_size % shares
+        parts = f" in {train.accumulation} parts" if train.accumulation > 1 else ""
         raise SretError(
-            f"batch_size = {train.batch_size} does not divide among {world_size} processes; "
+            f"batch_size = {train.batch_size} does not divide among {world_size} processes{parts}; "
             f"use {above}"
         )
-    shares = workers, rank, world_size
-    return _loader(train, model, True, *shares), _loader(train, model, False, *shares)
+    where = workers, rank, world_size
+    return _loader(train, model, True, *where), _loader(train, model, False, *where)
 
 
 def load_test_data(
@@ -244,7 +252,9 @@ def _loader(
         labels.refuse_other(train, model, source)
     samples = Samples(source, transform, pixels.mode, seed, labels)
     repeats = max(train.aug_repeats, 1)
-    batches = Batches(len(source), train.batch_size, seed, repeats, rank, world_size)
+    batches = Batches(
+        *(len(source), train.batch_size, seed, repeats, rank, world_size, train.accumulation)
+    )
     return Loader(samples, batches, source.classes, workers, pixels, train.on_bad_image)
 
 

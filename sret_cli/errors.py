@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import cache
 
+from sret_cli.processes import leads
+
 USAGE, SPEC, DATA, CHECKPOINT, SOME_FAILED, RESOURCES = 2, 3, 4, 5, 6, 7
 
 
@@ -16,6 +18,9 @@ class SretError(Exception):
         code: the exit code of the process; 3, a spec or study that can't be, unless told.
         table: lines of cells, headings first, that are shown over the line where they help.
         status: what a row says became of the training.
+
+    Of several processes that train together, all raise one that is `agreed`, and only those tell
+    the user of which `tells` is not False.
     """
 
     def __init__(
@@ -29,6 +34,8 @@ class SretError(Exception):
         self.code = code
         self.table = table
         self.status = status
+        self.agreed = False
+        self.tells: bool | None = None
 
 
 def out_of_memory(error: BaseException) -> SretError | None:
@@ -55,5 +62,6 @@ def note(text: str) -> None:
 
 @cache
 def note_once(text: str) -> None:
-    """Tells the user, on stderr, what need not be told again."""
-    note(text)
+    """Tells the user, on stderr, what need not be told again, or by another process."""
+    if leads():
+        note(text)

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from sret_cli.compilation import is_compiled
 from sret_cli.data import Loader, load_test_data
+from sret_cli.distributed import ALONE, Ranks
 from sret_cli.errors import DATA, SretError
+from sret_cli.interrupt import Stop
 from sret_cli.measure import choose_device, device_name
 from sret_cli.model import SReT
 from sret_cli.recipe import TrainSpec
@@ -165,18 +167,23 @@ def evaluate(
     device: torch.device,
     precision: str = "fp32",
     on_step: OnStep = lambda done, total, text: None,
+    ranks: Ranks = ALONE,
+    stop: Stop | None = None,
 ) -> Evaluation:
     """Evaluates a model, in eval mode, on every image of a loader; deterministic.
 
+    Of several ranks each has its share of the images, and all get what all have found.
+
     Raises:
         SretError: an image cannot be decoded.
+        Interrupted: a signal came, which `stop` knows of.
     """
     training = model.training
     model.eval()
     loss, top1, top5, images, whole = 0.0, 0, 0, 0, 0
     tested: list[Tensor] = []
     correct: list[Tensor] = []
-    with torch.inference_mode():
+    with torch.inference_mode(), ranks.agreeing(stop):
         for done, (x, target) in enumerate(loader.epoch(0)):
             target = target.to(device)
             whole = max(whole, len(x))
@@ -192,12 +199,20 @@ def evaluate(
             top5 += int(best.sum())
             images += len(target)
             on_step(done + 1, len(loader), f"{images} images")
+            if stop is not None:
+                stop.check()
     model.train(training)
+    (classes,) = max(ranks.gather(len(tested[0]) if tested else 0))
+    by_class = torch.zeros(2, classes, dtype=torch.double)
+    for row, counts in zip(by_class, (tested, correct), strict=True):
+        row += sum(counts, torch.zeros_like(row, device=device)).cpu()
+    found = torch.tensor([loss, top1, top5, images], dtype=torch.double)
+    loss, top1, top5, images = ranks.sum(found).tolist()
+    ranks.sum(by_class)
     return Evaluation(
         loss / images,
         100 * top1 / images,
         100 * top5 / images,
-        images,
-        tuple(torch.stack(tested).sum(0).tolist()),
-        tuple(torch.stack(correct).sum(0).tolist()),
+        int(images),
+        *(tuple(map(int, row)) for row in by_class.tolist()),
     )

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from sret_cli.errors import DATA, USAGE, SretError
+from sret_cli.processes import leads
 
 StudyFile = Annotated[Path | None, typer.Argument(metavar="[STUDY]", help="A study file (TOML).")]
 Preset = Annotated[str | None, typer.Option(help="sret_t, sret_lt, sret_s, deep, nano …")]
@@ -51,6 +52,7 @@ GpuMemory = Annotated[str | None, typer.Option(help="A budget: 80G is 80e9 bytes
 EverySteps = Annotated[int | None, typer.Option(min=1, help="Save after every so many steps, too.")]
 Minutes = Annotated[float, typer.Option(min=0, help="Save after so many minutes, too; 0: never.")]
 Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Write for TensorBoard, too.")]
+Shard = Annotated[bool, typer.Option("--shard", help="Share weights out among processes (FSDP).")]
 Runs = Annotated[Path, typer.Option(help="Where run directories are.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 MODEL_FLAGS = (
@@ -63,8 +65,8 @@ TRAIN_FLAGS = (
 
 
 def notes() -> Console:
-    """Where progress and notes go: stderr."""
-    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    """Where progress and notes go: stderr, of the first of several processes."""
+    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=not leads())
 
 
 class PipeClosed(Exception):

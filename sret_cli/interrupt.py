@@ -11,12 +11,18 @@ from typing import Any, NoReturn
 
 # Exit codes; 75 is sysexits.h's EX_TEMPFAIL: Slurm warns by one of these before the time is up, and
 # a script that sees it should requeue the job.
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 75, signal.SIGUSR2: 75}
+AGAIN = 75
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: AGAIN, signal.SIGUSR2: AGAIN}
 PATIENCE = 10  # seconds
 
 
 class Interrupted(Exception):
-    """A training has been asked to stop."""
+    """A training has been asked to stop, with an exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+        self.agreed = True  # of several processes, all stop
 
 
 class Stop:
@@ -24,12 +30,14 @@ class Stop:
 
     def __init__(self) -> None:
         self.code: int | None = None
+        self.gives_up = True  # a step that takes long; not one that others wait in
 
     def __call__(self, number: int, frame: Any) -> None:
         """Sets the flag; a second Ctrl-C ends the process at once."""
         self.code = CODES[signal.Signals(number)]
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+        if self.gives_up:
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE)
 
     def check(self) -> None:
         """Ends a training at a place where its state is whole.
@@ -39,7 +47,7 @@ class Stop:
         """
         if self.code is not None:
             self.be_patient()
-            raise Interrupted
+            raise Interrupted(self.code)
 
     def keep_steps_whole(self) -> None:
         """Takes torch's handler away, which raises where a step is when a loader's process ends.
@@ -59,13 +67,15 @@ class Stop:
         Raises:
             Interrupted: always.
         """
-        raise Interrupted
+        assert self.code is not None
+        raise Interrupted(self.code)
 
-    def leave(self) -> NoReturn:
-        """Ends the process by the way of the signal that came."""
-        if self.code == CODES[signal.SIGINT]:
-            raise KeyboardInterrupt
-        raise SystemExit(self.code)
+
+def leave(code: int) -> NoReturn:
+    """Ends the process by the way of the signal that asked for that exit code."""
+    if code == CODES[signal.SIGINT]:
+        raise KeyboardInterrupt
+    raise SystemExit(code)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -20,32 +20,13 @@ from sret_cli.published import published_columns
 from sret_cli.recipe import TrainSpec
 from sret_cli.records import Row
 from sret_cli.study import Run, Study
+from sret_cli.team import Options, Team
 
 if TYPE_CHECKING:
     from sret_cli.evaluate import OnStep
     from sret_cli.profiler import Profile
 
 SECONDS_A_LINE = 30  # between lines of progress where there is no terminal
-
-
-@dataclass(frozen=True)
-class Options:
-    """How and where runs are done, which does not change what they do.
-
-    `measure_batch_size` is None where nothing is to be timed; `compiles` is as in `compile_model`,
-    for what is timed; `gpu_memory` is a budget in bytes. Checkpoints are written at the end of
-    every epoch, so many minutes after the last one (0: not for that), and every so many steps.
-    """
-
-    device: str = "auto"
-    workers: int | None = None
-    measure_batch_size: int | None = None
-    precision: str = "fp32"
-    compiles: str = "off"
-    gpu_memory: int | None = None
-    checkpoint_every_steps: int | None = None
-    checkpoint_minutes: float = 10.0
-    tensorboard: bool = False
 
 
 @dataclass
@@ -199,12 +180,23 @@ def run_study(
     """Profiles and, where asked, trains each run of a study, and writes their rows.
 
     A run that fails for a reason of its own (diverged, out of memory) becomes a row with `error`,
-    and the others go on.
+    and the others go on. Of several processes that torchrun or Slurm started, the first one does
+    so, and the others take part in its trainings, and leave here.
 
     Raises:
         SretError: the data, the device or the root cannot be used, which would fail every run; or
             a run's backbone cannot be built, which is found out before the first run starts.
     """
+    team = Team(options) if trains else None
+    if team is not None and not team.leads:
+        team.follow()
+    with nullcontext() if team is None else team.leading():
+        return _run_study(study, root, options, console, trains, team)
+
+
+def _run_study(
+    study: Study, root: Path, options: Options, console: Console, trains: bool, team: Team | None
+) -> Outcome:
     _check_backbones(study, root)
     outcome = Outcome()
     display = Display(console, study.name, len(study.runs))
@@ -221,8 +213,10 @@ def run_study(
                     row |= {"status": None, "error": None, **records.provenance()}
                 try:
                     with records.locked(directory):
-                        _measure(missing, row, run, directory, options, display)
+                        _measure(missing, row, run, directory, options, display, team)
                 except SretError as error:
+                    if team is not None and team.lost:
+                        raise
                     if not isinstance(error, records.Busy) and not row["error"]:
                         _remove_unless_begun(directory)
                         raise
@@ -234,7 +228,13 @@ def run_study(
 
 
 def _measure(
-    missing: list[str], row: Row, run: Run, directory: Path, options: Options, display: Display
+    missing: list[str],
+    row: Row,
+    run: Run,
+    directory: Path,
+    options: Options,
+    display: Display,
+    team: Team | None,
 ) -> None:
     """Does what a run lacks, and writes its row, also where it failed for a reason of its own.
 
@@ -245,7 +245,7 @@ def _measure(
     try:
         with _out_of_memory_is_an_error():
             for measurement in missing:
-                row |= _do(measurement, run, directory, options, display)
+                row |= _do(measurement, run, directory, options, display, team)
         if "training" in missing:
             row["status"] = "done"
     except SretError as error:
@@ -290,7 +290,14 @@ def _missing(row: Row, run: Run, options: Options, trains: bool) -> list[str]:
     return missing
 
 
-def _do(measurement: str, run: Run, directory: Path, options: Options, display: Display) -> Row:
+def _do(
+    measurement: str,
+    run: Run,
+    directory: Path,
+    options: Options,
+    display: Display,
+    team: Team | None,
+) -> Row:
     if measurement == "cost":
         from sret_cli.profiler import profile
 
@@ -298,13 +305,8 @@ def _do(measurement: str, run: Run, directory: Path, options: Options, display: 
         return {**costs.row(), **published_columns(run.model, costs.params, costs.macs)}
     if measurement == "speed":
         return _speed(run, options)
-    from sret_cli.train import Saving, train
-
-    saving = Saving(options.checkpoint_every_steps, options.checkpoint_minutes or None)
-    where = (directory, options.device, options.workers)
-    return train(
-        run, *where, display.on_step, display.note, saving, options.tensorboard, options.gpu_memory
-    )
+    assert team is not None
+    return team.train(run, directory, display.on_step, display.note)
 
 
 @contextmanager

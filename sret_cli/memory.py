@@ -118,7 +118,11 @@ def fixed_plan(spec: ModelSpec, recompute: Recompute) -> Plan:
 
 
 def set_recompute(
-    model: Any, train: TrainSpec, device: torch.device, budget: int | None = None
+    model: Any,
+    train: TrainSpec,
+    device: torch.device,
+    budget: int | None = None,
+    world_size: int = 1,
 ) -> None:
     """Has a model recompute what its training asks for; timm's models know all passes or none."""
     if not isinstance(model, SReT):
@@ -128,7 +132,8 @@ def set_recompute(
     if train.recursions_range is not None and spec.order is None:
         spec = spec.with_values(recursions=train.recursions_range[1])
     if train.recompute == "auto":
-        setting = Setting(train.batch_size, train.precision, device.type, train.opt)
+        images = -(-train.batch_size // world_size)
+        setting = Setting(images, train.precision, device.type, train.opt)
         model.set_recompute(*predict(spec, setting, "auto", budget)[1])
     else:
         model.set_recompute(fixed_plan(spec, train.recompute).segments)

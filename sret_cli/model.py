@@ -20,6 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sret_cli.blocks import LAYER_NORM_EPS, NLL, Attention, Block, Mlp
 from sret_cli.errors import SretError
+from sret_cli.processes import share
 from sret_cli.recompute import recompute
 from sret_cli.registry import register_models
 from sret_cli.spec import ModelSpec, Pass, ends_shuffled
@@ -46,6 +47,9 @@ class Stage(nn.Module):
         self.reference_shuffle = False
         self.one_pass = one_pass  # or its compiled form
         self.draws = spec.drop_rate > 0 or spec.attn_drop_rate > 0
+        # Of several processes, each draws for all images, with one generator, and takes its share.
+        self.rank, self.world_size = 0, 1
+        self.generator: torch.Generator | None = None  # torch's own
         self.segment = 0  # recompute in segments of so many passes; 0: not at all
         self.recomputed: int | None = None  # only the first so many passes; None: all
         self.blocks = nn.ModuleList(Block(spec, stage) for _ in range(spec.blocks[stage]))
@@ -144,7 +148,9 @@ class Stage(nn.Module):
             if drawn:
                 return self._compose(torch.stack(drawn).to(self.gathers_RN.device))
         if self.random_shuffle and self.training and passes:
-            noise_PN = torch.rand(passes, tokens, device=self.gathers_RN.device)
+            noise_PN = torch.rand(
+                passes, tokens, device=self.gathers_RN.device, generator=self.generator
+            )
             return self._compose(noise_PN.argsort(1))
         return self.gathers_RN
 
@@ -169,8 +175,13 @@ class Stage(nn.Module):
         if not self.training or not any(self.drop_path_rates):
             return None
         keep_P111 = 1 - torch.tensor(self.drop_path_rates, device=x_BNC.device).view(-1, 1, 1, 1)
-        kept_P2B = torch.rand(len(keep_P111), 2, len(x_BNC), 1, device=x_BNC.device) < keep_P111
-        return (kept_P2B / keep_P111).unsqueeze(-1).unbind()
+        images = len(x_BNC) * self.world_size
+        noise_P2B1 = torch.rand(
+            len(keep_P111), 2, images, 1, device=x_BNC.device, generator=self.generator
+        )
+        if self.world_size > 1:
+            noise_P2B1 = noise_P2B1[:, :, share(images, self.rank, self.world_size)]
+        return ((noise_P2B1 < keep_P111) / keep_P111).unsqueeze(-1).unbind()
 
 
 def one_pass(

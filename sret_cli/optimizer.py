@@ -83,14 +83,19 @@ def create_ema(model: nn.Module, spec: TrainSpec) -> Any:
     return ModelEmaV3(model, decay=spec.model_ema_decay)
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seeds every generator for one training step, so that it can be done again by itself."""
-    number = random.Random(f"{seed} {step} {rank}").getrandbits(32)
+def seed_step(seed: int, step: int, rank: int) -> int:
+    """Seeds every generator for one training step, so that it can be done again by itself.
+
+    torch's differ between the ranks, for dropout. Returns the number that the others start from,
+    and those of the first rank.
+    """
+    number, own = (random.Random(f"{seed} {step} {r}").getrandbits(32) for r in (0, rank))
     random.seed(number)
     np.random.seed(number)
-    torch.default_generator.manual_seed(number)
+    torch.default_generator.manual_seed(own)
     if torch.cuda.is_available():
-        torch.cuda.manual_seed(number)
+        torch.cuda.manual_seed(own)
+    return number
 
 
 def drawn_recursions(spec: TrainSpec, step: int) -> int:

@@ -58,6 +58,7 @@ MEASUREMENTS = (
     "ema_top1_percent",
     "ema_top5_percent",
     "bad_images",
+    "world_size",
 )
 OUTCOME = ("status", "error")  # what became of the training, and the reason where it failed
 CONFIG_FILE = "config.json"

@@ -1,17 +1,21 @@
 """Training of one run: its epochs, and all that keeps them from being lost."""
 
+import gc
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sret_cli import records
-from sret_cli.checkpoint import Writer, newest
+from sret_cli.checkpoint import Checkpoint, Writer, newest
 from sret_cli.data import Loader, load_data
+from sret_cli.distributed import ALONE, Ranks
 from sret_cli.errors import CHECKPOINT, RESOURCES, SretError, note, out_of_memory
 from sret_cli.evaluate import (
     Evaluation,
@@ -21,11 +25,12 @@ from sret_cli.evaluate import (
     evaluate_run,
     use_deterministic_kernels,
 )
-from sret_cli.interrupt import Interrupted, Stop, listening
+from sret_cli.interrupt import Interrupted, Stop, leave, listening
 from sret_cli.measure import choose_device, device_name, free_bytes
 from sret_cli.memory import Setting, largest_batch, predict
 from sret_cli.metrics import METRICS_FILE, Metrics
 from sret_cli.optimizer import drawn_recursions
+from sret_cli.parallel import gathered, whole
 from sret_cli.records import CONFIG_FILE, Row
 from sret_cli.spec import ModelSpec
 from sret_cli.study import Run
@@ -56,6 +61,8 @@ def train(
     saving: Saving = Saving(),
     tensorboard: bool = False,
     gpu_memory: int | None = None,
+    ranks: Ranks = ALONE,
+    shards: bool = False,
 ) -> Row:
     """Trains a run and returns its measurements; goes on from its newest checkpoint, if it has one.
 
@@ -63,42 +70,61 @@ def train(
     run's directory (`runs/<study>/<run_id>`), and the averaged weights to `ema/` in it. The same
     seed on the same machine gives bitwise the same losses, also where it was interrupted: on a CPU
     always, on CUDA as far as torch has deterministic kernels. `gpu_memory` is a
-    budget in bytes for `recompute = "auto"`.
+    budget in bytes for `recompute = "auto"`. Of several `ranks`, which all have to call this, the
+    first one alone writes files; `shards` leaves each its share of the weights.
 
     Raises:
         SretError: data or device are not there, the loss is not finite, memory or disk are full,
-            another process trains the run, or what is in the directory is of another run.
+            another process trains the run, what is in the directory is of another run, or a rank
+            died.
         KeyboardInterrupt, SystemExit: a signal came; the state is saved.
     """
     if run.train is None:
         raise SretError("this run has no [train] table; add one, or use `sret profile`")
-    target_device = choose_device(device)
+    target_device = ranks.device or choose_device(device)
     directory = directory or run.directory(Path("runs"))
     use_deterministic_kernels(target_device)
     workers = default_workers(run.train) if workers is None else workers
-    loaders = load_data(run.train, run.model, workers)
-    trainer = Trainer(run, loaders[0], target_device, gpu_memory=gpu_memory)
-    with records.locked(directory), listening() as stop:
-        records.write_config(directory, describe(run, loaders[0]))
+    with ranks.ending_all(), ExitStack() as stack:
+        with ranks.agreeing():
+            loaders = load_data(run.train, run.model, workers, ranks.rank, ranks.world_size)
+            trainer = Trainer(run, loaders[0], target_device, gpu_memory, ranks, shards)
+            if ranks.leads:
+                stack.enter_context(records.locked(directory))
+                records.write_config(directory, describe(run, loaders[0]))
+        trainer.join()
+        stop = stack.enter_context(listening())
+        stop.gives_up = not ranks.several
+        stack.enter_context(collecting_rarely())
         session = Session(trainer, loaders[1], directory, saving, stop, on_step, note)
-        session.resume()
-        metrics = Metrics(
-            *(directory, trainer.progress.metrics_bytes, trainer.progress.step),
-            *(tensorboard, note),
-        )
+        stack.callback(session.close)
         try:
-            with metrics:
-                return session.run(metrics)
-        except Interrupted:
-            stop.leave()
+            session.resume(tensorboard)
+            return session.run()
+        except Interrupted as asked:
+            leave(asked.code)
         except (RuntimeError, MemoryError) as error:
-            if stop.code is not None:  # the signal ended the loader's processes, too
-                stop.leave()
-            if out_of_memory(error) is None:
+            if out_of_memory(error) is None or ranks.is_loss(error):
                 raise
             raise _out_of_memory(error, trainer) from None
-        finally:
-            session.writer.close()
+
+
+@contextmanager
+def collecting_rarely() -> Iterator[None]:
+    """Has Python look for garbage in what is new, and rarely in all that is there.
+
+    A full collection walks through every pass of the graph: at 10,000 layers it would take a third
+    of a step. Tensors do not wait for it, since they are in no cycles.
+    """
+    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(before[0], before[1], 1000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
 
 
 def describe(run: Run, loader: Loader) -> Row:
@@ -128,95 +154,160 @@ class Session:
     ) -> None:
         self.trainer, self.test_loader, self.directory = trainer, test_loader, directory
         self.saving, self.stop, self.on_step, self.note = saving, stop, on_step, note
-        self.writer = Writer(directory)
+        self.ranks = trainer.ranks
+        self.writer: Writer | None = None  # these are the leading rank's
+        self.metrics: Metrics | None = None
         self.saved_at = time.monotonic()
 
-    def resume(self) -> None:
+    def resume(self, tensorboard: bool) -> None:
         """Goes on from the newest checkpoint that is sound, where there is one."""
-        continues, trainer = self.trainer.run.continues, self.trainer
+        found: Checkpoint | None = None
+        with self.ranks.agreeing():
+            if self.ranks.leads:
+                found = self._find()
+        found = self.ranks.broadcast(found)
+        with self.ranks.agreeing():
+            changed = [] if found is None else self.trainer.load(found)
+            if self.ranks.leads:
+                if found is not None and changed:
+                    was = ", ".join(changed)
+                    self.note(f"{found.path} was written by {was}: last digits may differ")
+                self._open_metrics(found, tensorboard)
+        bad, known = self.trainer.progress.bad_images, self.trainer.loader.bad_images
+        known += [text for text in bad if text not in known]
+
+    def _find(self) -> Checkpoint | None:
+        continues = self.trainer.run.continues
         found = newest(self.directory, self.note)
-        if found is not None:
-            self.writer = Writer(self.directory, found.path)
-        elif continues is not None:
+        self.writer = Writer(self.directory, None if found is None else found.path)
+        if found is None and continues is not None:
             source = self.directory.parent / continues
             found = newest(source, self.note)
             if found is None:
                 raise SretError(f"{source} has no checkpoint to continue", CHECKPOINT)
-        if found is None:
-            return
-        if changed := trainer.load(found):
-            self.note(f"{found.path} was written by {', '.join(changed)}: last digits may differ")
-        if found.path.parent != self.directory:
-            lines = (found.path.parent / METRICS_FILE).read_bytes()
-            records.write_atomically(
-                self.directory / METRICS_FILE, lines[: trainer.progress.metrics_bytes]
-            )
-        bad = trainer.progress.bad_images
-        trainer.loader.bad_images += [text for text in bad if text not in trainer.loader.bad_images]
+        return found
 
-    def run(self, metrics: Metrics) -> Row:
+    def _open_metrics(self, found: Checkpoint | None, tensorboard: bool) -> None:
+        p = self.trainer.progress
+        if found is not None and found.path.parent != self.directory:
+            lines = (found.path.parent / METRICS_FILE).read_bytes()
+            records.write_atomically(self.directory / METRICS_FILE, lines[: p.metrics_bytes])
+        self.metrics = Metrics(self.directory, p.metrics_bytes, p.step, tensorboard, self.note)
+
+    def close(self) -> None:
+        """Ends what writes, when it has written what is under way."""
+        if self.metrics is not None:
+            self.metrics.__exit__()
+        if self.writer is not None:
+            self.writer.close()
+
+    def run(self) -> Row:
         """All epochs that are left, then the weights; returns the run's measurements."""
         trainer, spec, p = self.trainer, self.trainer.spec, self.trainer.progress
         try:
             while p.epoch < spec.epochs:
-                self._train_epoch(metrics)
-                self._evaluate_epoch(metrics)
-                self._save(metrics)
-            self.writer.wait()
-        except Diverged:
-            self._save(metrics)
-            self.writer.wait()
+                self._train_epoch()
+                self._evaluate_epoch()
+                self._save()
+            self._wait()
+        except (Diverged, Interrupted):
+            self.stop.be_patient()
+            if trainer.whole:
+                self._save()
+                self._wait()
             raise
-        except (Interrupted, RuntimeError):
-            if self.stop.code is not None and trainer.whole:
-                self.stop.be_patient()
-                self._save(metrics)
-                self.writer.wait()
-            raise
-        save_weights(trainer.module, self.directory)
-        if trainer.ema is not None:
-            ema = records.make_directory(self.directory / EMA_DIRECTORY)
-            records.write_json(ema / CONFIG_FILE, describe(trainer.run, trainer.loader))
-            save_weights(trainer.ema.module, ema)
-        self.stop.check()
+        bad = {*trainer.loader.bad_images, *self.test_loader.bad_images}
+        bad_images = len(set().union(*self.ranks.gather_objects(bad)))
+        self._save_weights()
+        with self.ranks.agreeing():
+            self.stop.check()
         return {
-            "bad_images": len({*trainer.loader.bad_images, *self.test_loader.bad_images}),
+            "bad_images": bad_images,
             "epochs_trained": spec.epochs,
             "train_seconds": p.seconds,
             "images_per_second": p.images / p.seconds if p.seconds else None,
             **p.results,
+            "world_size": self.ranks.world_size,
             "device_name": device_name(trainer.device),
             "torch_version": torch.__version__,
         }
 
-    def _train_epoch(self, metrics: Metrics) -> None:
+    def _save_weights(self) -> None:
+        trainer = self.trainer
+        models = [trainer.module] + ([] if trainer.ema is None else [trainer.ema.module])
+        for model, directory in zip(
+            models, (self.directory, self.directory / EMA_DIRECTORY), strict=False
+        ):
+            state = whole(model.state_dict())
+            if not self.ranks.leads:
+                continue
+            if model is not trainer.module:
+                records.make_directory(directory)
+                records.write_json(directory / CONFIG_FILE, describe(trainer.run, trainer.loader))
+            save_weights(state, directory)
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor, tuple[int, ...]]]:
+        """The batches that are left of an epoch, with the images that each rank has of one.
+
+        Before each, what has to be done between two steps is done, and ranks agree on it.
+        """
         trainer, p = self.trainer, self.trainer.progress
         steps = len(trainer.loader)
+        batches = iter(trainer.loader.epoch(p.epoch, p.batch) if p.batch < steps else ())
+        while True:
+            batch, failure = None, None
+            try:
+                batch = next(batches, None)
+            except SretError as error:
+                failure = error
+            except RuntimeError:
+                if self.stop.code is None:  # a signal ends the loader's processes, too
+                    raise
+            counts, codes, due, failures = zip(
+                *self.ranks.gather(
+                    *(0 if batch is None else len(batch[0]), self.stop.code or 0),
+                    *(self._is_due(), failure is not None),
+                ),
+                strict=True,
+            )
+            if due[0] and 0 < p.batch < steps:
+                self._save()
+            if any(failures):
+                with self.ranks.agreeing():
+                    if failure is not None:
+                        raise failure
+            if any(codes):
+                raise Interrupted(max(codes))
+            if batch is None:
+                return
+            yield *batch, counts
+
+    def _train_epoch(self) -> None:
+        trainer, p = self.trainer, self.trainer.progress
         trainer.module.train()
         before, seconds = time.perf_counter(), p.seconds
-        for images, target in trainer.loader.epoch(p.epoch, p.batch) if p.batch < steps else ():
+        for images, target, counts in self._batches():
             self.stop.keep_steps_whole()
             lr = trainer.lr
             try:
-                loss = trainer.step(images, target)
+                loss = trainer.step(images, target, counts)
             except Diverged as error:
                 self._report(error, lr)
                 raise
-            metrics.write(p.step, step=p.step, epoch=p.epoch + 1, loss=loss, lr=lr)
+            if self.metrics is not None:
+                self.metrics.write(p.step, step=p.step, epoch=p.epoch + 1, loss=loss, lr=lr)
             p.seconds = seconds + time.perf_counter() - before
             trainer.whole = True
             speed = f"{p.images / p.seconds:.0f} images/s"
             self.on_step(
                 p.step,
-                trainer.spec.epochs * steps,
+                trainer.spec.epochs * len(trainer.loader),
                 f"loss {loss:.3f}, lr {lr:.2g}, {speed}, {peak_gigabytes(trainer.device)}",
             )
-            self.writer.check()
-            if p.batch < steps and self._is_due():
-                self._save(metrics)
-            self.stop.check()
+            if self.writer is not None:
+                self.writer.check()
 
-    def _evaluate_epoch(self, metrics: Metrics) -> None:
+    def _evaluate_epoch(self) -> None:
         """Evaluates, and moves on to the next epoch."""
         trainer, spec, p = self.trainer, self.trainer.spec, self.trainer.progress
         if spec.recursions_range is not None:
@@ -227,17 +318,20 @@ class Session:
             averaged = self._evaluate(trainer.ema.module).row()
             results |= {f"ema_{k}": averaged[k] for k in averaged if k != "test_images"}
         line = {("train_loss" if k == "final_loss" else k): v for k, v in results.items()}
-        metrics.write(p.step, epoch=p.epoch + 1, **line)
+        if self.metrics is not None:
+            self.metrics.write(p.step, epoch=p.epoch + 1, **line)
         best = p.results.get("best_top1_percent", 0.0)
         p.results = {**results, "best_top1_percent": max(best, found.top1_percent)}
         p.epoch, p.batch, p.loss_sum = p.epoch + 1, 0, 0.0
 
     def _evaluate(self, model: torch.nn.Module) -> Evaluation:
         trainer = self.trainer
-        found = evaluate(
-            *(model, self.test_loader, trainer.device, trainer.spec.precision),
-            lambda done, total, text: self.stop.check(),
-        )
+        with gathered(model):
+            found = evaluate(
+                *(model, self.test_loader, trainer.device, trainer.spec.precision),
+                ranks=self.ranks,
+                stop=self.stop,
+            )
         if not math.isfinite(found.test_loss):
             error = trainer.diverged(f"test loss is {found.test_loss}", trainer.progress.step)
             self._report(error, trainer.lr)
@@ -250,15 +344,31 @@ class Session:
             minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
         )
 
-    def _save(self, metrics: Metrics) -> None:
+    def _save(self) -> None:
+        """Saves the state; all ranks are at the same step, and know the same bad images."""
         self.saved_at = time.monotonic()
-        p = self.trainer.progress
-        p.metrics_bytes, p.bad_images = metrics.position, self.trainer.loader.bad_images
-        self.writer.write(p.step, self.trainer.state(), metrics.sync)
+        p, known = self.trainer.progress, self.trainer.loader.bad_images
+        if any(count for (count,) in self.ranks.gather(len(known))):
+            known[:] = dict.fromkeys(sum(self.ranks.gather_objects(known), []))
+        p.bad_images = known
+        if self.writer is None or self.metrics is None:
+            if self.trainer.shards:
+                self.trainer.state()
+            return
+        p.metrics_bytes = self.metrics.position
+        self.writer.write(p.step, self.trainer.state(), self.metrics.sync)
+
+    def _wait(self) -> None:
+        """Waits until the last checkpoint is durable, on all ranks."""
+        with self.ranks.agreeing():
+            if self.writer is not None:
+                self.writer.wait()
 
     def _report(self, error: Diverged, lr: float) -> None:
         """Writes where a training diverged, and on which images."""
         p, steps = self.trainer.progress, len(self.trainer.loader)
+        if not self.ranks.leads:
+            return
         report: Row = {"error": str(error), "steps_done": p.step, "epoch": p.epoch + 1, "lr": lr}
         report["batch_indices"] = self.trainer.batch_indices() if p.batch < steps else []
         records.write_json(self.directory / DIVERGED_FILE, report)
@@ -267,11 +377,11 @@ class Session:
 def _out_of_memory(error: BaseException, trainer: Trainer) -> SretError:
     """The user's error, with what was in use and predicted, and what can be done about it."""
     spec, step = trainer.spec, trainer.progress.step + 1
-    at_once = -(-spec.batch_size // spec.accumulation)
+    at_once = -(-spec.batch_size // (spec.accumulation * trainer.ranks.world_size))
     advice, predicted = "use a smaller model or fewer layers", ""
     if at_once > 1:
-        parts = range(spec.accumulation + 1, spec.batch_size + 1)
-        fewer = next(n for n in parts if spec.batch_size % n == 0)
+        share = spec.batch_size // trainer.ranks.world_size
+        fewer = next(n for n in range(spec.accumulation + 1, share + 1) if share % n == 0)
         advice = f"use train.accumulation = {fewer}, or a smaller batch_size"
     if isinstance(trainer.run.model, ModelSpec):
         setting = Setting(at_once, spec.precision, trainer.device.type, spec.opt)

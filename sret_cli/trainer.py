@@ -1,6 +1,8 @@
 """A model in training: one step, and all that a step changes, as a state to save and load."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from sret_cli import __version__
 from sret_cli.checkpoint import Checkpoint, State, random_states, set_random_states
 from sret_cli.compilation import compile_model
 from sret_cli.data import Batches, Loader
 from sret_cli.distill import create_distillation
+from sret_cli.distributed import ALONE, Ranks
 from sret_cli.errors import CHECKPOINT, SOME_FAILED, SretError, note
 from sret_cli.evaluate import autocast
 from sret_cli.measure import device_name
 from sret_cli.memory import set_recompute
+from sret_cli.model import SReT
 from sret_cli.optimizer import (
     create_ema,
     create_mixup,
@@ -29,6 +34,15 @@ from sret_cli.optimizer import (
     drawn_recursions,
     seed_step,
 )
+from sret_cli.parallel import (
+    full,
+    load_whole,
+    load_whole_optimizer,
+    replicate,
+    shard,
+    synchronise_norms,
+    whole,
+)
 from sret_cli.records import Row, refuse_other_config
 from sret_cli.recurse import build_any
 from sret_cli.study import Run
@@ -36,7 +50,7 @@ from sret_cli.weights import load_weights
 
 
 class Diverged(SretError):
-    """A loss or a gradient is not finite."""
+    """A loss or a gradient is not finite, on all ranks."""
 
 
 @dataclass
@@ -61,9 +75,10 @@ class Progress:
 class Trainer:
     """A model, its optimiser, schedule and averaged weights, and how far they are.
 
-    Everything drawn in a step is drawn from the seed, the step and the rank, so that a step done
-    again from the same state gives the same weights. `model` is what a step calls, `module` what is
-    evaluated and saved: they differ once something is wrapped around the module.
+    Everything drawn in a step is drawn from the seed and the step, so that a step done again from
+    the same state gives the same weights, and several ranks draw what one process does: all but
+    dropout, and the drop path of timm's models, which each rank draws for itself. `model` is what a
+    step calls, `module` what is evaluated and saved: they differ once `join` has been called.
 
     Raises:
         SretError: the spec asks for what cannot be.
@@ -74,50 +89,73 @@ class Trainer:
         run: Run,
         loader: Loader,
         device: torch.device,
-        rank: int = 0,
         gpu_memory: int | None = None,
+        ranks: Ranks = ALONE,
+        shards: bool = False,
     ) -> None:
         assert run.train is not None
         self.run, self.spec, self.loader = run, run.train, loader
-        self.device, self.rank = device, rank
+        self.device, self.ranks, self.shards = device, ranks, shards
         torch.manual_seed(self.spec.seed)
         self.module = build_any(run.model).to(device)
         if self.spec.init is not None:
             load_weights(self.module, Path(self.spec.init))
-        set_recompute(self.module, self.spec, device, gpu_memory)
+        set_recompute(self.module, self.spec, device, gpu_memory, ranks.world_size)
         if self.spec.recursions_range is not None:
             self.module.set_recursions(self.spec.recursions_range[1])  # refuses what has no weights
         self.model: nn.Module = self.module
+        self.ema = create_ema(self.module, self.spec)
+        if ranks.several:
+            synchronise_norms(self.module)
+        if shards:
+            shard(self.module, ranks)
+            if self.ema is not None:
+                shard(self.ema.module, ranks)
         self.optimizer = create_optimizer(self.module, self.spec)
         self.schedule = create_schedule(self.optimizer, self.spec, len(loader))
         self.schedule.step_update(0)
         self.mixup = create_mixup(self.spec, run.model.num_classes)
         self.distillation = create_distillation(self.spec, run.model, device)
-        self.ema = create_ema(self.module, self.spec)
-        compile_model(self.module, self.spec.compile, lambda why: note(f"not compiled: {why}"))
+        compile_model(
+            self.module,
+            self.spec.compile,
+            lambda why: note(f"not compiled: {why}") if ranks.leads else None,
+            stem=not ranks.several,
+        )
+        self.generator = torch.Generator(device)
+        if ranks.several and isinstance(self.module, SReT):
+            for stage in self.module.every_stage():
+                stage.rank, stage.world_size = ranks.rank, ranks.world_size
+                stage.generator = self.generator
         self.progress = Progress()
         norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm)]
         self.statistics = [buffer for norm in norms for buffer in norm.buffers()]
         self.whole = True  # no step is under way
+
+    def join(self) -> None:
+        """Has each step average the gradients of all ranks, which have to be this far."""
+        if self.ranks.several and not self.shards:
+            self.model = replicate(self.module, self.spec, self.ranks)
 
     @property
     def lr(self) -> float:
         """The learning rate of the next step: that of the layers that have the largest."""
         return max(group["lr"] for group in self.optimizer.param_groups)
 
-    def step(self, images: Tensor, target: Tensor) -> float:
+    def step(self, images: Tensor, target: Tensor, counts: tuple[int, ...] = ()) -> float:
         """One step of the optimiser on a batch; returns its loss.
 
         Args:
-            images: `[B, C, Y, X]`, as the loader gives them.
+            images: `[B, C, Y, X]`, as the loader gives them: this rank's.
             target: `[B]`.
+            counts: how many images each rank has, where there are several.
 
         Raises:
             Diverged: the loss or the gradient is not finite; nothing has changed.
         """
         self.whole = False
-        p = self.progress
-        seed_step(self.spec.seed, p.step, self.rank)
+        p, counts = self.progress, counts or (len(images),)
+        self.generator.manual_seed(seed_step(self.spec.seed, p.step, self.ranks.rank))
         if self.spec.recursions_range is not None:
             self.module.set_recursions(drawn_recursions(self.spec, p.step))
         x = self.loader.normalize(images.to(self.device, non_blocking=True))
@@ -126,7 +164,7 @@ class Trainer:
             x, target = self.mixup(x, target)
         before = [buffer.clone() for buffer in self.statistics]
         try:
-            loss, parameters, norm = self._backward(x, target)
+            loss, parameters, norm = self._backward(x, target, counts)
         except Exception:  # whatever it is, nothing has changed
             for buffer, old in zip(self.statistics, before, strict=True):
                 buffer.copy_(old)
@@ -136,26 +174,34 @@ class Trainer:
         if self.spec.clip_grad:
             nn.utils.clip_grads_with_norm_(parameters, self.spec.clip_grad, norm)
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # not to be there in the next forward pass
         if self.ema is not None:
             self.ema.update(self.module)
         p.step += 1
         p.batch += 1
-        p.images += len(x)
+        p.images += sum(counts)
         p.loss_sum += loss
         self.schedule.step_update(p.step)
         return loss
 
-    def _backward(self, x: Tensor, target: Tensor) -> tuple[float, list[nn.Parameter], Tensor]:
-        """Loss, parameters with a gradient and its norm; what all ranks must agree on is here."""
-        parts = self.spec.accumulation
+    def _backward(
+        self, x: Tensor, target: Tensor, counts: tuple[int, ...]
+    ) -> tuple[float, list[nn.Parameter], Tensor]:
+        """Loss, parameters with a gradient and its norm: the same on all ranks."""
+        count, parts = sum(counts), min(self.spec.accumulation, *counts)
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.device)
-        for x_part, target_part in zip(x.chunk(parts), target.chunk(parts), strict=True):
-            part = self.loss(x_part, target_part) * (len(x_part) / len(x))
-            part.backward()
+        pieces = zip(x.tensor_split(parts), target.tensor_split(parts), strict=True)
+        for number, (x_part, target_part) in enumerate(pieces, 1):
+            # The ranks are averaged, and an image counts the same if one has more than another.
+            share = len(x_part) * self.ranks.world_size / count
+            with self._averaging(number == parts):
+                part = self.loss(x_part, target_part) * share
+                part.backward()
             loss += part.detach()
+        loss = self.ranks.sum(loss) / self.ranks.world_size
         parameters = [q for q in self.module.parameters() if q.grad is not None]
-        norm = nn.utils.get_total_norm([q.grad for q in parameters if q.grad is not None])
+        norm = full(nn.utils.get_total_norm([q.grad for q in parameters if q.grad is not None]))
         # One transfer from the device for both.
         loss_value, norm_value = torch.stack([loss, norm.to(loss.dtype)]).tolist()
         if not math.isfinite(loss_value):
@@ -163,6 +209,14 @@ class Trainer:
         if not math.isfinite(norm_value):
             raise self.diverged(f"norm of the gradient is {norm_value}", self.progress.step + 1)
         return loss_value, parameters, norm
+
+    def _averaging(self, last: bool) -> AbstractContextManager[Any]:
+        """Where gradients are averaged over the ranks, if it is the last part of a step."""
+        if isinstance(self.model, DistributedDataParallel) and not last:
+            return self.model.no_sync()
+        if self.shards:
+            self.module.set_requires_gradient_sync(last)
+        return nullcontext()
 
     def loss(self, x: Tensor, target: Tensor) -> Tensor:
         """The loss of normalised images: the cross-entropy with classes or with soft targets."""
@@ -175,24 +229,31 @@ class Trainer:
 
     def diverged(self, what: str, step: int) -> Diverged:
         """The user's error for what is not finite at a step."""
-        return Diverged(
+        error = Diverged(
             f"diverged: the {what} at step {step} (epoch {self.progress.epoch + 1}, "
             f"lr {self.lr:.2g}); use a smaller train.lr or clip_grad",
             SOME_FAILED,
             status="diverged",
         )
+        error.agreed, error.tells = True, self.ranks.leads
+        return error
 
     def batch_indices(self) -> list[int]:
-        """The indices of the next batch's images in the data set; a stream has none."""
+        """The indices of the next batch's images, of all ranks; a stream has none."""
         batches = self.loader.batches
         if not isinstance(batches, Batches):
             return []
+        batches = copy(batches)
+        batches.rank, batches.world_size = 0, 1
         batches.epoch, batches.start = self.progress.epoch, self.progress.batch
         return [key[1] for key in next(iter(batches))]
 
     def state(self) -> State:
-        """All that a training needs to go on; tensors are the model's own, not copies."""
-        return {
+        """All that a training needs to go on; tensors are the model's own, not copies.
+
+        Where weights are sharded, they are gathered: all ranks have to ask.
+        """
+        state = {
             "config": self.run.spec(),
             "versions": self.versions(),
             "steps_per_epoch": len(self.loader),
@@ -202,6 +263,7 @@ class Trainer:
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "random": random_states(),
         }
+        return whole(state) if self.shards else state
 
     def load(self, checkpoint: Checkpoint) -> list[str]:
         """Goes on from a checkpoint; returns what is not as it was when it was written.
@@ -223,10 +285,10 @@ class Trainer:
                 f"{checkpoint.path.parent} to start over",
                 CHECKPOINT,
             )
-        self.module.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_whole(self.module, state["model"])
+        load_whole_optimizer(self.optimizer, state["optimizer"])
         if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
+            load_whole(self.ema.module, state["ema"])
         self.progress = Progress(**state["progress"])
         self.schedule.step_update(self.progress.step)
         set_random_states(state["random"])
@@ -241,4 +303,5 @@ class Trainer:
             "timm": timm.__version__,
             "numpy": np.__version__,
             "device": device_name(self.device),
+            "processes": self.ranks.world_size,
         }

@@ -30,9 +30,9 @@ REFERENCE_FILE = "model.pth"
 MAX_TABLE_LINES = 20
 
 
-def save_weights(model: nn.Module, directory: Path) -> Path:
+def save_weights(state: Mapping[str, Tensor], directory: Path) -> Path:
     """Writes a model's state dict, atomically; returns the file."""
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     path = directory / WEIGHTS_FILE
     write_atomically(path, save(tensors))
     return path
@@ -61,7 +61,7 @@ def save_model(model: Any, directory: Path, about: Mapping[str, Any] | None = No
         SretError: the directory cannot be written to, or holds a model already.
     """
     check_no_model(directory)
-    save_weights(model, directory)
+    save_weights(model.state_dict(), directory)
     spec = model.spec.model_dump(mode="json")
     write_json(directory / CONFIG_FILE, {**(about or {}), "model": spec})
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from sret_cli.augment import Erasing, seeded
-from sret_cli.data import load_data
+from sret_cli.data import Batches, load_data
 from sret_cli.errors import SretError
 from sret_cli.sources import digits, eight_bits
 from sret_cli.sources import test_folder as read_test_folder
@@ -99,8 +99,20 @@ def test_a_batch_holds_the_same_samples_whatever_the_number_of_ranks(folder, wor
     ranks = [load_data(train, NANO, 0, rank, world_size)[0] for rank in range(world_size)]
     shares = [[x for x, _ in loader.epoch(0)] for loader in ranks]
     assert [len(x) for x in shares[0]] == [4 // world_size] * 4
+    places = {2: [[0, 3], [1, 2]], 4: [[0], [1], [2], [3]]}[world_size]
     for batch, parts in zip(whole, zip(*shares, strict=True), strict=True):
-        assert torch.equal(batch, torch.cat(parts))
+        for own, part in zip(places, parts, strict=True):
+            assert torch.equal(batch[own], part)
+
+
+def test_each_part_of_a_batch_is_shared_out_by_itself_and_no_pair_of_mixup_torn_apart():
+    def keys(rank, world_size):
+        batches = Batches(8, 8, 0, rank=rank, world_size=world_size, parts=2)
+        return [index for _, index, _ in next(iter(batches))]
+
+    whole = keys(0, 1)
+    assert keys(0, 2) == [whole[place] for place in (0, 3, 4, 7)]
+    assert keys(1, 2) == [whole[place] for place in (1, 2, 5, 6)]
 
 
 def test_a_batch_that_does_not_divide_among_the_ranks_is_refused(folder):

@@ -11,14 +11,14 @@ PACKAGE = Path(sret_cli.__file__).parent
 
 # A file imports only from files above it.
 ORDER = (
-    *("__init__", "errors", "strict", "depth", "recipe", "spec", "registry", "backbone"),
-    *("records", "published", "cost", "folders", "augment", "sources", "readers", "streams"),
-    *("study", "linear", "blocks", "recompute", "model", "compilation", "recurse", "safe_read"),
-    *("reference", "weights", "profiler", "liveness", "footprint", "memory", "measure"),
-    *("soft_labels", "data", "evaluate", "checkpoint", "distill", "interrupt", "metrics"),
-    *("optimizer", "trainer", "train", "launch", "label_writer", "views", "export", "figures"),
-    *("report", "data_check", "flags", "weight_commands", "data_commands", "distill_commands"),
-    *("cli", "__main__"),
+    *("__init__", "processes", "errors", "strict", "depth", "recipe", "spec", "registry"),
+    *("backbone", "records", "published", "cost", "folders", "augment", "sources", "readers"),
+    *("streams", "study", "linear", "blocks", "recompute", "model", "compilation", "recurse"),
+    *("safe_read", "reference", "weights", "profiler", "liveness", "footprint", "memory"),
+    *("measure", "soft_labels", "data", "evaluate", "checkpoint", "distill", "interrupt"),
+    *("distributed", "parallel", "metrics", "optimizer", "trainer", "train", "team", "launch"),
+    *("label_writer", "views", "export", "figures", "report", "data_check", "flags"),
+    *("weight_commands", "data_commands", "distill_commands", "cli", "__main__"),
 )
 
 
@@ -64,7 +64,18 @@ def test_help_loads_neither_torch_nor_pandas():
 
 @pytest.mark.parametrize(
     "name",
-    ["spec", "backbone", "cost", "study", "records", "published", "launch", "views", "report"],
+    [
+        "spec",
+        "backbone",
+        "cost",
+        "study",
+        "records",
+        "published",
+        "team",
+        "launch",
+        "views",
+        "report",
+    ],
 )
 def test_light_files_load_no_heavy_package(name):
     loaded = loaded_by(f"import sret_cli.{name}")

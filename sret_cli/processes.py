@@ -1,0 +1,29 @@
+"""The processes of one training: which of them this is, and its share of a batch."""
+
+import os
+
+
+def started_as() -> tuple[int, int]:
+    """This process's number, and how many torchrun or Slurm started, by the variables they set."""
+    torchrun = "WORLD_SIZE" in os.environ  # also inside of Slurm
+    names = ("RANK", "WORLD_SIZE") if torchrun else ("SLURM_PROCID", "SLURM_NTASKS")
+    rank, count = int(os.environ.get(names[0], 0)), int(os.environ.get(names[1], 1))
+    return (rank, count) if count > 1 else (0, 1)
+
+
+def leads() -> bool:
+    """Whether this process is the one that talks to the user: the first, or the only one."""
+    return started_as()[0] == 0
+
+
+def share(size: int, rank: int, world_size: int) -> list[int]:
+    """A rank's places in a batch, in their order: two runs of them that mirror each other.
+
+    So the pairs that mixup mixes, the first with the last and so on, are not torn apart. Where so
+    many ranks do not halve a batch, a rank has one run.
+    """
+    if size % (2 * world_size):
+        return list(range(size * rank // world_size, size * (rank + 1) // world_size))
+    half = size // (2 * world_size)
+    first = range(half * rank, half * (rank + 1))
+    return [*first, *(size - 1 - place for place in reversed(first))]

@@ -1,0 +1,78 @@
+"""Trains on several ranks, in double precision, so that only what is wrong shows beside rounding.
+
+    python -m torch.distributed.run --nproc-per-node 2 tests/rank_harness.py FOLDER
+
+`plain` and `sharded` train to the end, and `stopped`, which is sharded, until the second rank gets
+a SIGTERM after its seventh step.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from sret_cli.data import Loader
+from sret_cli.distributed import ALONE, start
+from sret_cli.recipe import TrainSpec
+from sret_cli.spec import ModelSpec
+from sret_cli.study import Run
+from sret_cli.train import train
+
+# Ten steps an epoch, with all that draws: shuffles, drop path, mixup, counts of recursions, of
+# which some leave NLLs unused; passes are recomputed, and steps are taken in two parts.
+MODEL = ModelSpec(
+    img_size=16,
+    num_classes=10,
+    stem_strides=(1, 2, 1),
+    embed_dims=(8, 16, 32),
+    num_heads=(1, 2, 4),
+    blocks=(1, 2, 1),
+    recursions=(3, 3, 3),
+    nll="per_pass",
+    slices=(4, 2, 1),
+    recursive_slices=(2, 2, 1),
+    drop_path_rate=0.2,
+)
+TRAIN = TrainSpec(
+    epochs=2,
+    warmup_epochs=0,
+    batch_size=140,
+    accumulation=2,
+    recompute=2,
+    recursions_range=(1, 3),
+    mixup=0.8,
+    cutmix=1.0,
+    model_ema_decay=0.9,
+)
+RUN = Run("test", "tiny", MODEL, TRAIN)
+
+
+def in_double():
+    """Has weights, images and all else in double precision."""
+    torch.set_default_dtype(torch.double)
+    plain = Loader.normalize
+    Loader.normalize = lambda self, x: plain(self, x).double()
+
+
+def main():
+    """Trains as each of the ranks."""
+    in_double()
+    folder, ranks = Path(sys.argv[1]), start("cpu")
+    row = train(RUN, folder / "plain", ranks=ranks)
+    if ranks.leads:
+        (folder / "row.json").write_text(json.dumps(row))
+    train(RUN, folder / "sharded", ranks=ranks, shards=True)
+
+    def stop(done, total, text):
+        if done == 7 and ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    train(RUN, folder / "stopped", ranks=ranks, shards=True, on_step=stop)
+
+
+if __name__ == "__main__":
+    assert ALONE.leads
+    main()
