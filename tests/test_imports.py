@@ -15,8 +15,8 @@ ORDER = (
     *("backbone", "records", "published", "cost", "folders", "augment", "sources", "readers"),
     *("streams", "study", "linear", "blocks", "recompute", "model", "compilation", "recurse"),
     *("safe_read", "reference", "weights", "profiler", "liveness", "footprint", "memory"),
-    *("measure", "soft_labels", "data", "evaluate", "checkpoint", "distill", "interrupt"),
-    *("distributed", "parallel", "metrics", "optimizer", "trainer", "train", "team", "launch"),
+    *("measure", "soft_labels", "data", "interrupt", "distributed", "evaluate", "checkpoint"),
+    *("distill", "parallel", "metrics", "optimizer", "trainer", "train", "team", "launch"),
     *("label_writer", "views", "export", "figures", "report", "data_check", "flags"),
     *("weight_commands", "data_commands", "distill_commands", "cli", "__main__"),
 )
