@@ -210,12 +210,16 @@ class Session:
                 self._evaluate_epoch()
                 self._save()
             self._wait()
-        except (Diverged, Interrupted):
+        except (Diverged, Interrupted, RuntimeError) as error:
+            if isinstance(error, RuntimeError):
+                if self.stop.code is None or self.ranks.several:
+                    raise
+                error = Interrupted(self.stop.code)  # the signal ended the loader's processes, too
             self.stop.be_patient()
             if trainer.whole:
                 self._save()
                 self._wait()
-            raise
+            raise error from None
         bad = {*trainer.loader.bad_images, *self.test_loader.bad_images}
         bad_images = len(set().union(*self.ranks.gather_objects(bad)))
         self._save_weights()
