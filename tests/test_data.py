@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from sret_cli.augment import Erasing, seeded
-from sret_cli.data import load_data
+from sret_cli.data import Batches, load_data
 from sret_cli.errors import SretError
 from sret_cli.sources import digits, eight_bits
 from sret_cli.sources import test_folder as read_test_folder
