@@ -1,5 +1,6 @@
 """One model on several ranks: batch statistics of all of them, and averaged or sharded weights."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -117,12 +118,16 @@ def replicate(model: nn.Module, spec: TrainSpec, ranks: Ranks) -> nn.Module:
         spec.recursions_range is not None and model.spec.nll == "per_pass"
     )
     assert ranks.device is not None
-    return DistributedDataParallel(
-        model,
-        device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-        broadcast_buffers=False,  # the ranks' statistics are the same
-        find_unused_parameters=changing,
-    )
+    # A depthwise convolution's gradient may lie in another order than its weights; it is copied.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+        return DistributedDataParallel(
+            model,
+            device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
+            broadcast_buffers=False,  # the ranks' statistics are the same
+            find_unused_parameters=changing,
+        )
 
 
 def shard(model: nn.Module, ranks: Ranks) -> None:

@@ -85,7 +85,7 @@ def train(
     directory = directory or run.directory(Path("runs"))
     use_deterministic_kernels(target_device)
     workers = default_workers(run.train) if workers is None else workers
-    with ranks.ending_all(), ExitStack() as stack:
+    with ExitStack() as stack, ranks.ending_all():
         with ranks.agreeing():
             loaders = load_data(run.train, run.model, workers, ranks.rank, ranks.world_size)
             trainer = Trainer(run, loaders[0], target_device, gpu_memory, ranks, shards)

@@ -111,6 +111,9 @@ class Trainer:
             shard(self.module, ranks)
             if self.ema is not None:
                 shard(self.ema.module, ranks)
+                self.ema.foreach = (
+                    False  # which does not take them beside the buffers, which are not
+                )
         self.optimizer = create_optimizer(self.module, self.spec)
         self.schedule = create_schedule(self.optimizer, self.spec, len(loader))
         self.schedule.step_update(0)
