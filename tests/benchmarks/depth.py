@@ -96,11 +96,13 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     """One panel for each measurement, both axes logarithmic."""
     figure, axes = plt.subplots(1, len(PANELS), figsize=(11, 3.4), layout="constrained")
     for axis, (column, (label, unit)) in zip(axes, PANELS.items(), strict=True):
-        for (code, rows), marker in zip(table.groupby("code", sort=False), "o^s", strict=False):
-            shown = rows.dropna(subset=column)
+        styles = zip(table["code"].unique(), ("C0o-", "C0^--", "C1s-"), strict=True)
+        for code, style in styles:
+            shown = table[table["code"] == code].dropna(subset=column)
             if len(shown):
-                axis.loglog(shown["layers"], shown[column] / unit, marker=marker, label=code)
+                axis.loglog(shown["layers"], shown[column] / unit, style, label=code)
         axis.set(xlabel="Layers", ylabel=label)
+        axis.set_ylim(bottom=0.05 if column == "profile_seconds" else None)
         axis.grid(alpha=0.3)
     handles, labels = axes[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
