@@ -1,8 +1,8 @@
 """Distillation with soft labels alone: what a teacher says of an image takes its class's place.
 
-The loss is the cross-entropy of the teacher's and the student's probabilities at one temperature,
-without a factor for it, as SReT was trained: MEAL V2 (arXiv 2009.08453), Fast Knowledge
-Distillation (arXiv 2112.01528).
+The loss is the cross-entropy of the teacher's and the student's probabilities, as SReT was trained
+(MEAL V2, arXiv 2009.08453; Fast Knowledge Distillation, arXiv 2112.01528): published at temperature
+1; at others both logits are divided by it, and the loss has no factor for it.
 """
 
 from pathlib import Path
