@@ -119,6 +119,34 @@ def test_a_killed_rank_ends_the_other_by_name_and_torchrun_goes_on_where_they_we
         assert (again / name).read_bytes() == (whole / name).read_bytes()
 
 
+OUT_OF_MEMORY = """
+import os, sys, torch
+from sret_cli import cli
+from sret_cli.trainer import Trainer
+
+plain = Trainer.loss
+
+def loss(self, x, target):
+    if self.progress.step == 5 and os.environ["RANK"] == "1":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    return plain(self, x, target)
+
+Trainer.loss = loss
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_out_of_memory_on_one_rank_ends_all_and_the_row_has_its_reason(tmp_path):
+    (tmp_path / "script.py").write_text(OUT_OF_MEMORY)
+    done = run((*TORCHRUN, "2", "script.py", *COMMAND[2:]), tmp_path, check=False)
+    (row,) = (tmp_path / "runs" / "train").glob("*/row.json")
+    found = json.loads(row.read_text())
+    assert found["status"] == "out_of_memory"
+    assert found["error"].startswith("rank 1: out of memory at step 6 with 68 images at a time")
+    assert done.stderr.count("sret: rank 1: out of memory at step 6") == 1
+
+
 @pytest.mark.slow
 def test_what_fails_on_all_ranks_is_told_once(tmp_path):
     done = run((*TORCHRUN, "2", *COMMAND, "--batch-size", "141"), tmp_path, check=False)
