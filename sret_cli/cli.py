@@ -6,6 +6,7 @@ import sys
 import time
 import traceback
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -419,7 +420,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def spell_out(arguments: list[str]) -> list[str]:
     """The arguments with what a bare --compile stands for, which is on."""
     spelt = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         spelt.append(argument)
         if argument == "--compile" and (following[:1] in ("", "-") or following.endswith(".toml")):
             spelt.append("on")

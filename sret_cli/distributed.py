@@ -189,8 +189,9 @@ class Ranks:
         except (SretError, Interrupted, RuntimeError) as error:
             own = error
             if isinstance(error, RuntimeError):
-                if stop is None or stop.code is None:
+                if stop is None or not stop.explains(error):
                     raise
+                assert stop.code is not None
                 own = Interrupted(stop.code)
             if not self.several:
                 raise own from None

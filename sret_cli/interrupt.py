@@ -5,6 +5,7 @@ A step that takes longer than `PATIENCE` is given up, since a scheduler does not
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -48,6 +49,15 @@ class Stop:
         if self.code is not None:
             self.be_patient()
             raise Interrupted(self.code)
+
+    def explains(self, error: RuntimeError) -> bool:
+        """Whether a signal ended the loader's processes, which is what the error says.
+
+        One that goes to all may reach this process last.
+        """
+        if self.code is None and "DataLoader worker" in str(error):
+            time.sleep(1)
+        return self.code is not None
 
     def keep_steps_whole(self) -> None:
         """Takes torch's handler away, which raises where a step is when a loader's process ends.

@@ -212,8 +212,9 @@ class Session:
             self._wait()
         except (Diverged, Interrupted, RuntimeError) as error:
             if isinstance(error, RuntimeError):
-                if self.stop.code is None or self.ranks.several:
+                if self.ranks.several or not self.stop.explains(error):
                     raise
+                assert self.stop.code is not None
                 error = Interrupted(self.stop.code)  # the signal ended the loader's processes, too
             self.stop.be_patient()
             if trainer.whole:
@@ -264,8 +265,8 @@ class Session:
                 batch = next(batches, None)
             except SretError as error:
                 failure = error
-            except RuntimeError:
-                if self.stop.code is None:  # a signal ends the loader's processes, too
+            except RuntimeError as error:
+                if not self.stop.explains(error):
                     raise
             counts, codes, due, failures = zip(
                 *self.ranks.gather(
