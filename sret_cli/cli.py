@@ -180,6 +180,9 @@ def profile(
     measure_precision: Annotated[
         str, typer.Option("--precision", help="fp32 or bf16, for measuring.")
     ] = "fp32",
+    trace: Annotated[
+        str, typer.Option(help="Each kind of pass (passes), or all, to check (full).")
+    ] = "passes",
     compile_: Compile = None,
     against: Annotated[
         str | None, typer.Option(help="Models of timm's to measure beside, with commas between.")
@@ -203,6 +206,8 @@ def profile(
     from sret_cli.recipe import check_compile_mode
     from sret_cli.study import Run, Study, with_baselines
 
+    if trace not in ("passes", "full"):
+        raise SretError(f"unknown trace {trace!r}; use passes or full", USAGE)
     if measure_precision not in ("fp32", "bf16"):
         raise SretError(f"unknown precision {measure_precision!r}; use fp32 or bf16", USAGE)
     options = Options(
@@ -210,6 +215,7 @@ def profile(
         measure_batch_size=measure_batch_size if device or against else None,
         precision=measure_precision,
         compiles=check_compile_mode(compile_ or "off"),
+        full_trace=trace == "full",
     )
     if memory:
         predicted = replace(

@@ -99,7 +99,7 @@ def profile_run(run: Run, options: Options) -> tuple[Row, "Profile"]:
     """
     from sret_cli.profiler import profile
 
-    costs = profile(run)
+    costs = profile(run, options.full_trace)
     row = {**run.row(), **records.provenance(), **costs.row()}
     row |= published_columns(run.model, costs.params, costs.macs)
     if options.measure_batch_size is not None:
@@ -301,7 +301,7 @@ def _do(
     if measurement == "cost":
         from sret_cli.profiler import profile
 
-        costs = profile(run)
+        costs = profile(run, options.full_trace)
         return {**costs.row(), **published_columns(run.model, costs.params, costs.macs)}
     if measurement == "speed":
         return _speed(run, options)

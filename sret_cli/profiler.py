@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sret_cli.backbone import BackboneSpec, Spec
 from sret_cli.blocks import NLL, Block
 from sret_cli.model import Pool, SReT, Stem, one_pass
-from sret_cli.recurse import build_backbone, count_layers
+from sret_cli.recurse import build_any, build_backbone, count_layers
 from sret_cli.spec import ModelSpec, SretError, ends_shuffled
 from sret_cli.study import Run
 
@@ -273,9 +273,20 @@ def _minus(counts: Counts, other: Counts) -> Counts:
     return Counts(macs_by_kind=tuple(macs.items()), **differences)
 
 
-def profile(run: Run) -> Profile:
-    """The exact costs of a run's model."""
+def trace_full(spec: Spec) -> Profile:
+    """The exact costs of a model from a trace of all its passes, to check those by signature."""
+    with torch.random.fork_rng(devices=[]):
+        model = build_any(spec)
+        counts = count_module(model, torch.zeros(1, spec.in_chans, spec.img_size, spec.img_size))
+    whole = Part(None, "model", 1, counts)
+    return Profile(spec, count_layers(model), counts.params, (), (whole,))
+
+
+def profile(run: Run, full: bool = False) -> Profile:
+    """The exact costs of a run's model; `full` traces every pass, which takes its time."""
     model = run.model
+    if full:
+        return trace_full(model)
     return trace_backbone(model) if isinstance(model, BackboneSpec) else trace(model)
 
 

@@ -21,8 +21,9 @@ class Options:
     """How and where runs are done, which does not change what they do.
 
     `measure_batch_size` is None where nothing is to be timed; `compiles` is as in `compile_model`,
-    for what is timed; `gpu_memory` is a budget in bytes. Checkpoints are written at the end of
-    every epoch, so many minutes after the last one (0: not for that), and every so many steps.
+    for what is timed; `full_trace` counts every pass; `gpu_memory` is a budget in bytes.
+    Checkpoints are written at the end of every epoch, so many minutes after the last one (0: not
+    for that), and every so many steps.
     `shard` leaves each of several processes its share of the weights.
     """
 
@@ -31,6 +32,7 @@ class Options:
     measure_batch_size: int | None = None
     precision: str = "fp32"
     compiles: str = "off"
+    full_trace: bool = False
     gpu_memory: int | None = None
     checkpoint_every_steps: int | None = None
     checkpoint_minutes: float = 10.0

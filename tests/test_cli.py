@@ -439,3 +439,18 @@ def test_a_bare_compile_means_on_and_other_modes_are_refused(sret):
     code, _, err = sret("profile", "--preset", "nano", "--device", "cpu", "--compile", "yes")
     assert code == 2
     assert err == ("sret: unknown mode of compilation 'yes'; choose from off, on, auto\n")
+
+
+def test_a_full_trace_gives_the_costs_of_the_trace_by_signature(sret):
+    found = []
+    for trace in ("passes", "full"):
+        code, out, _ = sret(
+            "profile", "--preset", "nano", "--layers", 40, "--trace", trace, "--json"
+        )
+        assert code == 0
+        (row,) = json.loads(out)
+        found.append([row[k] for k in ("layers", "params", "macs", "activations")])
+    assert found[0] == found[1]
+    code, out, _ = sret("profile", "--preset", "nano", "--trace", "full")
+    assert code == 0 and "scaled_dot_product_attention" in out
+    assert sret("profile", "--trace", "half")[0] == 2
