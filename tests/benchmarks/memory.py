@@ -12,7 +12,7 @@ import time
 
 import torch
 import torch.nn.functional as F
-from machine import describe
+from common import prepare
 
 from sret_cli.measure import choose_device, peak_memory_bytes
 from sret_cli.memory import Plan, Setting, predict
@@ -45,11 +45,9 @@ def measured(spec: ModelSpec, setting: Setting, plan: Plan) -> int:
 
 def main() -> None:
     """Prints a line for each combination."""
-    torch.set_num_threads(2)
-    torch.set_flush_denormal(True)
     device = choose_device("auto").type
     batches, depths = ((2, 8), (20, 100)) if device == "cpu" else ((32, 128), (20, 200))
-    print(describe())
+    print(prepare(device))
     print("| layers | slices | batch | precision | recompute | predicted | seen (MB) | ratio |")
     print("| ---: | ---: | ---: | --- | --- | ---: | ---: | ---: |")
     ratios, start = [], time.perf_counter()

@@ -15,7 +15,7 @@ import statistics
 import time
 
 import torch
-from machine import describe
+from common import prepare
 
 from sret_cli.measure import choose_device
 from sret_cli.memory import Plan, Setting, fixed_plan, predict
@@ -40,13 +40,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=1)
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
-    torch.set_flush_denormal(True)
     device = choose_device("auto")
     setting = Setting(arguments.batch_size, "fp32", device.type)
     x = torch.randn(arguments.batch_size, 3, 224, 224, device=device)
     target = torch.zeros(arguments.batch_size, dtype=torch.long, device=device)
-    print(describe())
+    print(prepare(device.type))
     print("| layers | recompute | kept (MB/image) | step (s) | wall, over none | processor |")
     print("| ---: | --- | ---: | ---: | ---: | ---: |")
     for layers in (20, 1000):
