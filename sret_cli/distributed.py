@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.utils.distributed import init_distributed_device_so, world_info_from_env
+from timm.utils.distributed import world_info_from_env
 from torch import Tensor
 
 from sret_cli.errors import USAGE, SretError
@@ -252,7 +252,7 @@ def start(device: str) -> Ranks:
     if started_as()[1] < 2:
         return ALONE
     target = choose_device(device)
-    local_rank = world_info_from_env()[0]
+    local_rank, rank, world_size = world_info_from_env()
     if target.type == "cuda" and local_rank >= torch.cuda.device_count():
         raise SretError(
             f"process {local_rank + 1} of this machine has no GPU of its own, of "
@@ -266,10 +266,22 @@ def start(device: str) -> Ranks:
             "free port, to find each other; export them, or unset SLURM_NTASKS to train in one",
             USAGE,
         )
-    backend = "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo"
+    # torchrun keeps its store when it starts its processes again: the addresses of those before
+    # are in it, and not to be taken for those of these.
+    prefix = f"sret/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     try:
-        found = init_distributed_device_so(target.type, backend)
-        store = dist.TCPStore(
+        found, rank, world_size = next(dist.rendezvous("env://", rank, world_size))
+        if target.type == "cuda":
+            target = torch.device("cuda", local_rank)
+            torch.cuda.set_device(target)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo",
+            store=dist.PrefixStore(prefix, found),
+            rank=rank,
+            world_size=world_size,
+        )
+        # A connection of its own: that of the group is held where a rank waits for others.
+        own = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             timeout=timedelta(seconds=LATE_BEATS * BEAT_SECONDS),
@@ -278,10 +290,8 @@ def start(device: str) -> Ranks:
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise SretError(f"the processes do not find each other: {reason}", USAGE) from None
-    rank, world_size = found["global_rank"], found["world_size"]
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    watch = Watch(rank, world_size, dist.PrefixStore(f"sret/{attempt}", store))
-    ranks = Ranks(rank, world_size, torch.device(found["device"]), watch)
+    watch = Watch(rank, world_size, dist.PrefixStore(f"{prefix}/watch", own))
+    ranks = Ranks(rank, world_size, target, watch)
     ranks.gather(0)  # now all beat
     watch.start()
     return ranks
