@@ -1,3 +1,4 @@
+import os
 import signal
 import sys
 
@@ -20,7 +21,10 @@ TINY = ModelSpec(
 
 
 def pytest_configure():
-    torch.set_num_threads(2)
+    # Two cores; where tests go on in two processes each of these, and what it starts, has one.
+    threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
