@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sret_cli.errors import RESOURCES, SretError
-from sret_cli.model import SReT, one_pass
+from sret_cli.model import SReT
 from sret_cli.recipe import check_compile_mode
+from sret_cli.stage import one_pass
 
 SIGNATURES_AT_MOST = 64  # of one stage: slices, gathers, training or not, batch sizes
 

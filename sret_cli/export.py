@@ -29,8 +29,9 @@ from torch.func import functional_call
 from torch.fx import GraphModule
 
 from sret_cli.errors import CHECKPOINT, USAGE, SretError, nearest
-from sret_cli.model import SReT, Stage, build_model
+from sret_cli.model import SReT, build_model
 from sret_cli.records import Row, cannot_write, make_directory, write_atomically
+from sret_cli.stage import Stage
 from sret_cli.weights import CONFIG_FILE, WEIGHTS_FILE, load_model, save_model
 
 FILES = {"safetensors": WEIGHTS_FILE, "torch-export": "model.pt2", "onnx": "model.onnx"}

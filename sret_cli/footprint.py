@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sret_cli.liveness import ALIGNMENT, Trace, Usage, fake, trace
-from sret_cli.model import SReT, Stage, one_pass
+from sret_cli.model import SReT
 from sret_cli.spec import ModelSpec, Pass, ends_shuffled
+from sret_cli.stage import Stage, one_pass
 
 FLOAT_BYTES, INDEX_BYTES = 4, 8
 

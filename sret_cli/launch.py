@@ -19,12 +19,13 @@ from sret_cli.errors import RESOURCES, SOME_FAILED, SretError, out_of_memory
 from sret_cli.published import published_columns
 from sret_cli.recipe import TrainSpec
 from sret_cli.records import Row
-from sret_cli.study import Run, Study
+from sret_cli.run import Run
+from sret_cli.study import Study
 from sret_cli.team import Options, Team
 
 if TYPE_CHECKING:
+    from sret_cli.breakdown import Profile
     from sret_cli.evaluate import OnStep
-    from sret_cli.profiler import Profile
 
 SECONDS_A_LINE = 30  # between lines of progress where there is no terminal
 

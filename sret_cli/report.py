@@ -17,7 +17,7 @@ from sret_cli.study import ReportSpec
 from sret_cli.views import COLUMNS, FLOPS_NOTE, group, heading, mean_and_deviation, varying
 
 if TYPE_CHECKING:
-    from sret_cli.profiler import Profile
+    from sret_cli.breakdown import Profile
 
 COST = ("params", "macs", "peak_memory_bytes", "activation_bytes")
 COST_TABLE = (

@@ -6,8 +6,6 @@ A study file has tables `[model]` and `[train]`, whose product with `[grid]` (al
 a list `baselines` adds untouched models of timm's.
 """
 
-import hashlib
-import json
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -16,62 +14,17 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from sret_cli.backbone import BackboneSpec, Spec, read_spec
-from sret_cli.cost import TWIN_KINDS, fit_width, parse_quantity, twin
-from sret_cli.errors import CHECKPOINT, DATA, USAGE, SretError, nearest
-from sret_cli.folders import folder_classes
-from sret_cli.recipe import RATES, TrainSpec
-from sret_cli.records import CONFIG_FILE, MEASUREMENTS, OUTCOME, read_json
-from sret_cli.spec import ModelSpec, preset
+from sret_cli.backbone import BackboneSpec
+from sret_cli.cost import TWIN_KINDS, twin
+from sret_cli.errors import USAGE, SretError, nearest
+from sret_cli.recipe import TrainSpec
+from sret_cli.records import MEASUREMENTS
+from sret_cli.run import BACKBONE_KEYS, MODEL_KEYS, Run, Table, resolve
+from sret_cli.spec import ModelSpec
 from sret_cli.strict import Strict
 
-Table = dict[str, Any]
 TABLES = ("model", "train", "grid", "zip", "runs", "twins", "baselines", "report")
-MODEL_KEYS = ("preset", "layers", "params", "macs", "twin", *ModelSpec.model_fields)
-BACKBONE_KEYS = tuple(BackboneSpec.model_fields)
-DIGITS_CLASSES = 10
 RESERVED = ("train", "profile", "report")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One spec and what to do with it; `train` is None where the model is measured only.
-
-    `continues` is the id of a run of fewer epochs that this one goes on from: since its first
-    epochs had another schedule, it is not the run that has all its epochs from the start.
-    """
-
-    study: str
-    name: str
-    model: Spec
-    train: TrainSpec | None = None
-    continues: str | None = None
-
-    @property
-    def run_id(self) -> str:
-        """The first 10 hex digits of the SHA-256 of the canonical JSON of what the run does."""
-        text = json.dumps(self.spec(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-    def spec(self) -> Table:
-        """The resolved model and training, as plain values."""
-        train = None if self.train is None else self.train.model_dump(mode="json")
-        spec = {"model": self.model.model_dump(mode="json"), "train": train}
-        return spec if self.continues is None else {**spec, "continues": self.continues}
-
-    def directory(self, root: Path) -> Path:
-        """Where the run keeps its files under a root of runs."""
-        return root / self.study / self.run_id
-
-    def row(self) -> Table:
-        """The part of the run's row that is known beforehand; measurements are null."""
-        row: Table = {"study": self.study, "run_id": self.run_id, "name": self.name}
-        row |= {f"model.{k}": v for k, v in self.spec()["model"].items()}
-        if self.train is not None:
-            row |= {f"train.{k}": v for k, v in self.spec()["train"].items()}
-        if self.continues is not None:
-            row["continues"] = self.continues
-        return row | dict.fromkeys((*MEASUREMENTS, *OUTCOME)) | {"layers": self.model.layers}
 
 
 NUMBERS = [
@@ -273,99 +226,6 @@ def _check_key(place: str, key: str) -> None:
         raise SretError(f"{place} unknown key {key!r}{hint}; {nearest(key, keys)}")
 
 
-def resolve(study: str, model: Table, train: Table | None, name: str | None = None) -> Run:
-    """The run that a model table and a training table stand for, every default filled in.
-
-    The default preset is `nano` where the run trains on `digits`, else `deep`; the number of
-    classes is the data's where it is not given.
-    """
-    if train is not None:
-        _check_keys("train", train, list(TrainSpec.model_fields))
-        try:
-            train_spec: TrainSpec | None = TrainSpec(**train)
-        except SretError as error:
-            raise SretError(f"[train] {error}", error.code) from None
-    else:
-        train_spec = None
-    trains_digits = train_spec is not None and train_spec.dataset == "digits"
-    chosen = model.get("backbone") or model.get("preset", "nano" if trains_digits else "deep")
-    classes = dataset_classes(train_spec) if train_spec is not None else None
-    if classes is not None and "num_classes" not in model:
-        model = model | {"num_classes": classes}
-    if train_spec is not None and train_spec.recipe in RATES:
-        model = {"drop_path_rate": RATES[train_spec.recipe].drop_path_rate} | model
-    spec = resolve_model(model if "backbone" in model else {**model, "preset": chosen})
-    if classes is not None and spec.num_classes < classes:
-        raise SretError(
-            f"num_classes = {spec.num_classes} is fewer than the {classes} classes of the data; "
-            "leave it out to take the data's"
-        )
-    twinned = f" twin {model['twin']}" if "twin" in model else ""
-    return Run(study, name or f"{chosen}{twinned}", spec, train_spec)
-
-
-def resolve_model(table: Table) -> Spec:
-    """The spec of a `[model]` table: of a backbone where it has one."""
-    return _resolve_backbone(table) if "backbone" in table else resolve_sret(table)
-
-
-def resolve_sret(table: Table) -> ModelSpec:
-    """The spec of a `[model]` table without a backbone.
-
-    Beside a `ModelSpec`'s fields it takes `preset`, `layers` (as `--layers`), and single numbers
-    for `slices` and `recursive_slices`, which fit each stage (as `--slices`). `params` or `macs`
-    then sets the width (as `--params`), and `twin` gives the control of all that (as `--twin`).
-    """
-    if "share" in table:
-        raise SretError("[model] share ties the blocks of timm's models; give a backbone with it")
-    _check_keys("model", table, list(MODEL_KEYS))
-    try:
-        values = dict(table)
-        base = preset(values.pop("preset", "deep"))
-        layers = _whole_number(values, "layers") if "layers" in values else None
-        budget = {k: parse_quantity(values.pop(k)) for k in ("params", "macs") if k in values}
-        kind = values.pop("twin", None)
-        fits = {
-            key: _whole_number(values, key)
-            for key in ("slices", "recursive_slices")
-            if key in values and not isinstance(values[key], list | tuple)
-        }
-        if "slices" in fits and "recursive_slices" not in table:
-            fits["recursive_slices"] = fits["slices"]
-        # One slice fits any stage: the numbers wanted are fitted once the tokens are known.
-        spec = base.with_values(**values, **dict.fromkeys(fits, 1))
-        spec = spec.with_values(**{key: spec.fit_slices(wanted) for key, wanted in fits.items()})
-        spec = spec if layers is None else spec.at(layers=layers)
-        spec = fit_width(spec, **budget) if budget else spec
-        return spec if kind is None else twin(spec, kind)
-    except SretError as error:
-        raise SretError(f"[model] {error}", error.code) from None
-
-
-def _resolve_backbone(table: Table) -> BackboneSpec:
-    for key in table:
-        if key in MODEL_KEYS and key not in BACKBONE_KEYS:
-            raise SretError(f"[model] {key} does not go with a backbone; leave one of the two out")
-    _check_keys("model", table, list(BACKBONE_KEYS))
-    try:
-        return BackboneSpec(**table)
-    except SretError as error:
-        raise SretError(f"[model] {error}", error.code) from None
-
-
-def _whole_number(table: Table, key: str) -> int:
-    value = table.pop(key)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise SretError(f"{key} = {value!r}: give one whole number for the whole model")
-    return value
-
-
-def _check_keys(place: str, table: Table, keys: list[str]) -> None:
-    for key in table:
-        if key not in keys:
-            raise SretError(f"[{place}] unknown key {key!r}; {nearest(key, keys)}")
-
-
 def parse_setting(text: str) -> tuple[str, str, Any]:
     """Table, key and value of a `--set model.mlp_ratio=4`.
 
@@ -395,52 +255,6 @@ def model_settings(settings: list[str]) -> Table:
             raise SretError(f"--set train.{key}: nothing is trained here; use it with `sret train`")
         values[key] = value
     return values
-
-
-def continued(directory: Path, epochs: int | None) -> Run:
-    """The run of a directory; with more epochs a new run that goes on from it, beside it.
-
-    Raises:
-        SretError: it is no run that trains, or has as many epochs already.
-    """
-    config = read_json(directory / CONFIG_FILE)
-    try:
-        model, train = read_spec(config["model"]), TrainSpec(**config["train"])
-        run = Run(config["study"], config["name"], model, train, config.get("continues"))
-    except (KeyError, TypeError) as error:
-        raise SretError(f"{directory} is no run that trains: {error}", DATA) from None
-    if run.run_id != directory.name or run.study != directory.parent.name:
-        raise SretError(
-            f"{directory}/config.json is of {run.study}/{run.run_id}: it was changed, or moved; "
-            "put it back",
-            CHECKPOINT,
-        )
-    if epochs is None or epochs == train.epochs:
-        return run
-    if epochs < train.epochs:
-        raise SretError(f"{directory} is a run of {train.epochs} epochs; give more than that")
-    return replace(run, train=train.with_values(epochs=epochs), continues=directory.name)
-
-
-def dataset_classes(train: TrainSpec) -> int | None:
-    """How many classes a run's data has; None where it has as many as the model.
-
-    Raises:
-        SretError: the data are missing or hold fewer than two classes.
-    """
-    if train.dataset == "synthetic":
-        return None
-    if train.dataset == "digits":
-        return DIGITS_CLASSES
-    if train.dataset == "folder":
-        return len(folder_classes(Path(train.data_dir or "")))
-    if train.dataset == "wds":
-        from sret_cli.streams import find_shards
-
-        return find_shards(str(train.data_dir), True).classes
-    from sret_cli.readers import named_source
-
-    return len(named_source(train.dataset, train.data_dir, True).classes)
 
 
 def from_flags(path: Path | None, model: Table, train: Table | None, settings: list[str]) -> Study:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 from sret_cli.errors import USAGE, SretError
 from sret_cli.processes import started_as
 from sret_cli.records import Row
-from sret_cli.study import Run
+from sret_cli.run import Run
 
 if TYPE_CHECKING:
     from sret_cli.distributed import Ranks

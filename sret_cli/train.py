@@ -2,7 +2,6 @@
 
 import gc
 import math
-import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +15,7 @@ from sret_cli import records
 from sret_cli.checkpoint import Checkpoint, Writer, newest
 from sret_cli.data import Loader, load_data
 from sret_cli.distributed import ALONE, Ranks
-from sret_cli.errors import CHECKPOINT, RESOURCES, SretError, note, out_of_memory
+from sret_cli.errors import CHECKPOINT, SretError, note, out_of_memory
 from sret_cli.evaluate import (
     Evaluation,
     OnStep,
@@ -26,14 +25,13 @@ from sret_cli.evaluate import (
     use_deterministic_kernels,
 )
 from sret_cli.interrupt import Interrupted, Stop, leave, listening
-from sret_cli.measure import choose_device, device_name, free_bytes
-from sret_cli.memory import Setting, largest_batch, predict
+from sret_cli.measure import choose_device, device_name
 from sret_cli.metrics import METRICS_FILE, Metrics
 from sret_cli.optimizer import drawn_recursions
 from sret_cli.parallel import gathered, whole
 from sret_cli.records import CONFIG_FILE, Row
-from sret_cli.spec import ModelSpec
-from sret_cli.study import Run
+from sret_cli.room import not_enough, peak_gigabytes
+from sret_cli.run import Run
 from sret_cli.trainer import Diverged, Trainer
 from sret_cli.weights import save_weights
 
@@ -106,7 +104,7 @@ def train(
         except (RuntimeError, MemoryError) as error:
             if out_of_memory(error) is None or ranks.is_loss(error):
                 raise
-            raise _out_of_memory(error, trainer) from None
+            raise not_enough(error, trainer) from None
 
 
 @contextmanager
@@ -377,43 +375,3 @@ class Session:
         report: Row = {"error": str(error), "steps_done": p.step, "epoch": p.epoch + 1, "lr": lr}
         report["batch_indices"] = self.trainer.batch_indices() if p.batch < steps else []
         records.write_json(self.directory / DIVERGED_FILE, report)
-
-
-def _out_of_memory(error: BaseException, trainer: Trainer) -> SretError:
-    """The user's error, with what was in use and predicted, and what can be done about it."""
-    spec, step = trainer.spec, trainer.progress.step + 1
-    at_once = -(-spec.batch_size // (spec.accumulation * trainer.ranks.world_size))
-    advice, predicted = "use a smaller model or fewer layers", ""
-    if at_once > 1:
-        share = spec.batch_size // trainer.ranks.world_size
-        fewer = next(n for n in range(spec.accumulation + 1, share + 1) if share % n == 0)
-        advice = f"use train.accumulation = {fewer}, or a smaller batch_size"
-    if isinstance(trainer.run.model, ModelSpec):
-        setting = Setting(at_once, spec.precision, trainer.device.type, spec.opt)
-        needed = predict(trainer.run.model, setting, spec.recompute)[0].training_memory_bytes
-        predicted = f", {needed / 1e9:.1f} GB predicted"
-        room = free_bytes(trainer.device) + used_bytes(trainer.device)
-        fits = largest_batch(trainer.run.model, setting, spec.recompute, room)
-        if 0 < fits < at_once:
-            advice += f" ({fits:,} images fit at a time)"
-    reason = str(error).partition("\n")[0] or "the allocator gave up"
-    return SretError(
-        f"out of memory at step {step} with {at_once:,} images at a time: "
-        f"{peak_gigabytes(trainer.device)} in use at the most{predicted} ({reason}); {advice}",
-        RESOURCES,
-        status="out_of_memory",
-    )
-
-
-def used_bytes(device: torch.device) -> int:
-    """What this process has of a device's memory now; on a CPU it is not told apart."""
-    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
-
-
-def peak_gigabytes(device: torch.device) -> str:
-    """The most memory that was in use so far: CUDA's allocator's, or this process's."""
-    if device.type == "cuda":
-        used = torch.cuda.max_memory_allocated(device)
-    else:
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return f"{used / 1e9:.1f} GB"

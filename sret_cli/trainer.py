@@ -45,7 +45,7 @@ from sret_cli.parallel import (
 )
 from sret_cli.records import Row, refuse_other_config
 from sret_cli.recurse import build_any
-from sret_cli.study import Run
+from sret_cli.run import Run
 from sret_cli.weights import load_weights
 
 

@@ -20,9 +20,9 @@ from sret_cli.model import SReT, build_model
 from sret_cli.records import CONFIG_FILE, make_directory, read_json, write_atomically, write_json
 from sret_cli.recurse import build_any
 from sret_cli.reference import from_reference, layout, recognise, to_reference
+from sret_cli.run import resolve_sret
 from sret_cli.safe_read import State, read_tensors, without_prefix
 from sret_cli.spec import ModelSpec, preset
-from sret_cli.study import resolve_sret
 
 WEIGHTS_FILE = "model.safetensors"
 REFERENCE_FILE = "model.pth"

@@ -17,8 +17,8 @@ import torch
 from sret_cli.data import Loader
 from sret_cli.distributed import ALONE, start
 from sret_cli.recipe import TrainSpec
+from sret_cli.run import Run
 from sret_cli.spec import ModelSpec
-from sret_cli.study import Run
 from sret_cli.train import train
 
 # Ten steps an epoch, with all that draws: shuffles, drop path, mixup, counts of recursions, of

@@ -10,8 +10,8 @@ from sret_cli.distill import Teacher, create_distillation
 from sret_cli.errors import SretError
 from sret_cli.evaluate import evaluate
 from sret_cli.model import build_model
+from sret_cli.run import Run
 from sret_cli.spec import TrainSpec
-from sret_cli.study import Run
 from sret_cli.train import train
 from sret_cli.trainer import Trainer
 from sret_cli.weights import load_model, save_model

@@ -9,8 +9,9 @@ import torch
 from sret_cli import export
 from sret_cli.errors import SretError
 from sret_cli.export import Cycle, LoopedStage, export_model, find_cycles
-from sret_cli.model import Stage, build_model
+from sret_cli.model import build_model
 from sret_cli.spec import PRESETS
+from sret_cli.stage import Stage
 from sret_cli.weights import save_model
 
 FORMATS = ("safetensors", "torch-export", "onnx")

@@ -13,12 +13,13 @@ PACKAGE = Path(sret_cli.__file__).parent
 ORDER = (
     *("__init__", "processes", "errors", "strict", "depth", "recipe", "spec", "registry"),
     *("backbone", "records", "published", "cost", "folders", "augment", "sources", "readers"),
-    *("streams", "study", "linear", "blocks", "recompute", "model", "compilation", "recurse"),
-    *("safe_read", "reference", "weights", "profiler", "liveness", "footprint", "memory"),
-    *("measure", "soft_labels", "data", "interrupt", "distributed", "evaluate", "checkpoint"),
-    *("distill", "parallel", "metrics", "optimizer", "trainer", "train", "team", "launch"),
-    *("label_writer", "views", "export", "figures", "report", "data_check", "flags"),
-    *("weight_commands", "data_commands", "distill_commands", "cli", "__main__"),
+    *("streams", "run", "study", "linear", "blocks", "recompute", "stage", "model"),
+    *("compilation", "recurse", "safe_read", "reference", "weights", "breakdown", "profiler"),
+    *("liveness", "footprint", "memory", "measure", "soft_labels", "data", "interrupt"),
+    *("distributed", "evaluate", "checkpoint", "distill", "parallel", "metrics", "optimizer"),
+    *("trainer", "room", "train", "team", "launch", "label_writer", "views", "export", "figures"),
+    *("report", "data_check", "flags", "train_commands", "weight_commands", "data_commands"),
+    *("distill_commands", "cli", "__main__"),
 )
 
 
@@ -68,6 +69,7 @@ def test_help_loads_neither_torch_nor_pandas():
         "spec",
         "backbone",
         "cost",
+        "run",
         "study",
         "records",
         "published",

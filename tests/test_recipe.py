@@ -10,7 +10,7 @@ from sret_cli.errors import SretError
 from sret_cli.optimizer import create_ema, create_optimizer, create_schedule
 from sret_cli.recipe import TrainSpec
 from sret_cli.recurse import build_any
-from sret_cli.study import Run, resolve
+from sret_cli.run import Run, resolve
 from sret_cli.train import evaluate_run, train
 from sret_cli.trainer import Trainer
 

@@ -16,7 +16,7 @@ from sret_cli.data import load_data
 from sret_cli.errors import SretError
 from sret_cli.recipe import TrainSpec
 from sret_cli.records import Busy, locked
-from sret_cli.study import Run, continued
+from sret_cli.run import Run, continued
 from sret_cli.train import Saving, train
 from sret_cli.trainer import Diverged, Trainer
 
@@ -69,7 +69,7 @@ def test_a_signal_to_all_processes_of_a_run_loses_no_step(tmp_path):
         assert process.poll() is None
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 143
     assert errors.startswith("stopped: 0 of 1 runs are done") and errors.count("\n") == 1
     (metrics,) = tmp_path.glob("runs/train/*/metrics.jsonl")

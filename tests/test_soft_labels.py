@@ -15,9 +15,9 @@ from sret_cli.distill import Teacher, create_distillation
 from sret_cli.errors import SretError
 from sret_cli.label_writer import IMAGENET_IMAGES, write_labels
 from sret_cli.model import build_model
+from sret_cli.run import Run
 from sret_cli.soft_labels import LabelsSpec, StoredLabels, draw_crop, spread
 from sret_cli.spec import TrainSpec
-from sret_cli.study import Run
 from sret_cli.train import train
 from sret_cli.trainer import Trainer
 from sret_cli.weights import save_model

@@ -11,8 +11,8 @@ from PIL import Image
 from sret_cli.data import load_data, load_test_data
 from sret_cli.errors import SretError, note_once
 from sret_cli.folders import folder_classes
+from sret_cli.run import resolve
 from sret_cli.spec import PRESETS, TrainSpec
-from sret_cli.study import resolve
 
 NANO = PRESETS["nano"]
 

@@ -2,7 +2,8 @@ import pytest
 
 from sret_cli.cost import count, twin
 from sret_cli.errors import SretError
-from sret_cli.study import from_flags, load_study, resolve, resolve_model, study_of
+from sret_cli.run import resolve, resolve_model
+from sret_cli.study import from_flags, load_study, study_of
 
 # A model too narrow for an untied one to have its parameters within 1 %.
 TINY_TWINS = """

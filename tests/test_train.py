@@ -5,8 +5,8 @@ import torch
 
 from sret_cli.errors import SretError
 from sret_cli.measure import choose_device
+from sret_cli.run import Run
 from sret_cli.spec import TrainSpec
-from sret_cli.study import Run
 from sret_cli.train import drawn_recursions, evaluate, evaluate_run, train
 from sret_cli.weights import load_model
 

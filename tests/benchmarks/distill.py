@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from sret_cli.data import load_data
 from sret_cli.label_writer import write_labels
 from sret_cli.measure import choose_device
+from sret_cli.run import Run, dataset_classes
 from sret_cli.spec import PRESETS, TrainSpec
-from sret_cli.study import Run, dataset_classes
 from sret_cli.trainer import Trainer
 
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from sret_cli.model import Stage, build_model
+from sret_cli.model import build_model
 from sret_cli.spec import ModelSpec
+from sret_cli.stage import Stage
 
 RULES = ("lrc", "plain", "layerscale", "rezero", "sqrt", "loop", "deepnorm")
 
