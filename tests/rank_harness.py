@@ -3,13 +3,15 @@
     python -m torch.distributed.run --nproc-per-node 2 tests/rank_harness.py FOLDER
 
 `plain` and `sharded` train to the end, and `stopped`, which is sharded, until the second rank gets
-a SIGTERM after its seventh step.
+a SIGTERM after its seventh step. `published`, in single precision, is the first 20 steps of the
+published recipe.
 """
 
 import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -48,6 +50,7 @@ TRAIN = TrainSpec(
     model_ema_decay=0.9,
 )
 RUN = Run("test", "tiny", MODEL, TRAIN)
+PUBLISHED = Run("test", "tiny", MODEL, TrainSpec(recipe="sret", batch_size=136))
 
 
 def in_double():
@@ -57,20 +60,27 @@ def in_double():
     Loader.normalize = lambda self, x: plain(self, x).double()
 
 
+def train_until(step, run, folder, ranks=ALONE, shards=False):
+    """Trains until the last of the ranks gets a SIGTERM after a step."""
+
+    def stop(done, total, text):
+        if done == step and ranks.rank == ranks.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with suppress(SystemExit):
+        train(run, folder, ranks=ranks, shards=shards, on_step=stop)
+
+
 def main():
     """Trains as each of the ranks."""
-    in_double()
     folder, ranks = Path(sys.argv[1]), start("cpu")
+    train_until(20, PUBLISHED, folder / "published", ranks)
+    in_double()
     row = train(RUN, folder / "plain", ranks=ranks)
     if ranks.leads:
         (folder / "row.json").write_text(json.dumps(row))
     train(RUN, folder / "sharded", ranks=ranks, shards=True)
-
-    def stop(done, total, text):
-        if done == 7 and ranks.rank == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    train(RUN, folder / "stopped", ranks=ranks, shards=True, on_step=stop)
+    train_until(7, RUN, folder / "stopped", ranks, shards=True)
 
 
 if __name__ == "__main__":

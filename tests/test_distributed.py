@@ -48,17 +48,19 @@ def two(tmp_path_factory):
     """What two ranks leave, in double precision, beside what one process leaves."""
     folder = tmp_path_factory.mktemp("two")
     code = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import rank_harness"
-        "\nrank_harness.in_double()\n"
-        "rank_harness.train(rank_harness.RUN, Path(sys.argv[2]))"
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
+        "from rank_harness import PUBLISHED, RUN, in_double, train, train_until\n"
     )
+    double = code + "in_double(); train(RUN, Path(sys.argv[2]))"
+    single = code + "train_until(20, PUBLISHED, Path(sys.argv[2]))"
     tests = str(ROOT / "tests")
-    run((sys.executable, "-c", code, tests, "one"), folder)
+    run((sys.executable, "-c", single, tests, "published one"), folder)
+    run((sys.executable, "-c", double, tests, "one"), folder)
     stopped = run((*TORCHRUN, "2", f"{tests}/rank_harness.py", "."), folder, check=False)
     assert (folder / "stopped").exists(), stopped.stderr
     # One process goes on with what two sharded ones were stopped at.
     state = read(folder / "stopped" / "checkpoint-7")
-    run((sys.executable, "-c", code, tests, "stopped"), folder)
+    run((sys.executable, "-c", double, tests, "stopped"), folder)
     return folder, state
 
 
@@ -68,6 +70,17 @@ def test_one_and_two_ranks_agree_in_all_that_they_measure(two, kind):
     folder, _ = two
     assert len(lines(folder / "one")) == 20 + 2
     assert numbers(folder / kind) == pytest.approx(numbers(folder / "one"), abs=1e-6, rel=0)
+
+
+@pytest.mark.slow
+def test_one_and_two_ranks_agree_in_single_precision_by_the_published_recipe(two):
+    folder, _ = two
+    one, ranks = (
+        [line["loss"] for line in lines(folder / name) if "step" in line]
+        for name in ("published one", "published")
+    )
+    assert len(one) == 20
+    assert ranks == pytest.approx(one, abs=1e-5, rel=0)
 
 
 @pytest.mark.slow
