@@ -8,7 +8,7 @@ import traceback
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -17,30 +17,17 @@ from sret_cli.data_commands import data_app
 from sret_cli.distill_commands import distill_labels
 from sret_cli.errors import RESOURCES, USAGE, SretError, out_of_memory
 from sret_cli.flags import (
+    MODEL,
     MODEL_FLAGS,
-    Backbone,
     Compile,
     DataDir,
     GpuMemory,
-    ImgSize,
     Json,
-    LaterSlices,
-    Layers,
-    Macs,
-    Nll,
-    NumClasses,
     Output,
-    Params,
     PipeClosed,
-    Preset,
     Recompute,
-    Recursions,
     Runs,
-    Set,
-    Share,
-    Slices,
     StudyFile,
-    Twin,
     check_device,
     finish,
     flags_given,
@@ -51,6 +38,7 @@ from sret_cli.flags import (
     show_memory,
     show_rows,
     study_from,
+    takes,
     write_report,
 )
 from sret_cli.interrupt import CODES
@@ -86,28 +74,17 @@ def root(
 
 
 @app.command()
+@takes(MODEL)
 def build(
     context: typer.Context,
     study: StudyFile = None,
-    preset: Preset = None,
-    backbone: Backbone = None,
-    layers: Layers = None,
-    recursions: Recursions = None,
-    share: Share = None,
-    slices: Slices = None,
-    recursive_slices: LaterSlices = None,
-    nll: Nll = None,
-    img_size: ImgSize = None,
-    num_classes: NumClasses = None,
-    params: Params = None,
-    macs: Macs = None,
-    twin: Twin = None,
-    set_: Set = None,
+    *,
     data_dir: DataDir = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32, help="Of the weights and image.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write config.json and weights there.")] = None,
     from_: Annotated[Path | None, typer.Option("--from", help="Read a model from there.")] = None,
     json_: Json = False,
+    **_: Any,
 ) -> None:
     """Build a model, run one image through it, and print its stages."""
     import torch
@@ -140,23 +117,11 @@ def build(
 
 
 @app.command()
+@takes(MODEL)
 def profile(
     context: typer.Context,
     study: StudyFile = None,
-    preset: Preset = None,
-    backbone: Backbone = None,
-    layers: Layers = None,
-    recursions: Recursions = None,
-    share: Share = None,
-    slices: Slices = None,
-    recursive_slices: LaterSlices = None,
-    nll: Nll = None,
-    img_size: ImgSize = None,
-    num_classes: NumClasses = None,
-    params: Params = None,
-    macs: Macs = None,
-    twin: Twin = None,
-    set_: Set = None,
+    *,
     data_dir: DataDir = None,
     device: Annotated[
         str | None, typer.Option(help="Measure time and memory there: cpu or cuda.")
@@ -181,6 +146,7 @@ def profile(
     gpu_memory: GpuMemory = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
+    **_: Any,
 ) -> None:
     """Measure parameters, FLOPs and activations; with --device, time and memory too.
 

@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+from collections.abc import Callable
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,13 +57,40 @@ Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Write for Tens
 Shard = Annotated[bool, typer.Option("--shard", help="Share weights out among processes (FSDP).")]
 Runs = Annotated[Path, typer.Option(help="Where run directories are.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-MODEL_FLAGS = (
-    *("preset", "layers", "slices", "recursive_slices", "nll", "img_size", "num_classes"),
-    *("params", "macs", "twin", "backbone", "recursions", "share"),
-)
+MODEL = {
+    **{"preset": Preset, "backbone": Backbone, "layers": Layers, "recursions": Recursions},
+    **{"share": Share, "slices": Slices, "recursive_slices": LaterSlices, "nll": Nll},
+    **{"img_size": ImgSize, "num_classes": NumClasses, "params": Params, "macs": Macs},
+    **{"twin": Twin, "set_": Set},
+}
+MODEL_FLAGS = tuple(name for name in MODEL if name != "set_")
+TRAINING = {
+    **{"device": Device, "workers": Workers, "gpu_memory": GpuMemory},
+    **{"checkpoint_every_steps": EverySteps, "checkpoint_minutes": Minutes},
+    **{"tensorboard": Tensorboard, "shard": Shard},
+}
 TRAIN_FLAGS = (
     *("dataset", "data_dir", "on_bad_image", "epochs", "batch_size", "seed", "precision"),
 )
+DEFAULTS: dict[str, Any] = {
+    **{"device": "auto", "checkpoint_minutes": 10.0, "tensorboard": False, "shard": False},
+}
+
+
+def takes(flags: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command more flags, behind its arguments; it finds them in its context."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in signature(command).parameters.values() if p.kind != Parameter.VAR_KEYWORD]
+        last = sum(p.kind == Parameter.POSITIONAL_OR_KEYWORD for p in own)
+        own[last:last] = [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=DEFAULTS.get(name), annotation=kind)
+            for name, kind in flags.items()
+        ]
+        command.__signature__ = Signature(own)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
 
 
 def notes() -> Console:
@@ -153,6 +182,15 @@ def gpu_memory_of(text: str | None) -> int | None:
     from sret_cli.cost import parse_quantity
 
     return None if text is None else parse_quantity(text)
+
+
+def training_options(context: typer.Context) -> Any:
+    """How and where to train, by a command's flags; a device that is not there is refused."""
+    from sret_cli.launch import Options
+
+    check_device(context.params["device"])
+    given = {name: context.params[name] for name in TRAINING}
+    return Options(**{**given, "gpu_memory": gpu_memory_of(given["gpu_memory"])})
 
 
 def check_device(name: str | None) -> None:

@@ -7,22 +7,15 @@ import typer
 
 from sret_cli.errors import USAGE, SretError
 from sret_cli.flags import (
+    MODEL,
     MODEL_FLAGS,
     Device,
-    ImgSize,
     Json,
     LaterSlices,
-    Layers,
-    Macs,
-    Nll,
-    NumClasses,
     Output,
-    Params,
-    Preset,
     Runs,
     Set,
     Slices,
-    Twin,
     Workers,
     check_device,
     flags_given,
@@ -30,6 +23,7 @@ from sret_cli.flags import (
     print_json,
     show_rows,
     study_from,
+    takes,
 )
 
 
@@ -164,30 +158,22 @@ def convert(
     show_rows([row], ("layers", "params"), json_)
 
 
+@takes(MODEL)
 def export(
     context: typer.Context,
     directory: Annotated[
         Path | None,
         typer.Argument(metavar="[DIR]", help="A run, or what `sret build --out` wrote."),
     ] = None,
+    *,
     to: Annotated[str, typer.Option(help="safetensors, torch-export or onnx.")] = "safetensors",
-    preset: Preset = None,
-    layers: Layers = None,
-    slices: Slices = None,
-    recursive_slices: LaterSlices = None,
-    nll: Nll = None,
-    img_size: ImgSize = None,
-    num_classes: NumClasses = None,
-    params: Params = None,
-    macs: Macs = None,
-    twin: Twin = None,
-    set_: Set = None,
     seed: Annotated[int, typer.Option(help="Of the weights, where flags say the model.")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="A new directory; exports/NAME-FORMAT if not given.")
     ] = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
+    **_: Any,
 ) -> None:
     """Write a model as safetensors, torch.export or ONNX, check its logits, add a model card.
 
