@@ -74,18 +74,9 @@ def measure(
     size = (batch_size, spec.in_chans, spec.img_size, spec.img_size)
     x = torch.randn(size, device=device)
     target = torch.randint(max(spec.num_classes, 1), (batch_size,), device=device)
-    optimizer = torch.optim.AdamW(model.parameters())
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     forward = inference(model, x, precision, compiles, on_failure)
     compile_model(model, compiles, on_failure)
-
-    def step() -> None:
-        with autocast:
-            output = model(x)
-        nn.functional.cross_entropy(output.float(), target).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
+    step, optimizer = training_step(model, x, target, precision)
     forward_seconds, forward_iqr = median_seconds(forward, device)
     del forward
     step_seconds, step_iqr = median_seconds(step, device)
@@ -167,6 +158,23 @@ def median_seconds(call: Callable[[], object], device: torch.device) -> tuple[fl
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def training_step(
+    model: nn.Module, x: torch.Tensor, target: torch.Tensor, precision: str
+) -> tuple[Callable[[], None], torch.optim.Optimizer]:
+    """A call that trains a model for a step (forward, backward, AdamW), and its optimizer."""
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
+    autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16")
+
+    def step() -> None:
+        with autocast:
+            output = model(x)
+        nn.functional.cross_entropy(output.float(), target).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step, optimizer
 
 
 def peak_memory_bytes(

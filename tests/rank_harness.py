@@ -15,29 +15,17 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from conftest import TINY
 
 from sret_cli.data import Loader
 from sret_cli.distributed import ALONE, start
 from sret_cli.recipe import TrainSpec
 from sret_cli.run import Run
-from sret_cli.spec import ModelSpec
 from sret_cli.train import train
 
 # Ten steps an epoch, with all that draws: shuffles, drop path, mixup, counts of recursions, of
 # which some leave NLLs unused; passes are recomputed, and steps are taken in two parts.
-MODEL = ModelSpec(
-    img_size=16,
-    num_classes=10,
-    stem_strides=(1, 2, 1),
-    embed_dims=(8, 16, 32),
-    num_heads=(1, 2, 4),
-    blocks=(1, 2, 1),
-    recursions=(3, 3, 3),
-    nll="per_pass",
-    slices=(4, 2, 1),
-    recursive_slices=(2, 2, 1),
-    drop_path_rate=0.2,
-)
+MODEL = TINY.with_values(recursions=(3, 3, 3), nll="per_pass", drop_path_rate=0.2)
 TRAIN = TrainSpec(
     epochs=2,
     warmup_epochs=0,

@@ -2,6 +2,7 @@ import time
 
 import pytest
 import torch
+from conftest import REFERENCE, UNSLICED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,18 +12,6 @@ from sret_cli.errors import SretError
 from sret_cli.model import build_model
 from sret_cli.profiler import trace
 from sret_cli.spec import PRESETS, ModelSpec, divisors
-
-UNSLICED = {"slices": 1, "recursive_slices": 1}
-
-# Measured by running the reference implementation under fvcore 0.1.5.post20221221, batch of one.
-REFERENCE = [
-    ("sret_t", {}, 4_755_979, 1_121_665_792),
-    ("sret_t", UNSLICED, 4_755_979, 1_374_904_064),
-    ("sret_lt", {}, 4_988_024, 1_173_698_304),
-    ("sret_lt", UNSLICED, 4_988_024, 1_426_936_576),
-    ("sret_s", {}, 20_899_692, 4_190_973_192),
-    ("sret_s", UNSLICED, 20_899_692, 4_689_536_040),
-]
 
 
 def costs(counted):

@@ -109,21 +109,6 @@ def reference_module(directory: Path) -> ModuleType:
     return importlib.import_module("SReT")
 
 
-def training_step(model: nn.Module, x: torch.Tensor, autocast: torch.autocast) -> Call:
-    """A call that trains a model for a step: forward, backward and AdamW."""
-    target = torch.randint(1000, (len(x),), device=x.device)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
-
-    def step() -> None:
-        with autocast:
-            output = model(x)
-        nn.functional.cross_entropy(output.float(), target).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
 def peak_flops(device: str) -> float:
     """Operations a second (two a multiply-add) of large matrix products, the best of ten."""
     size = 8192 if device == "cuda" else 2048

@@ -13,8 +13,9 @@ import statistics
 
 import numpy as np
 import torch
-from common import arguments, prepare, seconds, training_step
+from common import arguments, prepare, seconds
 
+from sret_cli.measure import training_step
 from sret_cli.model import build_model
 from sret_cli.spec import PRESETS
 
@@ -30,7 +31,7 @@ def main() -> None:
     print(prepare(given.device))
     device = given.device
     x = torch.randn(1, 3, given.img_size, given.img_size, device=device)
-    autocast = torch.autocast(device, enabled=False)
+    target = torch.zeros(1, dtype=torch.long, device=device)
     spec = PRESETS["deep"].with_values(
         img_size=given.img_size, slices=1, recursive_slices=1, residual="loop"
     )
@@ -39,7 +40,7 @@ def main() -> None:
         model.set_recompute((20,) * 3)
     for what, calls in (
         ("forward pass", [forward(model, x) for model in models]),
-        ("training step", [training_step(model, x, autocast) for model in models]),
+        ("training step", [training_step(model, x, target, "fp32")[0] for model in models]),
     ):
         for model in models:
             model.train(what == "training step")
