@@ -128,6 +128,8 @@ def flatten(state: State) -> tuple[Tensors, Any]:
         if isinstance(value, list | tuple):
             items = [walk(item, f"{name}/{index}") for index, item in enumerate(value)]
             return {"$tuple": items} if isinstance(value, tuple) else items
+        if isinstance(value, torch.dtype):
+            return {"$dtype": str(value).removeprefix("torch.")}
         assert value is None or isinstance(value, bool | int | float | str), (name, type(value))
         return value
 
@@ -142,6 +144,8 @@ def unflatten(tensors: Tensors, value: Any) -> Any:
         return value
     if "$tensor" in value:
         return tensors[value["$tensor"]]
+    if "$dtype" in value:
+        return getattr(torch, value["$dtype"])
     if "$tuple" in value:
         return tuple(unflatten(tensors, item) for item in value["$tuple"])
     items = value["$dict"] if "$dict" in value else value.items()

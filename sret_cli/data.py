@@ -20,7 +20,7 @@ from sret_cli.errors import DATA, SretError, note, note_once
 from sret_cli.processes import share
 from sret_cli.readers import named_source
 from sret_cli.recipe import TrainSpec
-from sret_cli.soft_labels import StoredLabels
+from sret_cli.soft_labels import StoredLabels, hash_images
 from sret_cli.sources import Source, digits, synthetic, test_folder, train_folder
 from sret_cli.streams import Stream, find_shards
 
@@ -126,7 +126,8 @@ class Loader:
     Where soft labels are stored, the targets of training are `[B, 2, top_k]`.
 
     `classes` are the names of the classes, in their order, where they are known; `bad_images` says
-    what is wrong with each image that was left out so far.
+    what is wrong with each image that was left out so far; `sources` has a SHA-256 of what is
+    trained on.
     """
 
     def __init__(
@@ -137,8 +138,10 @@ class Loader:
         workers: int,
         pixels: Pixels,
         on_bad_image: str,
+        sources: dict[str, str],
     ) -> None:
         self.samples, self.batches, self.on_bad_image = dataset, batches, on_bad_image
+        self.sources = sources
         self.classes = classes
         self.mean, self.std = (
             torch.tensor(values).mul(255).view(1, -1, 1, 1) for values in (pixels.mean, pixels.std)
@@ -176,7 +179,8 @@ class Loader:
                 # Held by the traceback, the workers would end late, and keep their end waiting for
                 # 10 seconds; and raising the error itself would tie it and its traceback in a knot.
                 self.loader = self._new_loader()
-                raise SretError(str(errors[0]), errors[0].code)
+                skip = ", or leave it out by --on-bad-image skip" if len(targets) else ""
+                raise SretError(f"{errors[0]}{skip}", errors[0].code)
             for text in map(str, errors):
                 if text not in self.bad_images:
                     self.bad_images.append(text)
@@ -255,7 +259,10 @@ def _loader(
     batches = Batches(
         *(len(source), train.batch_size, seed, repeats, rank, world_size, train.accumulation)
     )
-    return Loader(samples, batches, source.classes, workers, pixels, train.on_bad_image)
+    sources = {"images": hash_images(source, train.dataset)} if training else {}
+    if labels is not None:
+        sources["soft labels"] = labels.spec.sha256
+    return Loader(samples, batches, source.classes, workers, pixels, train.on_bad_image, sources)
 
 
 def _stream_loader(
@@ -283,7 +290,8 @@ def _stream_loader(
         *(shards, transform, pixels.mode, train.batch_size, seed, rank, world_size, workers)
     )
     classes = tuple(map(str, range(shards.classes or model.num_classes)))
-    return Loader(stream, stream, classes, workers, pixels, train.on_bad_image)
+    sources = {"images": shards.sha256}
+    return Loader(stream, stream, classes, workers, pixels, train.on_bad_image, sources)
 
 
 def find_source(train: TrainSpec, model: Spec, training: bool) -> Source:

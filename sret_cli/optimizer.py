@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data import Mixup
+from timm.data.mixup import mixup_target
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from sret_cli.errors import SretError, nearest
 from sret_cli.recipe import TrainSpec
@@ -69,6 +70,18 @@ def create_mixup(spec: TrainSpec, num_classes: int) -> Mixup | None:
     if not spec.mixup and not spec.cutmix:
         return None
     return Mixup(spec.mixup, spec.cutmix, label_smoothing=spec.smoothing, num_classes=num_classes)
+
+
+def mix(mixup: Mixup, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Images mixed in pairs, and their soft targets `[B, classes]`; an odd one out stays plain."""
+    even = len(x) // 2 * 2
+    if even == len(x):
+        return mixup(x, target)
+    last = mixup_target(target[even:], mixup.num_classes, smoothing=mixup.label_smoothing)
+    if not even:
+        return x, last
+    mixed, soft = mixup(x[:even], target[:even])
+    return torch.cat((mixed, x[even:])), torch.cat((soft, last))
 
 
 def create_ema(model: nn.Module, spec: TrainSpec) -> Any:

@@ -61,6 +61,8 @@ MEASUREMENTS = (
     "world_size",
 )
 OUTCOME = ("status", "error")  # what became of the training, and the reason where it failed
+# Of a training: how it handles what goes wrong, which does not make it another one.
+HANDLING = {"on_bad_image": "stop"}
 CONFIG_FILE = "config.json"
 LOCK_FILE, HOLDER_FILE = ".lock", ".lock.json"
 
@@ -229,19 +231,21 @@ def _holder(directory: Path) -> str:
 
 
 def write_config(directory: Path, config: Row) -> None:
-    """Writes `config.json` of a run; one that is there has to say the same of the run.
+    """Writes `config.json` of a run; one that is there has to say the same, and keeps the rest.
 
     Raises:
         SretError: it says something else; the message names the keys.
     """
     path = directory / CONFIG_FILE
     if path.exists():
-        refuse_other_config(f"{path}", read_json(path), config)
+        found = read_json(path)
+        refuse_other_config(f"{path}", found, config)
+        config = {**found, **config}
     write_json(path, config)
 
 
 def refuse_other_config(where: str, found: Any, config: Row) -> None:
-    """Makes sure that a stored config has the model and the training of another.
+    """Makes sure that a stored config has the model and the training of another (but `HANDLING`).
 
     Raises:
         SretError: it has not; the message names the keys that differ, with both values.
@@ -264,6 +268,7 @@ def _flat(config: Any) -> Row:
         f"{table}.{key}": value
         for table in ("model", "train")
         for key, value in (tables.get(table) or {}).items()
+        if table == "model" or key not in HANDLING
     }
 
 

@@ -11,7 +11,7 @@ from sret_cli.cost import fit_width, parse_quantity, twin
 from sret_cli.errors import CHECKPOINT, DATA, SretError, nearest
 from sret_cli.folders import folder_classes
 from sret_cli.recipe import RATES, TrainSpec
-from sret_cli.records import CONFIG_FILE, MEASUREMENTS, OUTCOME, read_json
+from sret_cli.records import CONFIG_FILE, HANDLING, MEASUREMENTS, OUTCOME, read_json
 from sret_cli.spec import ModelSpec, preset
 
 Table = dict[str, Any]
@@ -36,8 +36,14 @@ class Run:
 
     @property
     def run_id(self) -> str:
-        """The first 10 hex digits of the SHA-256 of the canonical JSON of what the run does."""
-        text = json.dumps(self.spec(), sort_keys=True, separators=(",", ":"))
+        """The first 10 hex digits of the SHA-256 of the canonical JSON of what the run does.
+
+        How it handles what goes wrong (`records.HANDLING`) has no part in it.
+        """
+        spec = self.spec()
+        if spec["train"] is not None:
+            spec["train"] |= HANDLING
+        text = json.dumps(spec, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 
     def spec(self) -> Table:
@@ -175,8 +181,10 @@ def dataset_classes(train: TrainSpec) -> int | None:
     return len(named_source(train.dataset, train.data_dir, True).classes)
 
 
-def continued(directory: Path, epochs: int | None) -> Run:
+def continued(directory: Path, epochs: int | None, on_bad_image: str | None = None) -> Run:
     """The run of a directory; with more epochs a new run that goes on from it, beside it.
+
+    `on_bad_image` may be another than before.
 
     Raises:
         SretError: it is no run that trains, or has as many epochs already.
@@ -184,6 +192,7 @@ def continued(directory: Path, epochs: int | None) -> Run:
     config = read_json(directory / CONFIG_FILE)
     try:
         model, train = read_spec(config["model"]), TrainSpec(**config["train"])
+        train = train.with_values(on_bad_image=on_bad_image or train.on_bad_image)
         run = Run(config["study"], config["name"], model, train, config.get("continues"))
     except (KeyError, TypeError) as error:
         raise SretError(f"{directory} is no run that trains: {error}", DATA) from None

@@ -15,7 +15,7 @@ from sret_cli import records
 from sret_cli.checkpoint import Checkpoint, Writer, newest
 from sret_cli.data import Loader, load_data
 from sret_cli.distributed import ALONE, Ranks
-from sret_cli.errors import CHECKPOINT, SretError, note, out_of_memory
+from sret_cli.errors import CHECKPOINT, DATA, SOME_FAILED, SretError, note, out_of_memory
 from sret_cli.evaluate import (
     Evaluation,
     OnStep,
@@ -89,7 +89,7 @@ def train(
             trainer = Trainer(run, loaders[0], target_device, gpu_memory, ranks, shards)
             if ranks.leads:
                 stack.enter_context(records.locked(directory))
-                records.write_config(directory, describe(run, loaders[0]))
+                records.write_config(directory, describe(run))
         trainer.join()
         stop = stack.enter_context(listening())
         stop.gives_up = not ranks.several
@@ -125,11 +125,11 @@ def collecting_rarely() -> Iterator[None]:
         gc.unfreeze()
 
 
-def describe(run: Run, loader: Loader) -> Row:
-    """What `config.json` says of a run."""
+def describe(run: Run, classes: tuple[str, ...] = ()) -> Row:
+    """What `config.json` says of a run, and of its data's classes where they are told."""
     config = {"study": run.study, "name": run.name, **run.spec()}
-    if run.train is not None and run.train.dataset != "digits":
-        config["classes"] = list(loader.classes)
+    if classes and run.train is not None and run.train.dataset != "digits":
+        config["classes"] = list(classes)
     return config
 
 
@@ -171,6 +171,8 @@ class Session:
                     was = ", ".join(changed)
                     self.note(f"{found.path} was written by {was}: last digits may differ")
                 self._open_metrics(found, tensorboard)
+                config = describe(self.trainer.run, self.trainer.loader.classes)
+                records.write_config(self.directory, config)
         bad, known = self.trainer.progress.bad_images, self.trainer.loader.bad_images
         known += [text for text in bad if text not in known]
 
@@ -208,7 +210,9 @@ class Session:
                 self._evaluate_epoch()
                 self._save()
             self._wait()
-        except (Diverged, Interrupted, RuntimeError) as error:
+        except (SretError, Interrupted, RuntimeError) as error:
+            if isinstance(error, SretError) and not self._is_between_steps(error):
+                raise
             if isinstance(error, RuntimeError):
                 if self.ranks.several or not self.stop.explains(error):
                     raise
@@ -235,18 +239,23 @@ class Session:
             "torch_version": torch.__version__,
         }
 
+    def _is_between_steps(self, error: SretError) -> bool:
+        """Whether an error, of a loss or an image, leaves a state that all ranks can save."""
+        agreed = error.agreed or not self.ranks.several
+        return agreed and error.code in (DATA, SOME_FAILED)
+
     def _save_weights(self) -> None:
         trainer = self.trainer
-        models = [trainer.module] + ([] if trainer.ema is None else [trainer.ema.module])
-        for model, directory in zip(
-            models, (self.directory, self.directory / EMA_DIRECTORY), strict=False
-        ):
+        directories = (self.directory, self.directory / EMA_DIRECTORY)
+        for model, directory in zip(trainer.models(), directories, strict=False):
             state = whole(model.state_dict())
             if not self.ranks.leads:
                 continue
             if model is not trainer.module:
                 records.make_directory(directory)
-                records.write_json(directory / CONFIG_FILE, describe(trainer.run, trainer.loader))
+                records.write_json(
+                    directory / CONFIG_FILE, describe(trainer.run, trainer.loader.classes)
+                )
             save_weights(state, directory)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, tuple[int, ...]]]:
@@ -314,7 +323,8 @@ class Session:
         """Evaluates, and moves on to the next epoch."""
         trainer, spec, p = self.trainer, self.trainer.spec, self.trainer.progress
         if spec.recursions_range is not None:
-            trainer.module.set_recursions(None)
+            for model in trainer.models():
+                model.set_recursions(None)
         found = self._evaluate(trainer.module)
         results: Row = {"final_loss": p.loss_sum / max(p.batch, 1), **found.row()}
         if trainer.ema is not None:

@@ -68,15 +68,18 @@ def train(
 
     options = training_options(context)
     if resume is not None:
-        flags = ("study", *MODEL_FLAGS, *TRAIN_FLAGS, "set_")
-        others = [f for f in flags if f in flags_given(context) and f != "epochs"]
+        flags, may_differ = (
+            ("study", *MODEL_FLAGS, *TRAIN_FLAGS, "set_"),
+            ("epochs", "on_bad_image"),
+        )
+        others = [f for f in flags if f in flags_given(context) and f not in may_differ]
         if others:
             raise SretError(
                 f"--resume goes on with what {resume}/config.json says; leave out "
                 f"{', '.join(others)}",
                 USAGE,
             )
-        run = continued(resume, epochs)
+        run = continued(resume, epochs, on_bad_image)
         found, runs = Study(run.study, (run,)), resume.parent.parent
     else:
         found = study_from(context, trains=True)

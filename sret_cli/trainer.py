@@ -19,7 +19,7 @@ from sret_cli import __version__
 from sret_cli.checkpoint import Checkpoint, State, random_states, set_random_states
 from sret_cli.compilation import compile_model
 from sret_cli.data import Batches, Loader
-from sret_cli.distill import create_distillation
+from sret_cli.distill import create_distillation, teacher_source
 from sret_cli.distributed import ALONE, Ranks
 from sret_cli.errors import CHECKPOINT, SOME_FAILED, SretError, note
 from sret_cli.evaluate import autocast
@@ -32,6 +32,7 @@ from sret_cli.optimizer import (
     create_optimizer,
     create_schedule,
     drawn_recursions,
+    mix,
     seed_step,
 )
 from sret_cli.parallel import (
@@ -130,10 +131,15 @@ class Trainer:
             for stage in self.module.every_stage():
                 stage.rank, stage.world_size = ranks.rank, ranks.world_size
                 stage.generator = self.generator
+        self.sources = loader.sources | teacher_source(self.spec)
         self.progress = Progress()
         norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm)]
         self.statistics = [buffer for norm in norms for buffer in norm.buffers()]
         self.whole = True  # no step is under way
+
+    def models(self) -> list[Any]:
+        """What is evaluated and saved: the model and, where there are any, the averaged weights."""
+        return [self.module] + ([] if self.ema is None else [self.ema.module])
 
     def join(self) -> None:
         """Has each step average the gradients of all ranks, which have to be this far."""
@@ -164,7 +170,7 @@ class Trainer:
         x = self.loader.normalize(images.to(self.device, non_blocking=True))
         target = target.to(self.device, non_blocking=True)
         if self.mixup is not None:
-            x, target = self.mixup(x, target)
+            x, target = mix(self.mixup, x, target)
         before = [buffer.clone() for buffer in self.statistics]
         try:
             loss, parameters, norm = self._backward(x, target, counts)
@@ -259,7 +265,7 @@ class Trainer:
         state = {
             "config": self.run.spec(),
             "versions": self.versions(),
-            "steps_per_epoch": len(self.loader),
+            "sources": self.sources,
             "progress": asdict(self.progress),
             "model": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -281,11 +287,12 @@ class Trainer:
         if self.run.continues is not None:
             config["train"]["epochs"] = state["config"]["train"]["epochs"]
         refuse_other_config(str(checkpoint.path), state["config"], config)
-        if state["steps_per_epoch"] != len(self.loader):
+        was, now = state["sources"], self.sources
+        differ = [name for name in was if was[name] != now.get(name)]
+        if differ:
             raise SretError(
-                f"{checkpoint.path} is of a training with {state['steps_per_epoch']:,} steps an "
-                f"epoch, and these data have {len(self.loader):,}; put the images back, or remove "
-                f"{checkpoint.path.parent} to start over",
+                f"the {' and the '.join(differ)} are not those that {checkpoint.path} was trained "
+                f"on; put them back, or remove {checkpoint.path.parent} to start over",
                 CHECKPOINT,
             )
         load_whole(self.module, state["model"])
@@ -295,8 +302,10 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         self.schedule.step_update(self.progress.step)
         set_random_states(state["random"])
-        now = self.versions()
-        return [f"{k} {v}, not {now[k]}" for k, v in state["versions"].items() if v != now[k]]
+        versions = self.versions()
+        return [
+            f"{k} {v}, not {versions[k]}" for k, v in state["versions"].items() if v != versions[k]
+        ]
 
     def versions(self) -> dict[str, Any]:
         """What the last digits of a training depend on, beside its spec."""

@@ -2,8 +2,10 @@ import os
 import signal
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sret_cli.cli import main
 from sret_cli.spec import ModelSpec
@@ -42,6 +44,19 @@ def pytest_configure():
 @pytest.fixture(scope="session")
 def tiny():
     return TINY
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Eight 20x24 JPEG images in each of two classes, in train/ and test/."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(8):
+                pixels = generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{number}.jpg")
+    return tmp_path
 
 
 @pytest.fixture

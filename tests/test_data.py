@@ -16,19 +16,6 @@ from sret_cli.spec import PRESETS, TrainSpec
 NANO = PRESETS["nano"]
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Eight 20x24 JPEG images in each of two classes, in train/ and test/."""
-    generator = np.random.default_rng(0)
-    for split in ("train", "test"):
-        for name in ("cat", "dog"):
-            (tmp_path / split / name).mkdir(parents=True)
-            for number in range(8):
-                pixels = generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / split / name / f"{number}.jpg")
-    return tmp_path
-
-
 def spec_of(folder, **values):
     return TrainSpec(dataset="folder", data_dir=str(folder), batch_size=4, epochs=2, **values)
 

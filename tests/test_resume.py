@@ -207,16 +207,6 @@ def test_more_epochs_go_on_in_a_new_run_with_the_schedule_of_all_of_them(tiny, t
     assert continued(directory, None) == first
 
 
-def test_a_run_whose_data_have_changed_is_refused(tiny, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit):
-        train(run_of(tiny), tmp_path, on_step=signalled(signal.SIGTERM, 3))
-    from sret_cli import data
-
-    monkeypatch.setattr(data.Batches, "__len__", lambda batches: 2)
-    with pytest.raises(SretError, match="5 steps an epoch, and these data have 2"):
-        train(run_of(tiny), tmp_path)
-
-
 def test_a_second_process_is_refused_and_told_of_the_first_which_frees_the_run_by_its_end(
     tiny, tmp_path
 ):
