@@ -188,7 +188,9 @@ class Session:
     def _open_metrics(self, found: Checkpoint | None, tensorboard: bool) -> None:
         p = self.trainer.progress
         if found is not None and found.path.parent != self.directory:
-            lines = (found.path.parent / METRICS_FILE).read_bytes()
+            source = found.path.parent / METRICS_FILE
+            records.refuse_shorter(source, p.metrics_bytes)
+            lines = source.read_bytes() if p.metrics_bytes else b""
             records.write_atomically(self.directory / METRICS_FILE, lines[: p.metrics_bytes])
         self.metrics = Metrics(self.directory, p.metrics_bytes, p.step, tensorboard, self.note)
 

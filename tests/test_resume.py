@@ -207,6 +207,20 @@ def test_more_epochs_go_on_in_a_new_run_with_the_schedule_of_all_of_them(tiny, t
     assert continued(directory, None) == first
 
 
+def test_more_epochs_need_the_metrics_of_those_before(tiny, tmp_path):
+    first = run_of(tiny, epochs=1)
+    directory = first.directory(tmp_path)
+    train(first, directory)
+    longer = continued(directory, 2)
+    file = directory / "metrics.jsonl"
+    lines = file.read_bytes()
+    for change in (lambda: file.write_bytes(lines[:-5]), file.unlink):
+        change()
+        with pytest.raises(SretError, match=r"metrics.jsonl has \d+ bytes, and the") as refused:
+            train(longer, longer.directory(tmp_path))
+        assert refused.value.code == 5
+
+
 def test_a_run_whose_data_have_changed_is_refused(tiny, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         train(run_of(tiny), tmp_path, on_step=signalled(signal.SIGTERM, 3))
