@@ -15,7 +15,14 @@ from sret_cli import records
 from sret_cli.checkpoint import Checkpoint, Writer, newest
 from sret_cli.data import Loader, load_data
 from sret_cli.distributed import ALONE, Ranks
-from sret_cli.errors import CHECKPOINT, SretError, note, out_of_memory
+from sret_cli.errors import (
+    CHECKPOINT,
+    LoaderLost,
+    SretError,
+    lost_loader,
+    note,
+    out_of_memory,
+)
 from sret_cli.evaluate import (
     Evaluation,
     OnStep,
@@ -210,7 +217,7 @@ class Session:
                 self._evaluate_epoch()
                 self._save()
             self._wait()
-        except (Diverged, Interrupted, RuntimeError) as error:
+        except (Diverged, Interrupted, LoaderLost, RuntimeError) as error:
             if isinstance(error, RuntimeError):
                 if self.ranks.several or not self.stop.explains(error):
                     raise
@@ -267,7 +274,9 @@ class Session:
                 failure = error
             except RuntimeError as error:
                 if not self.stop.explains(error):
-                    raise
+                    failure = lost_loader(error)
+                    if failure is None:
+                        raise
             counts, codes, due, failures = zip(
                 *self.ranks.gather(
                     *(0 if batch is None else len(batch[0]), self.stop.code or 0),

@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import torch
 
 from sret_cli import interrupt
 from sret_cli.checkpoint import read
-from sret_cli.data import load_data
+from sret_cli.data import Loader, load_data
 from sret_cli.errors import SretError
 from sret_cli.recipe import TrainSpec
 from sret_cli.records import Busy, locked
@@ -117,6 +118,36 @@ def test_a_step_that_takes_too_long_is_given_up_and_done_again(tiny, tmp_path, w
         train(run_of(tiny), tmp_path)
     assert (tmp_path / "checkpoint-6" / "manifest.json").exists()
     monkeypatch.setattr(Trainer, "loss", loss)
+    assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
+
+
+def test_a_killed_process_of_the_loader_ends_the_run_with_its_state_saved(tiny, tmp_path, whole):
+    def kill(done, total, text):
+        if done == 3:
+            for process in multiprocessing.active_children():
+                process.kill()
+
+    with pytest.raises(SretError, match="loads images was killed .* fewer --workers") as refused:
+        train(run_of(tiny), tmp_path, workers=2, on_step=kill)
+    assert (refused.value.code, refused.value.status) == (7, "loader_lost")
+    (checkpoint,) = tmp_path.glob("checkpoint-*/manifest.json")
+    assert checkpoint.parent.name in ("checkpoint-3", "checkpoint-4", "checkpoint-5")
+    assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
+
+
+def test_a_killed_process_of_the_test_loader_does_so_too(tiny, tmp_path, whole, monkeypatch):
+    plain = Loader.epoch
+
+    def lost(loader, epoch, start=0):
+        if loader.batches.seed is not None:
+            return plain(loader, epoch, start)
+        raise RuntimeError("DataLoader worker (pid(s) 42) exited unexpectedly")
+
+    monkeypatch.setattr(Loader, "epoch", lost)
+    with pytest.raises(SretError, match="fewer --workers"):
+        train(run_of(tiny), tmp_path)
+    assert (tmp_path / "checkpoint-5" / "manifest.json").exists()
+    monkeypatch.undo()
     assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
 
 
