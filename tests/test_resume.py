@@ -6,12 +6,15 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from sret_cli import interrupt
+from sret_cli import interrupt, room
+from sret_cli.backbone import BackboneSpec
 from sret_cli.checkpoint import read
 from sret_cli.data import Loader, load_data
 from sret_cli.errors import SretError
@@ -327,6 +330,18 @@ def test_out_of_memory_says_what_was_in_use_and_changes_no_batch(tiny, tmp_path,
         train(run_of(tiny), tmp_path)
     assert (told.value.code, told.value.status) == (7, "out_of_memory")
     assert "use train.accumulation = 2, or a smaller batch_size" in str(told.value)
+
+
+def test_the_advice_after_out_of_memory_is_parts_that_fit(tiny, monkeypatch):
+    run = run_of(tiny)
+    trainer = Trainer(run, load_data(run.train, run.model)[0], torch.device("cpu"))
+    for fits, accumulation in ((50, 5), (48, 5), (47, 6), (1, 240), (500, 2), (0, 2)):
+        monkeypatch.setattr(room, "largest_batch", Mock(return_value=fits))
+        message = str(room.not_enough(MemoryError(), trainer))
+        assert f"use train.accumulation = {accumulation}, or a smaller batch_size" in message
+    timm = Trainer(run, trainer.loader, torch.device("cpu"))
+    timm.run = replace(run, model=BackboneSpec(backbone="vit_tiny_patch16_224"))
+    assert "use train.accumulation = 2, or" in str(room.not_enough(MemoryError(), timm))
 
 
 class BrokenWriter:
