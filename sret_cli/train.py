@@ -21,6 +21,7 @@ from sret_cli.errors import (
     SretError,
     lost_loader,
     note,
+    note_once,
     out_of_memory,
 )
 from sret_cli.evaluate import (
@@ -86,6 +87,11 @@ def train(
     """
     if run.train is None:
         raise SretError("this run has no [train] table; add one, or use `sret profile`")
+    if run.train.recipe == "finetune" and run.train.init is None:
+        note_once(
+            "recipe finetune without train.init: this trains from scratch, at a learning rate "
+            f"({run.train.lr:g}) for weights that are trained already"
+        )
     target_device = ranks.device or choose_device(device)
     directory = directory or run.directory(Path("runs"))
     use_deterministic_kernels(target_device)
