@@ -54,13 +54,15 @@ def whole(tiny, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_runs_that_are_killed_anywhere_end_as_if_they_had_not_been():
-    script = Path(__file__).parent / "kill_harness.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--kills", "12"], capture_output=True, text=True
-    )
+@pytest.mark.parametrize(
+    ("kills", "flags"),
+    [(12, ()), (1, ("--workers", "2", "--seed", "3"))],  # the latter as a checkpoint is written
+)
+def test_runs_that_are_killed_anywhere_end_as_if_they_had_not_been(kills, flags):
+    command = [sys.executable, str(Path(__file__).parent / "kill_harness.py")]
+    done = subprocess.run([*command, "--kills", str(kills), *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1].startswith("12 kills, ")
+    assert done.stdout.splitlines()[-1].startswith(f"{kills} kills, ")
     assert done.stdout.splitlines()[-1].endswith(" 0 lost")
 
 
