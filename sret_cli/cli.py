@@ -15,7 +15,7 @@ import typer
 from sret_cli import __version__
 from sret_cli.data_commands import data_app
 from sret_cli.distill_commands import distill_labels
-from sret_cli.errors import RESOURCES, USAGE, SretError, out_of_memory
+from sret_cli.errors import RESOURCES, USAGE, SretError, lost_loader, out_of_memory
 from sret_cli.flags import (
     MODEL,
     MODEL_FLAGS,
@@ -260,7 +260,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except (typer.Abort, KeyboardInterrupt):
         code = _fail("interrupted; what was finished is kept", 130, debug)
     except (RuntimeError, MemoryError) as error:
-        found = out_of_memory(error)
+        found = out_of_memory(error) or lost_loader(error)
         if found is None:
             raise
         code = _fail(str(found), found.code, debug)

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from sret_cli.errors import DATA, SretError
+from sret_cli.errors import DATA, USAGE, SretError
 from sret_cli.folders import TEST_NAMES, class_folders, image_root
 from sret_cli.records import write_atomically
 from sret_cli.sources import UNREADABLE, decode, find_images, unreadable
@@ -53,6 +53,9 @@ class Checked:
             "several frames": (self.frames or 1) > 1,
         }
         return [kind for kind, is_so in found.items() if is_so]
+
+
+COLUMNS = [field.name for field in fields(Checked)]
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,28 @@ def check_file(job: Checked) -> Checked:
     return Checked(job.path, job.split, job.class_name, **known)
 
 
+def refuse_to_overwrite(path: Path) -> None:
+    """Makes sure that a file that is there is a manifest, which another one replaces.
+
+    Raises:
+        SretError: it is something else, or cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            first = file.readline(10_000)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise SretError(
+            f"cannot read {path}: {error.strerror}; choose another --manifest", USAGE
+        ) from None
+    if first.rstrip() != ",".join(COLUMNS).encode():
+        raise SretError(
+            f"{path} is there and is no manifest of `sret data check`; choose another --manifest",
+            USAGE,
+        )
+
+
 def write_manifest(findings: Findings, path: Path) -> None:
     """Writes one line a file, as CSV, atomically.
 
@@ -186,7 +211,7 @@ def write_manifest(findings: Findings, path: Path) -> None:
         SretError: it cannot be written.
     """
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Checked)], lineterminator="\n")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(map(asdict, findings.files))
     write_atomically(path, text.getvalue())

@@ -37,12 +37,14 @@ def check(
     """Decode every image once, and list what is wrong or odd; exit 4 where one cannot be read.
 
     Also lists images that are in two splits, by their bytes or pixels, and classes that a split has
-    no images of. The manifest holds sizes, modes and SHA-256 of all files.
+    no images of. The manifest holds sizes, modes and SHA-256 of all files; one that is there is
+    replaced, and any other file is not.
     """
-    from sret_cli.data_check import check_folder, write_manifest
+    from sret_cli.data_check import check_folder, refuse_to_overwrite, write_manifest
     from sret_cli.launch import Display
 
     path = manifest or Path(f"{Path(os.path.abspath(data_dir)).name}.csv")
+    refuse_to_overwrite(path)
     with Display(notes(), f"check {data_dir}", 1).showing() as on_step:
         findings = check_folder(data_dir, workers, on_step)
     write_manifest(findings, path)

@@ -82,12 +82,14 @@ def distill_labels(
     directory = out or run.train.soft_labels
     if directory is None:
         raise SretError("say where to write the labels by --out", USAGE)
+    if temperature is None:
+        temperature = run.train.distill_temperature
     train = run.train.with_values(
         teacher=teacher,
         teacher_checkpoint=teacher_checkpoint,
         teacher_img_size=teacher_img_size,
         soft_labels=None,
-        distill_temperature=temperature or run.train.distill_temperature,
+        distill_temperature=temperature,
     )
     with Display(notes(), f"label {train.dataset}", 1).showing() as on_step:
         spec = write_labels(

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from timm.utils.distributed import world_info_from_env
 from torch import Tensor
 
-from sret_cli.errors import USAGE, SretError
+from sret_cli.errors import USAGE, SretError, lost_loader
 from sret_cli.interrupt import AGAIN, Interrupted, Stop
 from sret_cli.measure import choose_device
 from sret_cli.processes import started_as
@@ -181,7 +181,8 @@ class Ranks:
     def agreeing(self, stop: Stop | None = None) -> Iterator[None]:
         """What one rank raises within, a user's error or the wish to stop, all raise at its end.
 
-        A signal that came ends the loader's processes too, which is no error then.
+        A signal that came ends the loader's processes too, which is no error then; else it is the
+        user's that one of them is gone.
         """
         own: Exception | None = None
         try:
@@ -189,10 +190,13 @@ class Ranks:
         except (SretError, Interrupted, RuntimeError) as error:
             own = error
             if isinstance(error, RuntimeError):
-                if stop is None or not stop.explains(error):
-                    raise
-                assert stop.code is not None
-                own = Interrupted(stop.code)
+                if stop is not None and stop.explains(error):
+                    assert stop.code is not None
+                    own = Interrupted(stop.code)
+                else:
+                    own = lost_loader(error)
+                    if own is None:
+                        raise
             if not self.several:
                 raise own from None
         if self.several:

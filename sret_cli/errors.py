@@ -49,6 +49,21 @@ def out_of_memory(error: BaseException) -> SretError | None:
     return SretError(message, RESOURCES, status="out_of_memory")
 
 
+class LoaderLost(SretError):
+    """A process that loads images is gone."""
+
+
+def lost_loader(error: BaseException) -> LoaderLost | None:
+    """The user's error where torch says that a loader's process is gone, else None."""
+    if not isinstance(error, RuntimeError) or "DataLoader worker (pid" not in str(error):
+        return None
+    message = (
+        "a process that loads images was killed (out of memory?); use fewer --workers, then start "
+        "the same command again"
+    )
+    return LoaderLost(message, RESOURCES, status="loader_lost")
+
+
 def nearest(word: str, choices: list[str]) -> str:
     """Names the choice that looks most like a misspelt word, or lists all choices."""
     match = get_close_matches(word, choices, n=1, cutoff=0.5)

@@ -16,7 +16,7 @@ import socket
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -139,6 +139,21 @@ def sync_directory(path: Path) -> None:
         os.close(directory)
 
 
+def refuse_shorter(path: Path, position: int) -> None:
+    """Makes sure that a file has all the bytes that a checkpoint counts.
+
+    Raises:
+        SretError: it has fewer, or is not there.
+    """
+    found = path.stat().st_size if path.is_file() else 0
+    if found < position:
+        raise SretError(
+            f"{path} has {found:,} bytes, and the checkpoint counts {position:,}; put it back, or "
+            "remove the run's directory to start over",
+            CHECKPOINT,
+        )
+
+
 class LineFile:
     """A file that is written line by line, each of which is there as soon as it is written.
 
@@ -151,13 +166,7 @@ class LineFile:
     def __init__(self, path: Path, position: int = 0) -> None:
         self.path, self.position = path, position
         try:
-            found = path.stat().st_size if position else 0
-            if found < position:
-                raise SretError(
-                    f"{path} has {found:,} bytes, and the checkpoint counts {position:,}; put it "
-                    "back, or remove the run's directory to start over",
-                    CHECKPOINT,
-                )
+            refuse_shorter(path, position)
             self.file = open(path, "r+b" if position else "wb", buffering=0)
             if position:
                 self.file.truncate(position)
@@ -166,11 +175,16 @@ class LineFile:
             raise cannot_write(path, error) from None
 
     def write(self, line: str) -> None:
-        """Writes a line."""
+        """Writes a line, whole or not at all: the system may take a part of it on a full disk."""
         data = f"{line}\n".encode()
+        rest = data
         try:
-            self.file.write(data)
+            while rest:
+                rest = rest[self.file.write(rest) :]
         except OSError as error:
+            with suppress(OSError):
+                self.file.truncate(self.position)
+                self.file.seek(self.position)
             raise cannot_write(self.path, error, len(data)) from None
         self.position += len(data)
         reached(f"{self.path.name} line")

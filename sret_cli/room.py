@@ -1,6 +1,9 @@
-"""What memory a training has, and what to say where that was not enough."""
+"""How a training treats its memory, and what to say where that was not enough."""
 
+import gc
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -9,6 +12,24 @@ from sret_cli.measure import free_bytes
 from sret_cli.memory import Setting, largest_batch, predict
 from sret_cli.spec import ModelSpec
 from sret_cli.trainer import Trainer
+
+
+@contextmanager
+def collecting_rarely() -> Iterator[None]:
+    """Has Python look for garbage in what is new, and rarely in all that is there.
+
+    A full collection walks through every pass of the graph: at 10,000 layers it would take a third
+    of a step. Tensors do not wait for it, since they are in no cycles.
+    """
+    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(before[0], before[1], 1000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
 
 
 def used_bytes(device: torch.device) -> int:
@@ -29,17 +50,19 @@ def not_enough(error: BaseException, trainer: Trainer) -> SretError:
     """The user's error, with what was in use and predicted, and what can be done about it."""
     spec, step = trainer.spec, trainer.progress.step + 1
     at_once = -(-spec.batch_size // (spec.accumulation * trainer.ranks.world_size))
-    advice, predicted = "use a smaller model or fewer layers", ""
-    if at_once > 1:
-        share = spec.batch_size // trainer.ranks.world_size
-        fewer = next(n for n in range(spec.accumulation + 1, share + 1) if share % n == 0)
-        advice = f"use train.accumulation = {fewer}, or a smaller batch_size"
+    fits, predicted = 0, ""
     if isinstance(trainer.run.model, ModelSpec):
         setting = Setting(at_once, spec.precision, trainer.device.type, spec.opt)
         needed = predict(trainer.run.model, setting, spec.recompute)[0].training_memory_bytes
         predicted = f", {needed / 1e9:.1f} GB predicted"
         room = free_bytes(trainer.device) + used_bytes(trainer.device)
         fits = largest_batch(trainer.run.model, setting, spec.recompute, room)
+    advice = "use a smaller model or fewer layers"
+    if at_once > 1:
+        share, most = spec.batch_size // trainer.ranks.world_size, fits or at_once
+        parts = range(spec.accumulation + 1, share + 1)
+        fewer = next(n for n in parts if share % n == 0 and share // n <= most)
+        advice = f"use train.accumulation = {fewer}, or a smaller batch_size"
         if 0 < fits < at_once:
             advice += f" ({fits:,} images fit at a time)"
     reason = str(error).partition("\n")[0] or "the allocator gave up"

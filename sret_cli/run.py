@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,7 @@ def continued(directory: Path, epochs: int | None, on_bad_image: str | None = No
     Raises:
         SretError: it is no run that trains, or has as many epochs already.
     """
+    directory = Path(os.path.abspath(directory))  # its name is the run's, also where it is "."
     config = read_json(directory / CONFIG_FILE)
     try:
         model, train = read_spec(config["model"]), TrainSpec(**config["train"])

@@ -1,10 +1,9 @@
 """Training of one run: its epochs, and all that keeps them from being lost."""
 
-import gc
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,17 @@ from sret_cli import records
 from sret_cli.checkpoint import Checkpoint, Writer, newest
 from sret_cli.data import Loader, load_data
 from sret_cli.distributed import ALONE, Ranks
-from sret_cli.errors import CHECKPOINT, DATA, SOME_FAILED, SretError, note, out_of_memory
+from sret_cli.errors import (
+    CHECKPOINT,
+    DATA,
+    SOME_FAILED,
+    LoaderLost,
+    SretError,
+    lost_loader,
+    note,
+    note_once,
+    out_of_memory,
+)
 from sret_cli.evaluate import (
     Evaluation,
     OnStep,
@@ -30,7 +39,7 @@ from sret_cli.metrics import METRICS_FILE, Metrics
 from sret_cli.optimizer import drawn_recursions
 from sret_cli.parallel import gathered, whole
 from sret_cli.records import CONFIG_FILE, Row
-from sret_cli.room import not_enough, peak_gigabytes
+from sret_cli.room import collecting_rarely, not_enough, peak_gigabytes
 from sret_cli.run import Run
 from sret_cli.trainer import Diverged, Trainer
 from sret_cli.weights import save_weights
@@ -79,6 +88,11 @@ def train(
     """
     if run.train is None:
         raise SretError("this run has no [train] table; add one, or use `sret profile`")
+    if run.train.recipe == "finetune" and run.train.init is None:
+        note_once(
+            "recipe finetune without train.init: this trains from scratch, at a learning rate "
+            f"({run.train.lr:g}) for weights that are trained already"
+        )
     target_device = ranks.device or choose_device(device)
     directory = directory or run.directory(Path("runs"))
     use_deterministic_kernels(target_device)
@@ -105,24 +119,6 @@ def train(
             if out_of_memory(error) is None or ranks.is_loss(error):
                 raise
             raise not_enough(error, trainer) from None
-
-
-@contextmanager
-def collecting_rarely() -> Iterator[None]:
-    """Has Python look for garbage in what is new, and rarely in all that is there.
-
-    A full collection walks through every pass of the graph: at 10,000 layers it would take a third
-    of a step. Tensors do not wait for it, since they are in no cycles.
-    """
-    before = gc.get_threshold()
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(before[0], before[1], 1000)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-        gc.unfreeze()
 
 
 def describe(run: Run, classes: tuple[str, ...] = ()) -> Row:
@@ -190,7 +186,9 @@ class Session:
     def _open_metrics(self, found: Checkpoint | None, tensorboard: bool) -> None:
         p = self.trainer.progress
         if found is not None and found.path.parent != self.directory:
-            lines = (found.path.parent / METRICS_FILE).read_bytes()
+            source = found.path.parent / METRICS_FILE
+            records.refuse_shorter(source, p.metrics_bytes)
+            lines = source.read_bytes() if p.metrics_bytes else b""
             records.write_atomically(self.directory / METRICS_FILE, lines[: p.metrics_bytes])
         self.metrics = Metrics(self.directory, p.metrics_bytes, p.step, tensorboard, self.note)
 
@@ -240,9 +238,9 @@ class Session:
         }
 
     def _is_between_steps(self, error: SretError) -> bool:
-        """Whether an error, of a loss or an image, leaves a state that all ranks can save."""
+        """Whether an error, of a loss, an image or a loader, leaves a state that all can save."""
         agreed = error.agreed or not self.ranks.several
-        return agreed and error.code in (DATA, SOME_FAILED)
+        return agreed and (error.code in (DATA, SOME_FAILED) or isinstance(error, LoaderLost))
 
     def _save_weights(self) -> None:
         trainer = self.trainer
@@ -274,7 +272,9 @@ class Session:
                 failure = error
             except RuntimeError as error:
                 if not self.stop.explains(error):
-                    raise
+                    failure = lost_loader(error)
+                    if failure is None:
+                        raise
             counts, codes, due, failures = zip(
                 *self.ranks.gather(
                     *(0 if batch is None else len(batch[0]), self.stop.code or 0),

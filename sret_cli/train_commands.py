@@ -1,5 +1,6 @@
 """The commands that train: `train` and `run`."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,7 +81,7 @@ def train(
                 USAGE,
             )
         run = continued(resume, epochs, on_bad_image)
-        found, runs = Study(run.study, (run,)), resume.parent.parent
+        found, runs = Study(run.study, (run,)), Path(os.path.abspath(resume)).parent.parent
     else:
         found = study_from(context, trains=True)
     if all(run.train is None for run in found.runs):

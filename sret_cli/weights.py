@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sret_cli.backbone import read_spec
-from sret_cli.errors import CHECKPOINT, USAGE, SretError
+from sret_cli.errors import CHECKPOINT, USAGE, SretError, note_once
 from sret_cli.model import SReT, build_model
 from sret_cli.records import CONFIG_FILE, make_directory, read_json, write_atomically, write_json
 from sret_cli.recurse import build_any
@@ -118,7 +118,8 @@ def load_model(directory: Path, changes: Mapping[str, Any] | None = None) -> Any
 def load_weights(model: Any, directory: Path) -> None:
     """Loads what a directory holds into a model of the same design.
 
-    Position embeddings of another image size are resampled; a head for other classes stays fresh.
+    Position embeddings of another image size are resampled; a head for other classes stays fresh,
+    which is told once.
 
     Raises:
         SretError: a file is missing or damaged, or the weights are of another model.
@@ -131,6 +132,10 @@ def load_weights(model: Any, directory: Path) -> None:
         tensors = _fitted(tensors, model.spec)
     for key in ("head.weight", "head.bias"):
         if key in tensors and key in state and tensors[key].shape[0] != state[key].shape[0]:
+            note_once(
+                f"train.init = {directory} has {tensors[key].shape[0]:,} classes, and the model "
+                f"{state[key].shape[0]:,}: its head is not taken, and starts anew"
+            )
             tensors[key] = state[key]
     _check_shapes(state, tensors, str(path))
     model.load_state_dict(_like(state, tensors, str(path)))

@@ -25,7 +25,7 @@ import sklearn.model_selection  # noqa: E402, F401
 from sret_cli import cli, launch, profiler, report, train  # noqa: E402, F401
 
 COMMAND = (
-    *("train", "--preset", "nano", "--device", "cpu", "--workers", "0", "--batch-size", "240"),
+    *("train", "--preset", "nano", "--device", "cpu", "--batch-size", "240"),
     *("--set", "model.embed_dims=[8, 16, 32]", "--set", "model.slices=[4, 2, 1]"),
     *("--set", "model.drop_path_rate=0.1", "--set", "train.mixup=0.8", "--epochs", "2"),
     *("--set", "train.model_ema_decay=0.9", "--set", "train.warmup_epochs=0"),
@@ -55,7 +55,7 @@ POINTS = {
 UNEQUAL = ("seconds", "started_at", "images_per_second", "git_commit")
 
 
-def work(folder, kill_at):
+def work(folder, kill_at, workers):
     """Trains in a folder, as a process of its own."""
     os.chdir(folder)
     output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -63,12 +63,12 @@ def work(folder, kill_at):
     os.dup2(output, 2)
     if kill_at is not None:
         os.environ["SRET_KILL_AT"] = kill_at
-    cli.main(list(COMMAND))
+    cli.main([*COMMAND, "--workers", str(workers)])
 
 
-def start(folder, kill_at=None):
+def start(folder, kill_at=None, workers=0):
     """Starts the training in a folder, in a fork: the imports are done."""
-    process = get_context("fork").Process(target=work, args=(folder, kill_at))
+    process = get_context("fork").Process(target=work, args=(folder, kill_at, workers))
     process.start()
     return process
 
@@ -82,9 +82,9 @@ def outcome(folder):
     return {**{name: (directory / name).read_bytes() for name in files}, "row": row}
 
 
-def finish(folder, kill_at=None, seconds=None):
+def finish(folder, kill_at=None, seconds=None, workers=0):
     """Runs the training to its end, or kills it; returns whether it was killed on its way."""
-    process = start(folder, kill_at)
+    process = start(folder, kill_at, workers)
     process.join(seconds)
     if seconds is not None:
         process.kill()
@@ -93,12 +93,12 @@ def finish(folder, kill_at=None, seconds=None):
     return process.exitcode == -9
 
 
-def campaign(kills, seed=0, say=lambda line: None):
+def campaign(kills, seed=0, say=lambda line: None, workers=0):
     """Kills runs so often; returns how many runs were finished and what was lost."""
     draw = random.Random(seed)
     with TemporaryDirectory() as folder:
         before = time.monotonic()
-        assert not finish(folder)
+        assert not finish(folder, workers=workers)
         seconds = time.monotonic() - before
         expected = outcome(folder)
     # Every point in turn, at one of the times that it is passed.
@@ -111,11 +111,11 @@ def campaign(kills, seed=0, say=lambda line: None):
             for _ in range(draw.randint(1, 4)):
                 if done < kills and points and draw.random() < 0.6:
                     history.append(points.pop())
-                    killed = finish(folder, history[-1])
+                    killed = finish(folder, history[-1], workers=workers)
                 elif done < kills:
                     after = draw.random() * seconds
                     history.append(f"{after:.2f} s")
-                    killed = finish(folder, seconds=after)
+                    killed = finish(folder, seconds=after, workers=workers)
                 else:
                     break
                 done += killed
@@ -124,7 +124,7 @@ def campaign(kills, seed=0, say=lambda line: None):
             if not points:
                 points = [f"{name}:{draw.randint(1, count)}" for name, count in POINTS.items()]
                 draw.shuffle(points)
-            finish(folder)
+            finish(folder, workers=workers)
             runs += 1
             found = outcome(folder)
             wrong = [key for key in expected if found[key] != expected[key]]
@@ -139,9 +139,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0)
     arguments = parser.parse_args()
-    runs, lost = campaign(arguments.kills, arguments.seed, lambda line: print(line, flush=True))
-    print(f"{arguments.kills} kills, {runs} runs finished, {len(lost)} lost", *lost, sep="\n")
+    kills, seed, workers = arguments.kills, arguments.seed, arguments.workers
+    runs, lost = campaign(kills, seed, lambda line: print(line, flush=True), workers)
+    print(f"{kills} kills, {runs} runs finished, {len(lost)} lost", *lost, sep="\n")
     sys.exit(bool(lost))
 
 

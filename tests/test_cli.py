@@ -256,6 +256,17 @@ def test_a_run_goes_on_with_more_epochs_beside_the_run_of_fewer(sret):
     assert sret("report")[0] == 0
 
 
+def test_a_run_goes_on_from_within_its_own_directory_or_its_studys(sret, monkeypatch):
+    code, out, _ = sret("train", *QUICK, "--json")
+    (first,) = json.loads(out)
+    directory = Path("runs", "train", first["run_id"]).absolute()
+    for folder, name in ((directory, "."), (directory.parent, directory.name)):
+        monkeypatch.chdir(folder)
+        code, out, err = sret("train", "--resume", name, "--json")
+        assert (code, json.loads(out)) == (0, [first]), err
+    assert sorted(directory.parents[2].iterdir()) == [directory.parents[1]]
+
+
 def test_without_a_terminal_there_is_a_line_of_progress_now_and_then(sret, monkeypatch):
     monkeypatch.setattr(launch, "SECONDS_A_LINE", 0)
     code, _, err = sret("train", *QUICK)

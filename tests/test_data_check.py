@@ -121,3 +121,18 @@ def test_no_folder_and_no_images_are_data_errors(sret, tmp_path):
     code, _, err = sret("data", "check", "empty")
     assert code == 4
     assert "no images in empty" in err
+
+
+def test_a_manifest_is_replaced_and_any_other_file_is_not(sret, folder, tmp_path):
+    own = tmp_path / "pets.csv"
+    own.write_text("name,age\nRex,3\n")
+    code, out, err = sret("data", "check", folder)
+    assert (code, out, own.read_text()) == (2, "", "name,age\nRex,3\n")
+    assert err.endswith(
+        "pets.csv is there and is no manifest of `sret data check`; choose another --manifest\n"
+    )
+    own.unlink()
+    for count in (12, 11):
+        assert sret("data", "check", folder)[0] == 0
+        assert len(own.read_text().splitlines()) == 1 + count
+        (folder / "train/cat/0.png").unlink(missing_ok=True)

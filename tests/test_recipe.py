@@ -6,13 +6,14 @@ import torch
 
 from sret_cli.backbone import BackboneSpec
 from sret_cli.data import load_data
-from sret_cli.errors import SretError
+from sret_cli.errors import SretError, note_once
 from sret_cli.optimizer import create_ema, create_optimizer, create_schedule
 from sret_cli.recipe import TrainSpec
 from sret_cli.recurse import build_any
 from sret_cli.run import Run, resolve
 from sret_cli.train import evaluate_run, train
 from sret_cli.trainer import Trainer
+from sret_cli.weights import save_model
 
 VIT = BackboneSpec(backbone="vit_tiny_patch16_224", img_size=16, num_classes=10)
 
@@ -180,6 +181,22 @@ def test_averaged_weights_are_evaluated_and_kept_beside_the_others(tiny, tmp_pat
     assert evaluate_run(tmp_path / "ema", batch_size=240)["test_loss"] == row["ema_test_loss"]
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["ema_top1_percent"] == row["ema_top1_percent"]
+
+
+def test_fine_tuning_says_once_what_it_does_not_start_from(tiny, tmp_path, capsys):
+    note_once.cache_clear()
+    nowhere = TrainSpec(recipe="finetune", data_dir=str(tmp_path / "none"))
+    for _ in range(2):
+        with pytest.raises(SretError, match="none"):
+            train(Run("test", "tiny", tiny, nowhere), tmp_path)
+    error = capsys.readouterr().err
+    assert error.count("recipe finetune without train.init: this trains from scratch") == 1
+    save_model(build_any(tiny), tmp_path / "first")
+    for _ in range(2):
+        trainer_of(tiny.with_values(num_classes=12), init=str(tmp_path / "first"))
+    error = capsys.readouterr().err
+    assert error.count("first has 10 classes, and the model 12: its head is not taken") == 1
+    assert error.count("\n") == 1
 
 
 def test_fine_tuning_starts_from_a_runs_weights_at_another_resolution(tiny, tmp_path):

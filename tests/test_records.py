@@ -60,6 +60,33 @@ def test_lines_are_there_as_soon_as_they_are_written_and_a_full_disk_is_said_so(
     assert refused.value.code == 7
 
 
+def test_a_line_that_the_disk_takes_a_part_of_is_taken_back(tmp_path):
+    class NearlyFull:
+        def __init__(self, file, room):
+            self.file, self.room = file, room
+            self.truncate, self.seek = file.truncate, file.seek
+
+        def write(self, data):
+            if not self.room:
+                raise OSError(28, "No space left on device")
+            taken = min(len(data), self.room, 3)
+            self.room -= taken
+            return self.file.write(data[:taken])
+
+    path = tmp_path / "metrics.jsonl"
+    with records.LineFile(path) as file:
+        opened = file.file
+        file.file = NearlyFull(opened, room=12)
+        file.write("seven77")
+        with pytest.raises(SretError, match=r"no room left .* \(7 bytes, and") as refused:
+            file.write("six666")
+        assert refused.value.code == 7
+        assert (path.read_text(), file.position) == ("seven77\n", 8)
+        file.file = opened
+        file.write("one")
+    assert (path.read_text(), file.position) == ("seven77\none\n", 12)
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "row.json"
     records.write_json(path, {"a": 1})

@@ -1,18 +1,22 @@
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from sret_cli import interrupt
+from sret_cli import interrupt, room
+from sret_cli.backbone import BackboneSpec
 from sret_cli.checkpoint import read
-from sret_cli.data import load_data
+from sret_cli.data import Loader, load_data
 from sret_cli.errors import SretError
 from sret_cli.recipe import TrainSpec
 from sret_cli.records import Busy, locked
@@ -50,13 +54,15 @@ def whole(tiny, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_runs_that_are_killed_anywhere_end_as_if_they_had_not_been():
-    script = Path(__file__).parent / "kill_harness.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--kills", "12"], capture_output=True, text=True
-    )
+@pytest.mark.parametrize(
+    ("kills", "flags"),
+    [(12, ()), (1, ("--workers", "2", "--seed", "3"))],  # the latter as a checkpoint is written
+)
+def test_runs_that_are_killed_anywhere_end_as_if_they_had_not_been(kills, flags):
+    command = [sys.executable, str(Path(__file__).parent / "kill_harness.py")]
+    done = subprocess.run([*command, "--kills", str(kills), *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1].startswith("12 kills, ")
+    assert done.stdout.splitlines()[-1].startswith(f"{kills} kills, ")
     assert done.stdout.splitlines()[-1].endswith(" 0 lost")
 
 
@@ -117,6 +123,36 @@ def test_a_step_that_takes_too_long_is_given_up_and_done_again(tiny, tmp_path, w
         train(run_of(tiny), tmp_path)
     assert (tmp_path / "checkpoint-6" / "manifest.json").exists()
     monkeypatch.setattr(Trainer, "loss", loss)
+    assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
+
+
+def test_a_killed_process_of_the_loader_ends_the_run_with_its_state_saved(tiny, tmp_path, whole):
+    def kill(done, total, text):
+        if done == 3:
+            for process in multiprocessing.active_children():
+                process.kill()
+
+    with pytest.raises(SretError, match="loads images was killed .* fewer --workers") as refused:
+        train(run_of(tiny), tmp_path, workers=2, on_step=kill)
+    assert (refused.value.code, refused.value.status) == (7, "loader_lost")
+    (checkpoint,) = tmp_path.glob("checkpoint-*/manifest.json")
+    assert checkpoint.parent.name in ("checkpoint-3", "checkpoint-4", "checkpoint-5")
+    assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
+
+
+def test_a_killed_process_of_the_test_loader_does_so_too(tiny, tmp_path, whole, monkeypatch):
+    plain = Loader.epoch
+
+    def lost(loader, epoch, start=0):
+        if loader.batches.seed is not None:
+            return plain(loader, epoch, start)
+        raise RuntimeError("DataLoader worker (pid(s) 42) exited unexpectedly")
+
+    monkeypatch.setattr(Loader, "epoch", lost)
+    with pytest.raises(SretError, match="fewer --workers"):
+        train(run_of(tiny), tmp_path)
+    assert (tmp_path / "checkpoint-5" / "manifest.json").exists()
+    monkeypatch.undo()
     assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
 
 
@@ -207,6 +243,20 @@ def test_more_epochs_go_on_in_a_new_run_with_the_schedule_of_all_of_them(tiny, t
     assert continued(directory, None) == first
 
 
+def test_more_epochs_need_the_metrics_of_those_before(tiny, tmp_path):
+    first = run_of(tiny, epochs=1)
+    directory = first.directory(tmp_path)
+    train(first, directory)
+    longer = continued(directory, 2)
+    file = directory / "metrics.jsonl"
+    lines = file.read_bytes()
+    for change in (lambda: file.write_bytes(lines[:-5]), file.unlink):
+        change()
+        with pytest.raises(SretError, match=r"metrics.jsonl has \d+ bytes, and the") as refused:
+            train(longer, longer.directory(tmp_path))
+        assert refused.value.code == 5
+
+
 def test_a_second_process_is_refused_and_told_of_the_first_which_frees_the_run_by_its_end(
     tiny, tmp_path
 ):
@@ -272,6 +322,18 @@ def test_out_of_memory_says_what_was_in_use_and_changes_no_batch(tiny, tmp_path,
         train(run_of(tiny), tmp_path)
     assert (told.value.code, told.value.status) == (7, "out_of_memory")
     assert "use train.accumulation = 2, or a smaller batch_size" in str(told.value)
+
+
+def test_the_advice_after_out_of_memory_is_parts_that_fit(tiny, monkeypatch):
+    run = run_of(tiny)
+    trainer = Trainer(run, load_data(run.train, run.model)[0], torch.device("cpu"))
+    for fits, accumulation in ((50, 5), (48, 5), (47, 6), (1, 240), (500, 2), (0, 2)):
+        monkeypatch.setattr(room, "largest_batch", Mock(return_value=fits))
+        message = str(room.not_enough(MemoryError(), trainer))
+        assert f"use train.accumulation = {accumulation}, or a smaller batch_size" in message
+    timm = Trainer(run, trainer.loader, torch.device("cpu"))
+    timm.run = replace(run, model=BackboneSpec(backbone="vit_tiny_patch16_224"))
+    assert "use train.accumulation = 2, or" in str(room.not_enough(MemoryError(), timm))
 
 
 class BrokenWriter:

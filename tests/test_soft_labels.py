@@ -340,6 +340,9 @@ def test_the_command_writes_labels_that_a_training_takes(sret, folder, pets, tea
     assert out == "labels: 16 images, 2 crops, 544 bytes\n"
     assert "ImageNet's 1,281,167 images would take 43.6 MB" in err
     settings = ("--set", "train.soft_labels=labels", "--set", "train.warmup_epochs=0")
+    cold = ("--temperature", 0, "--out", "cold")
+    code, _, err = sret("distill-labels", "--teacher", teacher, *flags, *cold)
+    assert (code, "distill_temperature" in err, "greater than 0" in err) == (3, True, True)
     code, out, err = sret("train", *flags, *settings, "--epochs", 1, "--batch-size", 4, "--json")
     assert code == 0, err
     assert json.loads(out)[0]["test_images"] == 4
