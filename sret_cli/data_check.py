@@ -16,7 +16,14 @@ from PIL import Image
 from sret_cli.errors import DATA, SretError
 from sret_cli.folders import TEST_NAMES, class_folders, image_root
 from sret_cli.records import write_atomically
-from sret_cli.sources import UNREADABLE, decode, find_images, unreadable
+from sret_cli.sources import (
+    UNREADABLE,
+    bits_per_sample,
+    decode,
+    find_images,
+    pillow_decodes,
+    unreadable,
+)
 
 FILES_A_TASK = 16
 
@@ -25,7 +32,8 @@ FILES_A_TASK = 16
 class Checked:
     """One line of the manifest: a file, and what it holds where it can be decoded.
 
-    `pixels_sha256` is of the decoded pixels as RGB: equal for copies in another format.
+    `bits` are those of a sample where a PNG or TIFF file says so; `pixels_sha256` is of the decoded
+    pixels as RGB: equal for copies in another format.
     """
 
     path: str
@@ -35,6 +43,7 @@ class Checked:
     width: int | None = None
     height: int | None = None
     mode: str | None = None
+    bits: int | None = None
     frames: int | None = None
     alpha: bool | None = None
     sha256: str | None = None
@@ -47,7 +56,7 @@ class Checked:
             return []
         found = {
             "CMYK": self.mode == "CMYK",
-            "16 bits or more": self.mode in ("I", "F") or self.mode.startswith("I;16"),
+            "16 bits or more": self.mode[0] in "IF" or (self.bits or 0) >= 16,
             "palette": self.mode == "P",
             "alpha": bool(self.alpha),
             "several frames": (self.frames or 1) > 1,
@@ -167,8 +176,9 @@ def check_file(job: Checked) -> Checked:
     known: dict[str, Any] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     try:
         pixels = decode(io.BytesIO(data), "RGB")
-        with Image.open(io.BytesIO(data)) as image:
+        with pillow_decodes(), Image.open(io.BytesIO(data)) as image:
             known |= {"width": image.width, "height": image.height, "mode": image.mode}
+            known["bits"] = bits_per_sample(image, data)
             known["frames"] = getattr(image, "n_frames", 1)
             known["alpha"] = "A" in image.getbands() or "transparency" in image.info
         known["pixels_sha256"] = hashlib.sha256(

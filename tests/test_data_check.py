@@ -1,5 +1,7 @@
 import csv
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -17,6 +19,21 @@ def folder(tmp_path):
                 pixels = generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "pets" / split / name / f"{number}.png")
     return tmp_path / "pets"
+
+
+def rgb_of_16_bits():
+    """The bytes of a PNG file of two grey pixels of 16 bits in each of three channels."""
+    parts = (
+        (b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes(1) + 12 * b"\x90")),
+        (b"IEND", b""),
+    )
+    crcs = (struct.pack(">I", zlib.crc32(name + data)) for name, data in parts)
+    chunks = (
+        struct.pack(">I", len(data)) + name + data + crc
+        for (name, data), crc in zip(parts, crcs, strict=True)
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def check(sret, folder, code=0):
@@ -86,12 +103,13 @@ def test_images_of_odd_kinds_are_listed(sret, folder):
     Image.new("P", (8, 8)).save(cat / "palette.png")
     frames = [Image.new("L", (8, 8), level) for level in (0, 99)]
     frames[0].save(cat / "moving.gif", save_all=True, append_images=frames[1:])
+    (cat / "deep-rgb.png").write_bytes(rgb_of_16_bits())
     found, _ = check(sret, folder)
     names = {kind: [p.rpartition("/")[2] for p in paths] for kind, paths in found["odd"].items()}
     assert names == {
         "alpha": ["alpha.png"],
         "CMYK": ["cmyk.jpg"],
-        "16 bits or more": ["deep.png"],
+        "16 bits or more": ["deep-rgb.png", "deep.png"],
         "several frames": ["moving.gif"],
         "palette": ["moving.gif", "palette.png"],
     }

@@ -9,9 +9,12 @@ import torch
 from PIL import Image
 
 from sret_cli.data import load_data, load_test_data
+from sret_cli.data_check import Checked, check_file
 from sret_cli.errors import SretError, note_once
 from sret_cli.folders import folder_classes
+from sret_cli.interrupt import Interrupted
 from sret_cli.run import resolve
+from sret_cli.sources import Listed, Source, decode, pillow_decodes
 from sret_cli.spec import PRESETS, TrainSpec
 
 NANO = PRESETS["nano"]
@@ -302,3 +305,40 @@ def test_an_info_file_spares_the_counting(shards):
     (shards / "train-2.tar").unlink()
     loader, _ = load_data(spec_of("wds", shards), NANO)
     assert len(loader) == 35
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, TypeError, NotImplementedError])
+def test_whatever_a_decoder_raises_of_a_damaged_image_names_it(tmp_path, monkeypatch, kind):
+    def load(image):
+        raise kind("Failed to decode image")
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
+    (tmp_path / "0.png").write_bytes(png(1))
+    source = Source("pets", Listed([str(tmp_path / "0.png")], [0]), ("cat",))
+    with pytest.raises(
+        SretError, match=r"cannot read .*0\.png: Pillow cannot decode it"
+    ) as refused:
+        source.open(0, "RGB")
+    assert refused.value.code == 4
+    checked = check_file(Checked(str(tmp_path / "0.png"), "train", "cat"))
+    assert kind.__name__ in checked.error
+
+
+def test_what_is_no_damage_of_an_image_is_not_taken_for_it():
+    for kind in (MemoryError, Interrupted):
+        with pytest.raises(kind), pillow_decodes():
+            raise kind(75)
+
+
+def test_pixels_of_32_bits_that_may_be_of_any_range_are_refused_and_dark_16_bits_are_not():
+    def encoded(pixels, kind):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, kind)
+        return io.BytesIO(file.getvalue())
+
+    dark = np.arange(0, 256, 4).reshape(8, 8)
+    with pytest.raises(ValueError, match="at most 252 have no known range; convert it to 8 or 16"):
+        decode(encoded(dark.astype(np.int32), "TIFF"), "L")
+    assert decode(encoded(dark.astype(np.int32) * 257, "TIFF"), "L").getextrema() == (0, 252)
+    for kind in ("PNG", "TIFF"):
+        assert decode(encoded(dark.astype(np.uint16), kind), "L").getextrema() == (0, 0)
