@@ -13,7 +13,7 @@ from timm.data import create_dataset
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from sret_cli.errors import DATA, SretError
-from sret_cli.folders import TEST_NAMES
+from sret_cli.folders import TEST_NAMES, refuse_cut
 from sret_cli.sources import Indexed, Source
 
 
@@ -35,7 +35,8 @@ def tar_source(data_dir: Path, training: bool) -> Source:
     """Images in `train.tar` or in the tars in `train/`, and so for test; a folder or tar a class.
 
     Raises:
-        SretError: there is none, it cannot be read, or it has a class that `train` has not.
+        SretError: there is none, it cannot be read, is cut short, or has a class that `train` has
+            not.
     """
     found = _tar(data_dir, ("train",))
     root = found if training else _tar(data_dir, TEST_NAMES)
@@ -47,6 +48,7 @@ def tar_source(data_dir: Path, training: bool) -> Source:
         reader = ReaderImageInTar(str(root), cache_tarfiles=False)
     except (OSError, ValueError, AssertionError, tarfile.TarError) as error:
         raise SretError(f"cannot read {root}: {error or 'no images in it'}", DATA) from None
+    _refuse_cut_tars(root, reader)
     classes = tuple(map(str, reader.class_name_to_idx))
     if training or found is None:
         return Source(str(root), reader, classes)
@@ -56,6 +58,15 @@ def tar_source(data_dir: Path, training: bool) -> Source:
         raise SretError(f"{root} has the class {others[0]!r}, which {found} has not", DATA)
     reader.targets = np.array([trained.index(name) for name in classes])[reader.targets]
     return Source(str(root), reader, trained)
+
+
+def _refuse_cut_tars(root: Path, reader: ReaderImageInTar) -> None:
+    """Makes sure that the tar files, and those in them that have images, have their ends."""
+    for path in [root] if root.is_file() else sorted(root.glob("*.tar")):
+        refuse_cut(path)
+    inner = {(name, tar.offset_data, tar.size) for _, name, tar in reader.samples if tar}
+    for name, start, size in sorted(inner, key=str):
+        refuse_cut(root / name if name else root, start, size)
 
 
 def _tar(data_dir: Path, names: Sequence[str]) -> Path | None:

@@ -15,6 +15,7 @@ from sret_cli.folders import folder_classes
 from sret_cli.interrupt import Interrupted
 from sret_cli.run import resolve
 from sret_cli.sources import Listed, Source, decode, pillow_decodes
+from sret_cli.streams import find_shards
 from sret_cli.spec import PRESETS, TrainSpec
 
 NANO = PRESETS["nano"]
@@ -86,6 +87,30 @@ def test_tar_files_that_cannot_be_used_say_why(tmp_path):
     with pytest.raises(SretError, match="has the class 'cow'") as refused:
         load_data(spec_of("tar", tmp_path), NANO)
     assert refused.value.code == 4
+
+
+def cut_after(path, members):
+    """Leaves of a tar file so many members, whole, and not its end."""
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[members - 1]
+    path.write_bytes(path.read_bytes()[: last.offset_data + -(-last.size // 512) * 512])
+
+
+def test_a_tar_file_that_was_cut_between_two_members_is_refused(tmp_path):
+    write_tar(tmp_path / "whole.tar", {"cat": (1, 2), "dog": (3, 4)})
+    write_tar(tmp_path / "test.tar", {"cat": (1,), "dog": (2,)})
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "whole.tar").read_bytes())
+    cut_after(tmp_path / "cut.tar", 3)
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for name in ("whole", "cut"):
+            add(tar, f"{name}.tar", (tmp_path / f"{name}.tar").read_bytes())
+    for _ in ("in a whole one", "alone"):
+        with pytest.raises(SretError, match=r"train\.tar is cut short") as refused:
+            load_data(spec_of("tar", tmp_path), NANO)
+        assert refused.value.code == 4
+        (tmp_path / "train.tar").write_bytes((tmp_path / "cut.tar").read_bytes())
+    (tmp_path / "whole.tar").rename(tmp_path / "train.tar")
+    load_data(spec_of("tar", tmp_path), NANO)
 
 
 @pytest.fixture
@@ -297,6 +322,29 @@ def test_a_bad_image_in_a_shard_is_named_and_can_be_left_out(shards):
         list(loader.epoch(0))
     loader, _ = load_data(spec_of("wds", shards, on_bad_image="skip", batch_size=4), NANO)
     assert len(levels(loader)) < 12 or not loader.bad_images
+
+
+def test_a_shard_that_was_cut_between_two_samples_is_refused(shards):
+    cut_after(shards / "train-1.tar", 4)
+    with pytest.raises(SretError, match=r"train-1\.tar is cut short") as refused:
+        load_data(spec_of("wds", shards), NANO)
+    assert refused.value.code == 4
+
+
+def test_a_shard_without_samples_is_refused(shards):
+    with tarfile.open(shards / "train-3.tar", "w"):
+        pass
+    with pytest.raises(SretError, match=r"train-3\.tar has no samples") as refused:
+        load_data(spec_of("wds", shards), NANO)
+    assert refused.value.code == 4
+    splits = {"train": {"filenames": ["train-3.tar"], "shard_lengths": [1]}}
+    (shards / "_info.json").write_text(json.dumps({"splits": splits}))
+    for number in range(3):
+        (shards / f"train-{number}.tar").unlink()
+    find_shards.cache_clear()
+    loader, _ = load_data(spec_of("wds", shards), NANO)
+    with pytest.raises(SretError, match=r"no samples in .*train-3\.tar"):
+        list(loader.epoch(0))
 
 
 def test_an_info_file_spares_the_counting(shards):
