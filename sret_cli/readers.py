@@ -49,7 +49,7 @@ def tar_source(data_dir: Path, training: bool) -> Source:
     except (OSError, ValueError, AssertionError, tarfile.TarError) as error:
         raise SretError(f"cannot read {root}: {error or 'no images in it'}", DATA) from None
     _refuse_cut_tars(root, reader)
-    classes = tuple(map(str, reader.class_name_to_idx))
+    classes = _without_hidden(root, reader)
     if training or found is None:
         return Source(str(root), reader, classes)
     trained = tar_source(data_dir, True).classes
@@ -67,6 +67,18 @@ def _refuse_cut_tars(root: Path, reader: ReaderImageInTar) -> None:
     inner = {(name, tar.offset_data, tar.size) for _, name, tar in reader.samples if tar}
     for name, start, size in sorted(inner, key=str):
         refuse_cut(root / name if name else root, start, size)
+
+
+def _without_hidden(root: Path, reader: ReaderImageInTar) -> tuple[str, ...]:
+    """Takes hidden files, such as macOS's `._1.jpg`, from a reader; the classes that are left."""
+    hidden = [Path(info.name).name.startswith(".") for info, _, _ in reader.samples]
+    shown = ~np.array(hidden)
+    if not shown.any():
+        raise SretError(f"cannot read {root}: no images in it but hidden ones", DATA)
+    numbers, targets = np.unique(reader.targets[shown], return_inverse=True)
+    reader.samples, reader.targets = reader.samples[shown], targets
+    names = list(reader.class_name_to_idx)
+    return tuple(str(names[number]) for number in numbers)
 
 
 def _tar(data_dir: Path, names: Sequence[str]) -> Path | None:
@@ -108,7 +120,8 @@ def hugging_face_source(dataset: str, data_dir: str | None, training: bool) -> S
     `data_dir` then is. Nothing is downloaded, unless the environment has HF_HUB_OFFLINE=0.
 
     Raises:
-        SretError: it is not there, or has no columns of images and classes.
+        SretError: it is not there, has no columns of images and classes, or a class that the split
+            `train` has not.
     """
     try:
         import datasets
@@ -136,7 +149,16 @@ def hugging_face_source(dataset: str, data_dir: str | None, training: bool) -> S
             continue  # as in ImageNet's own test images, whose classes are secret
         if not all(isinstance(n, int) and n >= 0 for n in numbers):
             raise SretError(f"{name}, {split}: {label} holds other than numbers of classes", DATA)
-        names = getattr(labels, "names", None) or map(str, range(max(numbers) + 1))
+        names = getattr(labels, "names", None)
+        if names is None and not training and "train" in splits:
+            names = named_source(dataset, data_dir, True).classes
+        names = names or tuple(map(str, range(max(numbers, default=-1) + 1)))
+        if max(numbers, default=-1) >= len(names):
+            raise SretError(
+                f"{name}, {split}: {label} holds the class {max(numbers)}, and there are "
+                f"{len(names)} classes to train on, from 0; remove its images",
+                DATA,
+            )
         reader = ReaderHfds(name, root, split, input_key=image, target_key=label)
         return Source(f"{name} {split}", reader, tuple(names))
     wanted = "train" if training else "labelled " + ", ".join(TEST_NAMES)

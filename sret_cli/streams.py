@@ -90,10 +90,14 @@ def _count(path: Path) -> tuple[int, int]:
     try:
         with tarfile.open(path) as tar:
             for member in tar:
-                if member.name.endswith(".cls"):
+                name = Path(member.name).name
+                if name.endswith(".cls") and not name.startswith("."):
                     file = tar.extractfile(member)
                     assert file is not None
-                    samples, highest = samples + 1, max(highest, int(file.read()))
+                    class_ = int(file.read())
+                    if class_ < 0:
+                        raise ValueError(f"{member.name} has the class {class_}")
+                    samples, highest = samples + 1, max(highest, class_)
     except (OSError, EOFError, ValueError, tarfile.TarError) as error:
         raise SretError(f"cannot read {path}: {error}; mend or remove it", DATA) from None
     return samples, highest
@@ -112,6 +116,7 @@ class Stream(IterableDataset):
         shards: Shards,
         transform: Any,
         mode: str,
+        classes: int,
         batch_size: int,
         seed: int | None,
         rank: int,
@@ -119,7 +124,7 @@ class Stream(IterableDataset):
         workers: int,
     ) -> None:
         self.shards, self.transform, self.mode, self.seed = shards, transform, mode, seed
-        self.batch_size = batch_size
+        self.classes, self.batch_size = classes, batch_size
         self.rank, self.world_size = rank, world_size
         self.workers = max(min(workers, len(shards.paths) // world_size), 1)
         self.epoch, self.start = 0, 0
@@ -192,6 +197,8 @@ class Stream(IterableDataset):
                 raise ValueError("it has no image, or no file .cls")
             image = decode(io.BytesIO(sample[extensions[0]]), self.mode)
             target = int(sample["cls"])
+            if not 0 <= target < self.classes:
+                raise ValueError(f"it has the class {target}, and the model {self.classes} classes")
         except UNREADABLE as error:
             return unreadable(name, error)
         if self.seed is None:

@@ -15,8 +15,8 @@ from sret_cli.folders import folder_classes
 from sret_cli.interrupt import Interrupted
 from sret_cli.run import resolve
 from sret_cli.sources import Listed, Source, decode, pillow_decodes
-from sret_cli.streams import find_shards
 from sret_cli.spec import PRESETS, TrainSpec
+from sret_cli.streams import find_shards
 
 NANO = PRESETS["nano"]
 
@@ -113,6 +113,18 @@ def test_a_tar_file_that_was_cut_between_two_members_is_refused(tmp_path):
     load_data(spec_of("tar", tmp_path), NANO)
 
 
+def test_hidden_files_in_a_tar_file_are_no_images_and_make_no_class(tmp_path):
+    for name in ("train", "test"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for path in ("__MACOSX/._1.jpg", "cat/._1.jpg"):
+                add(tar, path, b"Mac OS X, no image")
+            for shade, path in enumerate(("cat/0.png", "dog/1.png")):
+                add(tar, path, png(shade))
+    for loader in load_data(spec_of("tar", tmp_path), NANO):
+        assert loader.classes == ("cat", "dog")
+        assert sorted(levels(loader)) == [(0, 0), (1, 1)]
+
+
 @pytest.fixture
 def hugging_face(monkeypatch, tmp_path):
     """Where parquet files are to be, beside a cache of their own and offline."""
@@ -142,6 +154,20 @@ def test_parquet_files_in_a_folder_are_a_dataset(hugging_face):
         assert sorted(levels(loader)) == [(1, 0), (2, 0), (3, 1), (4, 1)]
         assert levels(test) == [(7, 1), (8, 0)]  # the test images have no labels
         assert loader.classes == ("cat", "dog")
+
+
+def test_classes_of_parquet_files_that_are_not_trained_on_are_refused(hugging_face):
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageColumn
+
+    features = Features({"image": ImageColumn(), "label": Value("int64")})
+    for split, targets in (("train", (0, 1, 2)), ("test", (0, 9))):
+        images = [{"bytes": png(1), "path": None}] * len(targets)
+        found = Dataset.from_dict({"image": images, "label": targets}, features)
+        found.to_parquet(hugging_face / f"{split}-00000.parquet")
+    with pytest.raises(SretError, match="holds the class 9, and there are 3 classes") as refused:
+        load_data(spec_of("hfds", hugging_face), NANO)
+    assert refused.value.code == 4
 
 
 def test_nothing_is_downloaded_from_hugging_face(hugging_face):
@@ -345,6 +371,25 @@ def test_a_shard_without_samples_is_refused(shards):
     loader, _ = load_data(spec_of("wds", shards), NANO)
     with pytest.raises(SretError, match=r"no samples in .*train-3\.tar"):
         list(loader.epoch(0))
+
+
+def test_classes_of_shards_that_are_not_trained_on_are_refused(shards):
+    with tarfile.open(shards / "val-1.tar", "w") as tar:
+        add(tar, "0.png", png(1))
+        add(tar, "0.cls", b"7")
+    with pytest.raises(SretError, match="have 8 classes, up to 7, and those to train on 4") as no:
+        load_data(spec_of("wds", shards), NANO)
+    assert no.value.code == 4
+    four = NANO.with_values(num_classes=4)
+    for name in ("train-0", "train-1"):
+        (shards / f"{name}.tar").unlink()
+    names = ["train-2.tar", "val-0.tar", "val-1.tar"]
+    splits = {"all": {"filenames": names, "shard_lengths": [5, 3, 1]}}
+    (shards / "_info.json").write_text(json.dumps({"splits": splits}))
+    find_shards.cache_clear()
+    _, test = load_data(spec_of("wds", shards), four)
+    with pytest.raises(SretError, match=r"val-1\.tar, 0: it has the class 7, and the model 4"):
+        list(test.epoch(0))
 
 
 def test_an_info_file_spares_the_counting(shards):
