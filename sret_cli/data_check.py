@@ -4,7 +4,7 @@ import csv
 import hashlib
 import io
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -20,7 +20,8 @@ from sret_cli.sources import (
     UNREADABLE,
     bits_per_sample,
     decode,
-    find_images,
+    find_files,
+    is_image,
     pillow_decodes,
     unreadable,
 )
@@ -69,6 +70,8 @@ class Findings:
     """What a check found, over all files of a folder."""
 
     files: list[Checked]
+    class_folders: dict[str, list[str]]  # of each split, also of classes without images
+    ignored: dict[str, int]  # the files that training leaves out, by their extensions
 
     @property
     def unreadable(self) -> list[Checked]:
@@ -100,12 +103,14 @@ class Findings:
         return table
 
     def missing_classes(self) -> dict[str, list[str]]:
-        """The classes that a split has no image of, and another has."""
-        classes = defaultdict(set)
+        """The classes that a split has no image of, and another, or a folder of it, has."""
+        classes: dict[str, set[str]] = {
+            key: set() for key, own in self.class_folders.items() if own
+        }
         for file in self.files:
             if file.class_name:
                 classes[file.split].add(file.class_name)
-        every = set().union(*classes.values())
+        every = set().union(*classes.values(), *self.class_folders.values())
         return {split: sorted(every - own) for split, own in classes.items() if every - own}
 
     def odd(self) -> dict[str, list[str]]:
@@ -125,6 +130,7 @@ class Findings:
             "duplicates": self.duplicates(),
             "missing_classes": self.missing_classes(),
             "odd": self.odd(),
+            "ignored": self.ignored,
         }
 
 
@@ -141,7 +147,9 @@ def check_folder(
     """
     root = image_root(data_dir)
     names = [name for name in ("train", *TEST_NAMES) if (root / name).is_dir()]
-    jobs = [job for name in names or [""] for job in _files(root, name)]
+    files = [file for name in names or [""] for file in _files(root, name)]
+    jobs = [file for file in files if is_image(Path(file.path))]
+    ignored = Counter(_kind(Path(file.path)) for file in files if not is_image(Path(file.path)))
     if not jobs:
         raise SretError(f"no images in {data_dir}; name a folder with train/ and test/", DATA)
     found: list[Checked] = []
@@ -155,16 +163,25 @@ def check_folder(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return Findings(found)
+    folders = {name: class_folders(root / name) for name in names or [""]}
+    return Findings(found, folders, dict(sorted(ignored.items())))
 
 
 def _files(root: Path, split: str) -> list[Checked]:
-    """The images of a split, unread: those in its folders of classes, and those beside them."""
-    folder, found = root / split, []
-    for name in class_folders(folder):
-        found += [Checked(str(path), split, name) for path in find_images(folder / name)]
-    alone = [path for path in find_images(folder) if path.parent == folder]
+    """The files of a split, unread: those in its folders of classes, and those beside them."""
+    folder = root / split
+    found = [
+        Checked(str(path), split, name)
+        for name in class_folders(folder)
+        for path in find_files(folder / name)
+    ]
+    alone = sorted(path for path in folder.iterdir() if path.is_file())
     return found + [Checked(str(path), split, "") for path in alone]
+
+
+def _kind(path: Path) -> str:
+    """What files that training leaves out are counted as."""
+    return "hidden" if path.name.startswith(".") else path.suffix.lower() or "no extension"
 
 
 def check_file(job: Checked) -> Checked:
@@ -199,4 +216,5 @@ def write_manifest(findings: Findings, path: Path) -> None:
     writer = csv.DictWriter(text, [field.name for field in fields(Checked)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(map(asdict, findings.files))
-    write_atomically(path, text.getvalue())
+    # Names of files need not be UTF-8; their bytes stay as they are.
+    write_atomically(path, text.getvalue().encode(errors="surrogateescape"))

@@ -1,5 +1,6 @@
 """Labelled images by index, decoded strictly: folders, `digits` and random ones."""
 
+import os
 import struct
 import tarfile
 import warnings
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import Image
 from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 from timm.data.readers.img_extensions import get_img_extensions
-from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.utils.misc import natural_key
 
 from sret_cli.errors import DATA, SretError
 from sret_cli.folders import (
@@ -31,7 +32,7 @@ UNREADABLE = (
     *(OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, tarfile.TarError),
     *(Image.DecompressionBombError, Image.DecompressionBombWarning),
 )
-EXTENSIONS = (*get_img_extensions(), ".bmp", ".gif", ".tif", ".tiff", ".webp")
+EXTENSIONS = (*get_img_extensions(), ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 PNG_DEPTH = 24  # the place of the bits of a sample in the header, PNG specification 11.2.1
 SYNTHETIC_IMAGES = 10_240, 1_024  # for training and for test
 
@@ -304,5 +305,27 @@ def _listed(folder: Path, found: list[tuple[Path, int]], classes: tuple[str, ...
 
 def find_images(folder: Path) -> list[Path]:
     """The images in a class's folder and the folders in it, in their order; no hidden files."""
-    found, _ = find_images_and_targets(str(folder), types=EXTENSIONS)
-    return [Path(path) for path, _ in found if not Path(path).name.startswith(".")]
+    return [path for path in find_files(folder) if is_image(path)]
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is named as the images are that are trained on."""
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+
+
+def find_files(folder: Path) -> list[Path]:
+    """All files in a class's folder and the folders in it, in their order.
+
+    Links to folders are followed, but none twice, nor one to a folder that the class lies in.
+    """
+    above = {*Path(os.path.abspath(folder)).parents, *Path(os.path.realpath(folder)).parents}
+    found, seen = [], set(map(os.path.realpath, above))
+    for where, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(where, name)), name))
+        found += [os.path.join(where, name) for name in sorted(files)]
+    return [Path(path) for path in sorted(found, key=natural_key)]

@@ -1,11 +1,15 @@
 import csv
 import json
+import os
 import struct
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from sret_cli.errors import SretError
+from sret_cli.sources import train_folder
 
 
 @pytest.fixture
@@ -93,6 +97,53 @@ def test_classes_without_images_in_a_split_are_found(sret, folder):
         image.unlink()
     found, _ = check(sret, folder)
     assert found["missing_classes"] == {"val": ["dog"]}
+
+
+def test_empty_class_folders_are_found_as_training_refuses_them(sret, folder):
+    for split in ("train", "val"):
+        (folder / split / "cow").mkdir()
+    found, _ = check(sret, folder)
+    assert found["missing_classes"] == {"train": ["cow"], "val": ["cow"]}
+    with pytest.raises(SretError, match="no images of class 'cow'"):
+        train_folder(folder)
+
+
+def test_files_that_training_leaves_out_are_counted_by_extension(sret, folder):
+    for name in ("cat/a.heic", "cat/b.HEIC", "dog/notes", "dog/._0.png", "list.txt"):
+        (folder / "train" / name).write_text("no image")
+    (folder / "val" / "dog" / "2.png").rename(folder / "val" / "dog" / "2.jfif")
+    found, _ = check(sret, folder)
+    assert found["ignored"] == {".heic": 2, ".txt": 1, "hidden": 1, "no extension": 1}
+    assert found["splits"]["val"]["images"] == 6
+    _, out, _ = sret("data", "check", folder)
+    assert "files that training leaves out: 2 .heic, 1 .txt, 1 hidden, 1 no extension\n" in out
+
+
+def test_links_to_folders_above_or_seen_before_multiply_no_images(sret, folder, tmp_path):
+    cat = folder / "train" / "cat"
+    (tmp_path / "more").mkdir()
+    (cat / "0.png").rename(tmp_path / "more" / "0.png")
+    for name, target in (("self", "."), ("up", ".."), ("a", tmp_path / "more"), ("b", "a")):
+        (cat / name).symlink_to(target)
+    found, _ = check(sret, folder)
+    assert found["splits"]["train"]["images"] == 6
+    source = train_folder(folder)
+    names = [path.removeprefix(f"{cat}/") for path in source.images.images]
+    assert names[:3] == ["1.png", "2.png", "a/0.png"]
+    assert len(source) == 6
+
+
+def test_names_that_are_not_utf_8_are_written_as_they_are(sret, folder):
+    name = os.fsdecode(b"caf\xe9")
+    for split in ("train", "val"):
+        (folder / split / "cat").rename(folder / split / name)
+    (folder / "train" / name / "0.png").write_text("no image")
+    code, out, _ = sret("data", "check", folder, "--manifest", "list.csv")
+    assert code == 4
+    assert r"caf\udce9/0.png" in out
+    with open("list.csv", newline="", errors="surrogateescape") as file:
+        assert next(csv.DictReader(file))["class_name"] == name
+    check(sret, folder, code=4)
 
 
 def test_images_of_odd_kinds_are_listed(sret, folder):
