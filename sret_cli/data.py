@@ -210,8 +210,9 @@ def load_data(
     """The loaders of a run's training and test images: one rank's share of them.
 
     Raises:
-        SretError: the data are missing or hold no labelled images, the model takes no images of
-            this kind, or the batches do not divide among the ranks.
+        SretError: the data are missing or hold no labelled images, the test images have classes
+            that those to train on have not, the model takes no images of this kind, or the batches
+            do not divide among the ranks.
     """
     shares = world_size * train.accumulation
     if train.batch_size % shares:
@@ -222,7 +223,14 @@ def load_data(
             f"use {above}"
         )
     where = workers, rank, world_size
-    return _loader(train, model, True, *where), _loader(train, model, False, *where)
+    training, test = _loader(train, model, True, *where), _loader(train, model, False, *where)
+    if len(test.classes) > len(training.classes):
+        raise SretError(
+            f"the test images have {len(test.classes):,} classes, up to {test.classes[-1]}, and "
+            f"those to train on {len(training.classes):,}; remove images of the others",
+            DATA,
+        )
+    return training, test
 
 
 def load_test_data(
@@ -287,7 +295,8 @@ def _stream_loader(
     )
     shards = find_shards(str(train.data_dir), seed is not None)
     stream = Stream(
-        *(shards, transform, pixels.mode, train.batch_size, seed, rank, world_size, workers)
+        *(shards, transform, pixels.mode, model.num_classes, train.batch_size),
+        *(seed, rank, world_size, workers),
     )
     classes = tuple(map(str, range(shards.classes or model.num_classes)))
     sources = {"images": shards.sha256}

@@ -4,7 +4,7 @@ import csv
 import hashlib
 import io
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -16,7 +16,15 @@ from PIL import Image
 from sret_cli.errors import DATA, USAGE, SretError
 from sret_cli.folders import TEST_NAMES, class_folders, image_root
 from sret_cli.records import write_atomically
-from sret_cli.sources import UNREADABLE, decode, find_images, unreadable
+from sret_cli.sources import (
+    UNREADABLE,
+    bits_per_sample,
+    decode,
+    find_files,
+    is_image,
+    pillow_decodes,
+    unreadable,
+)
 
 FILES_A_TASK = 16
 
@@ -25,7 +33,8 @@ FILES_A_TASK = 16
 class Checked:
     """One line of the manifest: a file, and what it holds where it can be decoded.
 
-    `pixels_sha256` is of the decoded pixels as RGB: equal for copies in another format.
+    `bits` are those of a sample where a PNG or TIFF file says so; `pixels_sha256` is of the decoded
+    pixels as RGB: equal for copies in another format.
     """
 
     path: str
@@ -35,6 +44,7 @@ class Checked:
     width: int | None = None
     height: int | None = None
     mode: str | None = None
+    bits: int | None = None
     frames: int | None = None
     alpha: bool | None = None
     sha256: str | None = None
@@ -47,7 +57,7 @@ class Checked:
             return []
         found = {
             "CMYK": self.mode == "CMYK",
-            "16 bits or more": self.mode in ("I", "F") or self.mode.startswith("I;16"),
+            "16 bits or more": self.mode[0] in "IF" or (self.bits or 0) >= 16,
             "palette": self.mode == "P",
             "alpha": bool(self.alpha),
             "several frames": (self.frames or 1) > 1,
@@ -63,6 +73,8 @@ class Findings:
     """What a check found, over all files of a folder."""
 
     files: list[Checked]
+    class_folders: dict[str, list[str]]  # of each split, also of classes without images
+    ignored: dict[str, int]  # the files that training leaves out, by their extensions
 
     @property
     def unreadable(self) -> list[Checked]:
@@ -94,12 +106,14 @@ class Findings:
         return table
 
     def missing_classes(self) -> dict[str, list[str]]:
-        """The classes that a split has no image of, and another has."""
-        classes = defaultdict(set)
+        """The classes that a split has no image of, and another, or a folder of it, has."""
+        classes: dict[str, set[str]] = {
+            key: set() for key, own in self.class_folders.items() if own
+        }
         for file in self.files:
             if file.class_name:
                 classes[file.split].add(file.class_name)
-        every = set().union(*classes.values())
+        every = set().union(*classes.values(), *self.class_folders.values())
         return {split: sorted(every - own) for split, own in classes.items() if every - own}
 
     def odd(self) -> dict[str, list[str]]:
@@ -119,6 +133,7 @@ class Findings:
             "duplicates": self.duplicates(),
             "missing_classes": self.missing_classes(),
             "odd": self.odd(),
+            "ignored": self.ignored,
         }
 
 
@@ -135,7 +150,9 @@ def check_folder(
     """
     root = image_root(data_dir)
     names = [name for name in ("train", *TEST_NAMES) if (root / name).is_dir()]
-    jobs = [job for name in names or [""] for job in _files(root, name)]
+    files = [file for name in names or [""] for file in _files(root, name)]
+    jobs = [file for file in files if is_image(Path(file.path))]
+    ignored = Counter(_kind(Path(file.path)) for file in files if not is_image(Path(file.path)))
     if not jobs:
         raise SretError(f"no images in {data_dir}; name a folder with train/ and test/", DATA)
     found: list[Checked] = []
@@ -149,16 +166,25 @@ def check_folder(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return Findings(found)
+    folders = {name: class_folders(root / name) for name in names or [""]}
+    return Findings(found, folders, dict(sorted(ignored.items())))
 
 
 def _files(root: Path, split: str) -> list[Checked]:
-    """The images of a split, unread: those in its folders of classes, and those beside them."""
-    folder, found = root / split, []
-    for name in class_folders(folder):
-        found += [Checked(str(path), split, name) for path in find_images(folder / name)]
-    alone = [path for path in find_images(folder) if path.parent == folder]
+    """The files of a split, unread: those in its folders of classes, and those beside them."""
+    folder = root / split
+    found = [
+        Checked(str(path), split, name)
+        for name in class_folders(folder)
+        for path in find_files(folder / name)
+    ]
+    alone = sorted(path for path in folder.iterdir() if path.is_file())
     return found + [Checked(str(path), split, "") for path in alone]
+
+
+def _kind(path: Path) -> str:
+    """What files that training leaves out are counted as."""
+    return "hidden" if path.name.startswith(".") else path.suffix.lower() or "no extension"
 
 
 def check_file(job: Checked) -> Checked:
@@ -170,8 +196,9 @@ def check_file(job: Checked) -> Checked:
     known: dict[str, Any] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     try:
         pixels = decode(io.BytesIO(data), "RGB")
-        with Image.open(io.BytesIO(data)) as image:
+        with pillow_decodes(), Image.open(io.BytesIO(data)) as image:
             known |= {"width": image.width, "height": image.height, "mode": image.mode}
+            known["bits"] = bits_per_sample(image, data)
             known["frames"] = getattr(image, "n_frames", 1)
             known["alpha"] = "A" in image.getbands() or "transparency" in image.info
         known["pixels_sha256"] = hashlib.sha256(
@@ -214,4 +241,5 @@ def write_manifest(findings: Findings, path: Path) -> None:
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(map(asdict, findings.files))
-    write_atomically(path, text.getvalue())
+    # Names of files need not be UTF-8; their bytes stay as they are.
+    write_atomically(path, text.getvalue().encode(errors="surrogateescape"))

@@ -36,9 +36,9 @@ def check(
 ) -> None:
     """Decode every image once, and list what is wrong or odd; exit 4 where one cannot be read.
 
-    Also lists images that are in two splits, by their bytes or pixels, and classes that a split has
-    no images of. The manifest holds sizes, modes and SHA-256 of all files; one that is there is
-    replaced, and any other file is not.
+    Also lists images that are in two splits, by their bytes or pixels, classes that a split has no
+    images of, and the files that are not trained on, by their extensions. The manifest holds sizes,
+    modes and SHA-256 of all images; one that is there is replaced, and any other file is not.
     """
     from sret_cli.data_check import check_folder, refuse_to_overwrite, write_manifest
     from sret_cli.launch import Display
@@ -61,12 +61,14 @@ def check(
 
 def show(summary: dict) -> None:
     """Prints what a check found."""
-    out = Output()
     for split, counts in summary["splits"].items():
         size = f"{counts['images']:,} images of {counts['classes']:,} classes"
-        out.print(f"{split or 'all'}: {size}, {counts['bytes'] / 1e6:,.1f} MB")
+        _print(f"{split or 'all'}: {size}, {counts['bytes'] / 1e6:,.1f} MB")
     for error in summary["unreadable"].values():
-        out.print(error)
+        _print(error)
+    if ignored := summary["ignored"]:
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in ignored.items())
+        _print(f"files that training leaves out: {counts}")
     for kind, paths in summary["odd"].items():
         _list(f"{kind}: {len(paths):,} images", paths)
     duplicates = [" = ".join(paths) for paths in summary["duplicates"]]
@@ -77,8 +79,13 @@ def show(summary: dict) -> None:
 
 
 def _list(title: str, lines: list[str]) -> None:
-    Output().print(title)
+    _print(title)
     for line in lines[:SHOWN]:
-        Output().print(f"  {line}")
+        _print(f"  {line}")
     if len(lines) > SHOWN:
-        Output().print(f"  and {len(lines) - SHOWN:,} more")
+        _print(f"  and {len(lines) - SHOWN:,} more")
+
+
+def _print(line: str) -> None:
+    """Prints a line, in which names of files need not be UTF-8."""
+    Output().print(line.encode(errors="backslashreplace").decode())

@@ -2,12 +2,15 @@
 
 import csv
 from pathlib import Path
+from typing import BinaryIO
 
 from sret_cli.errors import DATA, SretError
 
 TEST_NAMES = ("test", "val", "validation", "valid")
 KAGGLE_IMAGENET = Path("ILSVRC", "Data", "CLS-LOC")
 KAGGLE_LABELS = "LOC_val_solution.csv"
+TAR_BLOCK = 512  # bytes, of which an archive ends with two or more that are zero
+COMPRESSED = b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"  # how such files begin
 
 
 def image_root(data_dir: Path) -> Path:
@@ -63,3 +66,32 @@ def kaggle_labels(data_dir: Path) -> tuple[Path, dict[str, str]] | None:
             row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)
         }
     return data_dir / KAGGLE_IMAGENET / "val", labels
+
+
+def refuse_cut(path: Path, start: int = 0, size: int | None = None) -> None:
+    """Makes sure that a tar file, or the one that lies in it from `start` on, has its end.
+
+    One that was cut between two members reads as a whole one with fewer. Compressed files know
+    their end themselves.
+
+    Raises:
+        SretError: it has no block of zeros at its end, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            end = file.seek(0, 2) if size is None else start + size
+            whole = _has_tar_end(file, start, end)
+    except OSError as error:
+        raise SretError(f"cannot read {path}: {error}; mend or remove it", DATA) from None
+    if not whole:
+        raise SretError(
+            f"{path} is cut short: it has no end of archive; copy or write it again", DATA
+        )
+
+
+def _has_tar_end(file: BinaryIO, start: int, end: int) -> bool:
+    file.seek(start)
+    if file.read(6).startswith(COMPRESSED):
+        return True
+    file.seek(max(end - TAR_BLOCK, start))
+    return file.read(TAR_BLOCK) == bytes(TAR_BLOCK)

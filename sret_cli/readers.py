@@ -3,7 +3,7 @@
 import os
 import sys
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 from timm.data import create_dataset
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from torch import Tensor
 
 from sret_cli.errors import DATA, SretError
-from sret_cli.folders import TEST_NAMES
-from sret_cli.sources import Indexed, Source
+from sret_cli.folders import TEST_NAMES, refuse_cut
+from sret_cli.sources import Indexed, Source, unreadable
+
+HASHED_IMAGES = 100  # of a Hugging Face dataset, beside the names and sizes of all
 
 
 @cache
@@ -35,7 +38,8 @@ def tar_source(data_dir: Path, training: bool) -> Source:
     """Images in `train.tar` or in the tars in `train/`, and so for test; a folder or tar a class.
 
     Raises:
-        SretError: there is none, it cannot be read, or it has a class that `train` has not.
+        SretError: there is none, it cannot be read, is cut short, or has a class that `train` has
+            not.
     """
     found = _tar(data_dir, ("train",))
     root = found if training else _tar(data_dir, TEST_NAMES)
@@ -47,7 +51,8 @@ def tar_source(data_dir: Path, training: bool) -> Source:
         reader = ReaderImageInTar(str(root), cache_tarfiles=False)
     except (OSError, ValueError, AssertionError, tarfile.TarError) as error:
         raise SretError(f"cannot read {root}: {error or 'no images in it'}", DATA) from None
-    classes = tuple(map(str, reader.class_name_to_idx))
+    _refuse_cut_tars(root, reader)
+    classes = _without_hidden(root, reader)
     if training or found is None:
         return Source(str(root), reader, classes)
     trained = tar_source(data_dir, True).classes
@@ -56,6 +61,27 @@ def tar_source(data_dir: Path, training: bool) -> Source:
         raise SretError(f"{root} has the class {others[0]!r}, which {found} has not", DATA)
     reader.targets = np.array([trained.index(name) for name in classes])[reader.targets]
     return Source(str(root), reader, trained)
+
+
+def _refuse_cut_tars(root: Path, reader: ReaderImageInTar) -> None:
+    """Makes sure that the tar files, and those in them that have images, have their ends."""
+    for path in [root] if root.is_file() else sorted(root.glob("*.tar")):
+        refuse_cut(path)
+    inner = {(name, tar.offset_data, tar.size) for _, name, tar in reader.samples if tar}
+    for name, start, size in sorted(inner, key=str):
+        refuse_cut(root / name if name else root, start, size)
+
+
+def _without_hidden(root: Path, reader: ReaderImageInTar) -> tuple[str, ...]:
+    """Takes hidden files, such as macOS's `._1.jpg`, from a reader; the classes that are left."""
+    hidden = [Path(info.name).name.startswith(".") for info, _, _ in reader.samples]
+    shown = ~np.array(hidden)
+    if not shown.any():
+        raise SretError(f"cannot read {root}: no images in it but hidden ones", DATA)
+    numbers, targets = np.unique(reader.targets[shown], return_inverse=True)
+    reader.samples, reader.targets = reader.samples[shown], targets
+    names = list(reader.class_name_to_idx)
+    return tuple(str(names[number]) for number in numbers)
 
 
 def _tar(data_dir: Path, names: Sequence[str]) -> Path | None:
@@ -97,7 +123,8 @@ def hugging_face_source(dataset: str, data_dir: str | None, training: bool) -> S
     `data_dir` then is. Nothing is downloaded, unless the environment has HF_HUB_OFFLINE=0.
 
     Raises:
-        SretError: it is not there, or has no columns of images and classes.
+        SretError: it is not there, has no columns of images and classes, or a class that the split
+            `train` has not.
     """
     try:
         import datasets
@@ -125,7 +152,16 @@ def hugging_face_source(dataset: str, data_dir: str | None, training: bool) -> S
             continue  # as in ImageNet's own test images, whose classes are secret
         if not all(isinstance(n, int) and n >= 0 for n in numbers):
             raise SretError(f"{name}, {split}: {label} holds other than numbers of classes", DATA)
-        names = getattr(labels, "names", None) or map(str, range(max(numbers) + 1))
+        names = getattr(labels, "names", None)
+        if names is None and not training and "train" in splits:
+            names = named_source(dataset, data_dir, True).classes
+        names = names or tuple(map(str, range(max(numbers, default=-1) + 1)))
+        if max(numbers, default=-1) >= len(names):
+            raise SretError(
+                f"{name}, {split}: {label} holds the class {max(numbers)}, and there are "
+                f"{len(names)} classes to train on, from 0; remove its images",
+                DATA,
+            )
         reader = ReaderHfds(name, root, split, input_key=image, target_key=label)
         return Source(f"{name} {split}", reader, tuple(names))
     wanted = "train" if training else "labelled " + ", ".join(TEST_NAMES)
@@ -143,3 +179,52 @@ def _columns(name: str, features: Any) -> tuple[str, str]:
             f"{name} has the columns {', '.join(features)}; name them image and label", DATA
         )
     return image[0], label[0]
+
+
+def identify(source: Source) -> Iterator[bytes | memoryview]:
+    """What tells a dataset of torchvision or Hugging Face from others, wherever and however cached.
+
+    Of torchvision's it is the pixels, where they are in memory, else the names of the files, and
+    the classes. Of Hugging Face's it is each image's name, size and class, and the bytes of some.
+
+    Raises:
+        SretError: the file of an image cannot be read.
+    """
+    yield f"\n{len(source)}".encode()
+    if isinstance(source.images, Indexed):
+        yield from _identify_torchvision(source.images.dataset)
+    else:
+        yield from _identify_hugging_face(source.images)
+        for index in range(0, len(source), max(-(-len(source) // HASHED_IMAGES), 1)):
+            try:
+                with source.images[index][0] as file:
+                    yield file.read()
+            except OSError as error:
+                raise unreadable(source.filename(index), error) from None
+
+
+def _identify_torchvision(dataset: Any) -> Iterator[bytes | memoryview]:
+    for name in ("data", "imgs", "index", "targets"):
+        values = getattr(dataset, name, ())
+        if isinstance(values, np.ndarray | Tensor):
+            yield np.ascontiguousarray(values).data
+            continue
+        for value in values:
+            parts = value if isinstance(value, tuple) else (value,)
+            line = "\n" + " ".join(os.path.basename(str(part)) for part in parts)
+            yield line.encode(errors="surrogateescape")
+
+
+def _identify_hugging_face(reader: Any) -> Iterator[bytes]:
+    """A line an image, for which no image is read: its size follows from where it begins."""
+    from pyarrow import compute
+
+    for table in reader.dataset.with_format("arrow").iter(10_000):
+        images = table[reader.image_key]
+        sizes = compute.binary_length(compute.struct_field(images, "bytes")).to_pylist()
+        paths = compute.struct_field(images, "path").to_pylist()
+        for path, size, target in zip(
+            paths, sizes, table[reader.label_key].to_pylist(), strict=True
+        ):
+            line = f"\n{os.path.basename(path or '')} {size} {target}"
+            yield line.encode(errors="surrogateescape")

@@ -24,6 +24,7 @@ from torchvision.transforms import functional
 from sret_cli.augment import MODES, seeded
 from sret_cli.backbone import Spec
 from sret_cli.errors import CHECKPOINT, DATA, SretError
+from sret_cli.readers import identify
 from sret_cli.recipe import TrainSpec
 from sret_cli.records import read_json
 from sret_cli.sources import Source
@@ -112,12 +113,20 @@ def draw_crop(image: Image.Image, spec: LabelsSpec, index: int, number: int) -> 
 def hash_images(source: Source, dataset: str) -> str:
     """The SHA-256 of the list of images and of the classes, wherever they lie.
 
-    Of Hugging Face's datasets, whose rows would all have to be read, it has the classes alone.
+    It has the names of files in folders and tar files; of other kinds what tells one set of images
+    from another without reading all of them, as `readers.identify` has it.
+
+    Raises:
+        SretError: the file of an image cannot be read.
     """
-    digest = hashlib.sha256("\n".join(source.classes).encode())
-    for index in range(0 if dataset.startswith("hfds") else len(source)):
+    digest = hashlib.sha256("\n".join(source.classes).encode(errors="surrogateescape"))
+    if dataset.startswith(("hfds", "torch/")):
+        for part in identify(source):
+            digest.update(part)
+        return digest.hexdigest()
+    for index in range(len(source)):
         name = source.images.filename(index) or f"image {index}"
-        digest.update(f"\n{name.removeprefix(source.name)}".encode())
+        digest.update(f"\n{name.removeprefix(source.name)}".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

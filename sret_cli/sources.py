@@ -1,18 +1,21 @@
 """Labelled images by index, decoded strictly: folders, `digits` and random ones."""
 
+import os
 import struct
 import tarfile
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 from timm.data.readers.img_extensions import get_img_extensions
-from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.utils.misc import natural_key
 
 from sret_cli.errors import DATA, SretError
 from sret_cli.folders import (
@@ -22,13 +25,15 @@ from sret_cli.folders import (
     image_root,
     kaggle_labels,
 )
+from sret_cli.interrupt import Interrupted
 
-# What Pillow raises for files that it cannot decode, or finds absurdly large.
+# What `pillow_decodes` lets through for files that cannot be decoded, or are absurdly large.
 UNREADABLE = (
     *(OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, tarfile.TarError),
     *(Image.DecompressionBombError, Image.DecompressionBombWarning),
 )
-EXTENSIONS = (*get_img_extensions(), ".bmp", ".gif", ".tif", ".tiff", ".webp")
+EXTENSIONS = (*get_img_extensions(), ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+PNG_DEPTH = 24  # the place of the bits of a sample in the header, PNG specification 11.2.1
 SYNTHETIC_IMAGES = 10_240, 1_024  # for training and for test
 
 
@@ -76,7 +81,7 @@ class Source:
 def unreadable(name: str, error: BaseException) -> SretError:
     """The user's error for an image that cannot be decoded."""
     reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else error
-    return SretError(f"cannot read {name}: {reason}; mend or remove it", DATA)
+    return SretError(f"cannot read {name}: {reason}; mend it", DATA)
 
 
 def decode(found: Any, mode: str) -> Image.Image:
@@ -88,12 +93,28 @@ def decode(found: Any, mode: str) -> Image.Image:
     """
     if isinstance(found, np.ndarray):
         return Image.fromarray(found).convert(mode)
-    if isinstance(found, Image.Image):
-        return eight_bits(found).convert(mode)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with pillow_decodes():
+        if isinstance(found, Image.Image):
+            return eight_bits(found).convert(mode)
         with found, Image.open(found) as image:
             return eight_bits(image).convert(mode)
+
+
+@contextmanager
+def pillow_decodes() -> Iterator[None]:
+    """Where Pillow opens and decodes: damage of every kind is among `UNREADABLE`, as are bombs.
+
+    Raises:
+        ValueError: one of Pillow's decoders raised what it should not, as some do.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            yield
+        except (*UNREADABLE, MemoryError, Interrupted):
+            raise
+        except Exception as error:
+            raise ValueError(f"Pillow cannot decode it ({type(error).__name__}: {error})") from None
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
@@ -107,7 +128,28 @@ def eight_bits(image: Image.Image) -> Image.Image:
     pixels = np.asarray(image)
     if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65_535:
         raise ValueError(f"pixels of mode {image.mode} have no known range")
+    if image.mode == "I" and pixels.max() < 256 and not _has_16_bits(image):
+        raise ValueError(
+            f"pixels of mode I of at most {pixels.max()} have no known range; convert it to 8 or "
+            "16 bits"
+        )
     return Image.fromarray((pixels // 257).astype(np.uint8))
+
+
+def _has_16_bits(image: Image.Image) -> bool:
+    """Whether the file of an image of mode I, of 32 bits in memory, has 16 bits a pixel."""
+    if image.format == "TIFF":
+        return bits_per_sample(image, b"") == 16
+    return image.format in ("PNG", "PPM")  # whose ranges Pillow knows, and makes 16 bits
+
+
+def bits_per_sample(image: Image.Image, data: bytes) -> int | None:
+    """The bits of a sample as the bytes of a PNG file say, or the tags of a TIFF; else None."""
+    if image.format == "PNG":
+        return data[PNG_DEPTH]
+    if isinstance(image, TiffImageFile):
+        return max(image.tag_v2.get(BITSPERSAMPLE, (1,)))
+    return None
 
 
 @dataclass(frozen=True)
@@ -263,5 +305,27 @@ def _listed(folder: Path, found: list[tuple[Path, int]], classes: tuple[str, ...
 
 def find_images(folder: Path) -> list[Path]:
     """The images in a class's folder and the folders in it, in their order; no hidden files."""
-    found, _ = find_images_and_targets(str(folder), types=EXTENSIONS)
-    return [Path(path) for path, _ in found if not Path(path).name.startswith(".")]
+    return [path for path in find_files(folder) if is_image(path)]
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is named as the images are that are trained on."""
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+
+
+def find_files(folder: Path) -> list[Path]:
+    """All files in a class's folder and the folders in it, in their order.
+
+    Links to folders are followed, but none twice, nor one to a folder that the class lies in.
+    """
+    above = {*Path(os.path.abspath(folder)).parents, *Path(os.path.realpath(folder)).parents}
+    found, seen = [], set(map(os.path.realpath, above))
+    for where, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(where, name)), name))
+        found += [os.path.join(where, name) for name in sorted(files)]
+    return [Path(path) for path in sorted(found, key=natural_key)]

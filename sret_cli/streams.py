@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from sret_cli.augment import seeded
 from sret_cli.errors import DATA, SretError
-from sret_cli.folders import TEST_NAMES
+from sret_cli.folders import TEST_NAMES, refuse_cut
 from sret_cli.sources import EXTENSIONS, UNREADABLE, decode, unreadable
 
 BUFFERED_SAMPLES = 2_048  # of which the next is drawn
@@ -47,7 +47,7 @@ def find_shards(data_dir: str, training: bool) -> Shards:
     sets of timm; it does not tell the number of classes.
 
     Raises:
-        SretError: there are none, they cannot be read, or they have no classes.
+        SretError: there are none, or one cannot be read, is cut short or has no samples.
     """
     try:
         import webdataset  # noqa: F401
@@ -63,17 +63,22 @@ def find_shards(data_dir: str, training: bool) -> Shards:
     else:
         wanted = " or ".join(f"*{name}*.tar" for name in names)
         raise SretError(f"{data_dir} has no shards {wanted}; --data-dir names their folder", DATA)
+    for path in paths:
+        refuse_cut(path)
     told = _told(Path(data_dir))
     if all(path.name in told for path in paths):
-        return Shards(tuple(map(str, paths)), tuple(told[path.name] for path in paths), None)
-    counts, highest = [], -1
-    for path in paths:
-        samples, class_ = _count(path)
-        counts.append(samples)
-        highest = max(highest, class_)
-    if not sum(counts):
-        raise SretError(f"{paths[0]} has no files .cls, which hold the numbers of classes", DATA)
-    return Shards(tuple(map(str, paths)), tuple(counts), highest + 1)
+        counts, classes = [told[path.name] for path in paths], None
+    else:
+        counted = [_count(path) for path in paths]
+        counts, classes = [samples for samples, _ in counted], max(top for _, top in counted) + 1
+    for path, samples in zip(paths, counts, strict=True):
+        if not samples:  # a worker that has this shard alone would have nothing to give
+            raise SretError(
+                f"{path} has no samples: no files .cls, which hold the numbers of classes; "
+                "remove it",
+                DATA,
+            )
+    return Shards(tuple(map(str, paths)), tuple(counts), classes)
 
 
 def _told(data_dir: Path) -> dict[str, int]:
@@ -93,10 +98,14 @@ def _count(path: Path) -> tuple[int, int]:
     try:
         with tarfile.open(path) as tar:
             for member in tar:
-                if member.name.endswith(".cls"):
+                name = Path(member.name).name
+                if name.endswith(".cls") and not name.startswith("."):
                     file = tar.extractfile(member)
                     assert file is not None
-                    samples, highest = samples + 1, max(highest, int(file.read()))
+                    class_ = int(file.read())
+                    if class_ < 0:
+                        raise ValueError(f"{member.name} has the class {class_}")
+                    samples, highest = samples + 1, max(highest, class_)
     except (OSError, EOFError, ValueError, tarfile.TarError) as error:
         raise SretError(f"cannot read {path}: {error}; mend or remove it", DATA) from None
     return samples, highest
@@ -115,6 +124,7 @@ class Stream(IterableDataset):
         shards: Shards,
         transform: Any,
         mode: str,
+        classes: int,
         batch_size: int,
         seed: int | None,
         rank: int,
@@ -122,7 +132,7 @@ class Stream(IterableDataset):
         workers: int,
     ) -> None:
         self.shards, self.transform, self.mode, self.seed = shards, transform, mode, seed
-        self.batch_size = batch_size
+        self.classes, self.batch_size = classes, batch_size
         self.rank, self.world_size = rank, world_size
         self.workers = max(min(workers, len(shards.paths) // world_size), 1)
         self.epoch, self.start = 0, 0
@@ -174,12 +184,18 @@ class Stream(IterableDataset):
             return
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.shards.paths)
         rng = random.Random(f"{self.seed} {self.epoch} {self.rank} {worker}")
+        paths = self._of_worker(order.tolist(), worker)
         while True:
-            yield from webdataset.DataPipeline(
-                webdataset.SimpleShardList(self._of_worker(order.tolist(), worker)),
+            read = 0
+            for sample in webdataset.DataPipeline(
+                webdataset.SimpleShardList(paths),
                 webdataset.tarfile_to_samples(),
                 webdataset.shuffle(BUFFERED_SAMPLES, initial=BUFFERED_SAMPLES, rng=rng),
-            )
+            ):
+                read += 1
+                yield sample
+            if not read:
+                raise tarfile.ReadError(f"no samples in {', '.join(paths)}")
 
     def _transformed(self, sample: dict[str, Any]) -> tuple[Any, int] | SretError:
         name = f"{sample['__url__']}, {sample['__key__']}"
@@ -189,6 +205,8 @@ class Stream(IterableDataset):
                 raise ValueError("it has no image, or no file .cls")
             image = decode(io.BytesIO(sample[extensions[0]]), self.mode)
             target = int(sample["cls"])
+            if not 0 <= target < self.classes:
+                raise ValueError(f"it has the class {target}, and the model {self.classes} classes")
         except UNREADABLE as error:
             return unreadable(name, error)
         if self.seed is None:

@@ -1,9 +1,15 @@
 import csv
 import json
+import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from sret_cli.errors import SretError
+from sret_cli.sources import train_folder
 
 
 @pytest.fixture
@@ -17,6 +23,21 @@ def folder(tmp_path):
                 pixels = generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "pets" / split / name / f"{number}.png")
     return tmp_path / "pets"
+
+
+def rgb_of_16_bits():
+    """The bytes of a PNG file of two grey pixels of 16 bits in each of three channels."""
+    parts = (
+        (b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes(1) + 12 * b"\x90")),
+        (b"IEND", b""),
+    )
+    crcs = (struct.pack(">I", zlib.crc32(name + data)) for name, data in parts)
+    chunks = (
+        struct.pack(">I", len(data)) + name + data + crc
+        for (name, data), crc in zip(parts, crcs, strict=True)
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def check(sret, folder, code=0):
@@ -78,6 +99,53 @@ def test_classes_without_images_in_a_split_are_found(sret, folder):
     assert found["missing_classes"] == {"val": ["dog"]}
 
 
+def test_empty_class_folders_are_found_as_training_refuses_them(sret, folder):
+    for split in ("train", "val"):
+        (folder / split / "cow").mkdir()
+    found, _ = check(sret, folder)
+    assert found["missing_classes"] == {"train": ["cow"], "val": ["cow"]}
+    with pytest.raises(SretError, match="no images of class 'cow'"):
+        train_folder(folder)
+
+
+def test_files_that_training_leaves_out_are_counted_by_extension(sret, folder):
+    for name in ("cat/a.heic", "cat/b.HEIC", "dog/notes", "dog/._0.png", "list.txt"):
+        (folder / "train" / name).write_text("no image")
+    (folder / "val" / "dog" / "2.png").rename(folder / "val" / "dog" / "2.jfif")
+    found, _ = check(sret, folder)
+    assert found["ignored"] == {".heic": 2, ".txt": 1, "hidden": 1, "no extension": 1}
+    assert found["splits"]["val"]["images"] == 6
+    _, out, _ = sret("data", "check", folder)
+    assert "files that training leaves out: 2 .heic, 1 .txt, 1 hidden, 1 no extension\n" in out
+
+
+def test_links_to_folders_above_or_seen_before_multiply_no_images(sret, folder, tmp_path):
+    cat = folder / "train" / "cat"
+    (tmp_path / "more").mkdir()
+    (cat / "0.png").rename(tmp_path / "more" / "0.png")
+    for name, target in (("self", "."), ("up", ".."), ("a", tmp_path / "more"), ("b", "a")):
+        (cat / name).symlink_to(target)
+    found, _ = check(sret, folder)
+    assert found["splits"]["train"]["images"] == 6
+    source = train_folder(folder)
+    names = [path.removeprefix(f"{cat}/") for path in source.images.images]
+    assert names[:3] == ["1.png", "2.png", "a/0.png"]
+    assert len(source) == 6
+
+
+def test_names_that_are_not_utf_8_are_written_as_they_are(sret, folder):
+    name = os.fsdecode(b"caf\xe9")
+    for split in ("train", "val"):
+        (folder / split / "cat").rename(folder / split / name)
+    (folder / "train" / name / "0.png").write_text("no image")
+    code, out, _ = sret("data", "check", folder, "--manifest", "list.csv")
+    assert code == 4
+    assert r"caf\udce9/0.png" in out
+    with open("list.csv", newline="", errors="surrogateescape") as file:
+        assert next(csv.DictReader(file))["class_name"] == name
+    check(sret, folder, code=4)
+
+
 def test_images_of_odd_kinds_are_listed(sret, folder):
     cat = folder / "train" / "cat"
     Image.new("CMYK", (8, 8)).save(cat / "cmyk.jpg")
@@ -86,12 +154,13 @@ def test_images_of_odd_kinds_are_listed(sret, folder):
     Image.new("P", (8, 8)).save(cat / "palette.png")
     frames = [Image.new("L", (8, 8), level) for level in (0, 99)]
     frames[0].save(cat / "moving.gif", save_all=True, append_images=frames[1:])
+    (cat / "deep-rgb.png").write_bytes(rgb_of_16_bits())
     found, _ = check(sret, folder)
     names = {kind: [p.rpartition("/")[2] for p in paths] for kind, paths in found["odd"].items()}
     assert names == {
         "alpha": ["alpha.png"],
         "CMYK": ["cmyk.jpg"],
-        "16 bits or more": ["deep.png"],
+        "16 bits or more": ["deep-rgb.png", "deep.png"],
         "several frames": ["moving.gif"],
         "palette": ["moving.gif", "palette.png"],
     }

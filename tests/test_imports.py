@@ -12,10 +12,20 @@ PACKAGE = Path(sret_cli.__file__).parent
 # A file imports only from files above it.
 ORDER = (
     *("__init__", "processes", "errors", "strict", "depth", "recipe", "spec", "registry"),
-    *("backbone", "records", "published", "cost", "folders", "augment", "sources", "readers"),
+    *(
+        "backbone",
+        "records",
+        "published",
+        "cost",
+        "folders",
+        "interrupt",
+        "augment",
+        "sources",
+        "readers",
+    ),
     *("streams", "run", "study", "linear", "blocks", "recompute", "stage", "model"),
     *("compilation", "recurse", "safe_read", "reference", "weights", "breakdown", "profiler"),
-    *("liveness", "footprint", "memory", "measure", "soft_labels", "data", "interrupt"),
+    *("liveness", "footprint", "memory", "measure", "soft_labels", "data"),
     *("distributed", "evaluate", "checkpoint", "distill", "parallel", "metrics", "optimizer"),
     *("trainer", "room", "train", "team", "launch", "label_writer", "views", "export", "figures"),
     *("report", "data_check", "flags", "train_commands", "weight_commands", "data_commands"),

@@ -9,10 +9,14 @@ import torch
 from PIL import Image
 
 from sret_cli.data import load_data, load_test_data
+from sret_cli.data_check import Checked, check_file
 from sret_cli.errors import SretError, note_once
 from sret_cli.folders import folder_classes
+from sret_cli.interrupt import Interrupted
 from sret_cli.run import resolve
+from sret_cli.sources import Listed, Source, decode, pillow_decodes
 from sret_cli.spec import PRESETS, TrainSpec
+from sret_cli.streams import find_shards
 
 NANO = PRESETS["nano"]
 
@@ -85,6 +89,42 @@ def test_tar_files_that_cannot_be_used_say_why(tmp_path):
     assert refused.value.code == 4
 
 
+def cut_after(path, members):
+    """Leaves of a tar file so many members, whole, and not its end."""
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[members - 1]
+    path.write_bytes(path.read_bytes()[: last.offset_data + -(-last.size // 512) * 512])
+
+
+def test_a_tar_file_that_was_cut_between_two_members_is_refused(tmp_path):
+    write_tar(tmp_path / "whole.tar", {"cat": (1, 2), "dog": (3, 4)})
+    write_tar(tmp_path / "test.tar", {"cat": (1,), "dog": (2,)})
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "whole.tar").read_bytes())
+    cut_after(tmp_path / "cut.tar", 3)
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for name in ("whole", "cut"):
+            add(tar, f"{name}.tar", (tmp_path / f"{name}.tar").read_bytes())
+    for _ in ("in a whole one", "alone"):
+        with pytest.raises(SretError, match=r"train\.tar is cut short") as refused:
+            load_data(spec_of("tar", tmp_path), NANO)
+        assert refused.value.code == 4
+        (tmp_path / "train.tar").write_bytes((tmp_path / "cut.tar").read_bytes())
+    (tmp_path / "whole.tar").rename(tmp_path / "train.tar")
+    load_data(spec_of("tar", tmp_path), NANO)
+
+
+def test_hidden_files_in_a_tar_file_are_no_images_and_make_no_class(tmp_path):
+    for name in ("train", "test"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for path in ("__MACOSX/._1.jpg", "cat/._1.jpg"):
+                add(tar, path, b"Mac OS X, no image")
+            for shade, path in enumerate(("cat/0.png", "dog/1.png")):
+                add(tar, path, png(shade))
+    for loader in load_data(spec_of("tar", tmp_path), NANO):
+        assert loader.classes == ("cat", "dog")
+        assert sorted(levels(loader)) == [(0, 0), (1, 1)]
+
+
 @pytest.fixture
 def hugging_face(monkeypatch, tmp_path):
     """Where parquet files are to be, beside a cache of their own and offline."""
@@ -114,6 +154,20 @@ def test_parquet_files_in_a_folder_are_a_dataset(hugging_face):
         assert sorted(levels(loader)) == [(1, 0), (2, 0), (3, 1), (4, 1)]
         assert levels(test) == [(7, 1), (8, 0)]  # the test images have no labels
         assert loader.classes == ("cat", "dog")
+
+
+def test_classes_of_parquet_files_that_are_not_trained_on_are_refused(hugging_face):
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageColumn
+
+    features = Features({"image": ImageColumn(), "label": Value("int64")})
+    for split, targets in (("train", (0, 1, 2)), ("test", (0, 9))):
+        images = [{"bytes": png(1), "path": None}] * len(targets)
+        found = Dataset.from_dict({"image": images, "label": targets}, features)
+        found.to_parquet(hugging_face / f"{split}-00000.parquet")
+    with pytest.raises(SretError, match="holds the class 9, and there are 3 classes") as refused:
+        load_data(spec_of("hfds", hugging_face), NANO)
+    assert refused.value.code == 4
 
 
 def test_nothing_is_downloaded_from_hugging_face(hugging_face):
@@ -298,9 +352,88 @@ def test_a_bad_image_in_a_shard_is_named_and_can_be_left_out(shards):
     assert "train-3.tar, bad: not an image" in text
 
 
+def test_a_shard_that_was_cut_between_two_samples_is_refused(shards):
+    cut_after(shards / "train-1.tar", 4)
+    with pytest.raises(SretError, match=r"train-1\.tar is cut short") as refused:
+        load_data(spec_of("wds", shards), NANO)
+    assert refused.value.code == 4
+
+
+def test_a_shard_without_samples_is_refused(shards):
+    with tarfile.open(shards / "train-3.tar", "w"):
+        pass
+    with pytest.raises(SretError, match=r"train-3\.tar has no samples") as refused:
+        load_data(spec_of("wds", shards), NANO)
+    assert refused.value.code == 4
+    splits = {"train": {"filenames": ["train-3.tar"], "shard_lengths": [1]}}
+    (shards / "_info.json").write_text(json.dumps({"splits": splits}))
+    for number in range(3):
+        (shards / f"train-{number}.tar").unlink()
+    find_shards.cache_clear()
+    loader, _ = load_data(spec_of("wds", shards), NANO)
+    with pytest.raises(SretError, match=r"no samples in .*train-3\.tar"):
+        list(loader.epoch(0))
+
+
+def test_classes_of_shards_that_are_not_trained_on_are_refused(shards):
+    with tarfile.open(shards / "val-1.tar", "w") as tar:
+        add(tar, "0.png", png(1))
+        add(tar, "0.cls", b"7")
+    with pytest.raises(SretError, match="have 8 classes, up to 7, and those to train on 4") as no:
+        load_data(spec_of("wds", shards), NANO)
+    assert no.value.code == 4
+    four = NANO.with_values(num_classes=4)
+    for name in ("train-0", "train-1"):
+        (shards / f"{name}.tar").unlink()
+    names = ["train-2.tar", "val-0.tar", "val-1.tar"]
+    splits = {"all": {"filenames": names, "shard_lengths": [5, 3, 1]}}
+    (shards / "_info.json").write_text(json.dumps({"splits": splits}))
+    find_shards.cache_clear()
+    _, test = load_data(spec_of("wds", shards), four)
+    with pytest.raises(SretError, match=r"val-1\.tar, 0: it has the class 7, and the model 4"):
+        list(test.epoch(0))
+
+
 def test_an_info_file_spares_the_counting(shards):
     splits = {"train": {"filenames": ["train-0.tar", "train-1.tar"], "shard_lengths": [30, 40]}}
     (shards / "_info.json").write_text(json.dumps({"splits": splits}))
     (shards / "train-2.tar").unlink()
     loader, _ = load_data(spec_of("wds", shards), NANO)
     assert len(loader) == 35
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, TypeError, NotImplementedError])
+def test_whatever_a_decoder_raises_of_a_damaged_image_names_it(tmp_path, monkeypatch, kind):
+    def load(image):
+        raise kind("Failed to decode image")
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
+    (tmp_path / "0.png").write_bytes(png(1))
+    source = Source("pets", Listed([str(tmp_path / "0.png")], [0]), ("cat",))
+    with pytest.raises(
+        SretError, match=r"cannot read .*0\.png: Pillow cannot decode it"
+    ) as refused:
+        source.open(0, "RGB")
+    assert refused.value.code == 4
+    checked = check_file(Checked(str(tmp_path / "0.png"), "train", "cat"))
+    assert kind.__name__ in checked.error
+
+
+def test_what_is_no_damage_of_an_image_is_not_taken_for_it():
+    for kind in (MemoryError, Interrupted):
+        with pytest.raises(kind), pillow_decodes():
+            raise kind(75)
+
+
+def test_pixels_of_32_bits_that_may_be_of_any_range_are_refused_and_dark_16_bits_are_not():
+    def encoded(pixels, kind):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, kind)
+        return io.BytesIO(file.getvalue())
+
+    dark = np.arange(0, 256, 4).reshape(8, 8)
+    with pytest.raises(ValueError, match="at most 252 have no known range; convert it to 8 or 16"):
+        decode(encoded(dark.astype(np.int32), "TIFF"), "L")
+    assert decode(encoded(dark.astype(np.int32) * 257, "TIFF"), "L").getextrema() == (0, 252)
+    for kind in ("PNG", "TIFF"):
+        assert decode(encoded(dark.astype(np.uint16), kind), "L").getextrema() == (0, 0)
