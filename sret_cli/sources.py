@@ -113,7 +113,7 @@ def pillow_decodes() -> Iterator[None]:
             yield
         except (*UNREADABLE, MemoryError, Interrupted):
             raise
-        except Exception as error:
+        except Exception as error:  # a damaged file can fail its decoder in any way
             raise ValueError(f"Pillow cannot decode it ({type(error).__name__}: {error})") from None
 
 

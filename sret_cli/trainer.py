@@ -1,7 +1,7 @@
 """A model in training: one step, and all that a step changes, as a state to save and load."""
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -171,15 +171,10 @@ class Trainer:
         target = target.to(self.device, non_blocking=True)
         if self.mixup is not None:
             x, target = mix(self.mixup, x, target)
-        before = [buffer.clone() for buffer in self.statistics]
-        try:
+        with ExitStack() as undoing:
+            undoing.callback(self._undo, [buffer.clone() for buffer in self.statistics])
             loss, parameters, norm = self._backward(x, target, counts)
-        except Exception:  # whatever it is, nothing has changed
-            for buffer, old in zip(self.statistics, before, strict=True):
-                buffer.copy_(old)
-            self.optimizer.zero_grad(set_to_none=True)
-            self.whole = True
-            raise
+            undoing.pop_all()
         if self.spec.clip_grad:
             nn.utils.clip_grads_with_norm_(parameters, self.spec.clip_grad, norm)
         self.optimizer.step()
@@ -192,6 +187,13 @@ class Trainer:
         p.loss_sum += loss
         self.schedule.step_update(p.step)
         return loss
+
+    def _undo(self, statistics: list[Tensor]) -> None:
+        """Has a step that failed before the optimiser's change nothing."""
+        for buffer, old in zip(self.statistics, statistics, strict=True):
+            buffer.copy_(old)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.whole = True
 
     def _backward(
         self, x: Tensor, target: Tensor, counts: tuple[int, ...]
