@@ -16,11 +16,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sret_cli.augment import Pixels, seeded
 from sret_cli.backbone import Spec
+from sret_cli.classes import ClassList, match_classes
 from sret_cli.errors import DATA, SretError, note, note_once
 from sret_cli.processes import share
 from sret_cli.readers import named_source
 from sret_cli.recipe import TrainSpec
-from sret_cli.soft_labels import StoredLabels, hash_images
+from sret_cli.soft_labels import StoredLabels, hash_images, stored_classes
 from sret_cli.sources import Source, digits, synthetic, test_folder, train_folder
 from sret_cli.streams import Stream, find_shards
 
@@ -125,9 +126,9 @@ class Loader:
 
     Where soft labels are stored, the targets of training are `[B, 2, top_k]`.
 
-    `classes` are the names of the classes, in their order, where they are known; `bad_images` says
-    what is wrong with each image that was left out so far; `sources` has a SHA-256 of what is
-    trained on.
+    `classes` are the names of the classes, in their order, or their numbers where they are not
+    `named`; `bad_images` says what is wrong with each image that was left out so far; `sources` has
+    a SHA-256 of what is trained on.
     """
 
     def __init__(
@@ -139,7 +140,9 @@ class Loader:
         pixels: Pixels,
         on_bad_image: str,
         sources: dict[str, str],
+        named: bool = True,
     ) -> None:
+        self.named = named
         self.samples, self.batches, self.on_bad_image = dataset, batches, on_bad_image
         self.sources = sources
         self.classes = classes
@@ -166,6 +169,13 @@ class Loader:
 
     def __len__(self) -> int:
         return len(self.batches)
+
+    @property
+    def class_list(self) -> ClassList:
+        """The classes, to be compared with those of other data or of a model."""
+        names = self.classes if self.named else None
+        remedy = "give the test images the classes of the training images"
+        return ClassList(names, "the training images", remedy)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from number `start` on; those before are not decoded.
@@ -205,14 +215,21 @@ def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[SretError]]:
 
 
 def load_data(
-    train: TrainSpec, model: Spec, workers: int = 0, rank: int = 0, world_size: int = 1
+    train: TrainSpec,
+    model: Spec,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    order: ClassList | None = None,
 ) -> tuple[Loader, Loader]:
     """The loaders of a run's training and test images: one rank's share of them.
 
+    Classes have the numbers of `order`, where it is given, else of stored labels, else their own.
+
     Raises:
-        SretError: the data are missing or hold no labelled images, the test images have classes
-            that those to train on have not, the model takes no images of this kind, or the batches
-            do not divide among the ranks.
+        SretError: the data are missing or hold no labelled images, their classes are not those of
+            `order`, the test images have classes that those to train on have not, the model takes
+            no images of this kind, or the batches do not divide among the ranks.
     """
     shares = world_size * train.accumulation
     if train.batch_size % shares:
@@ -223,7 +240,12 @@ def load_data(
             f"use {above}"
         )
     where = workers, rank, world_size
-    training, test = _loader(train, model, True, *where), _loader(train, model, False, *where)
+    if order is None and train.soft_labels is not None:
+        order = stored_classes(Path(train.soft_labels), train)
+    training = _loader(train, model, True, *where, order)
+    if order is None and training.named:
+        order = training.class_list
+    test = _loader(train, model, False, *where, order)
     if len(test.classes) > len(training.classes):
         raise SretError(
             f"the test images have {len(test.classes):,} classes, up to {test.classes[-1]}, and "
@@ -234,19 +256,30 @@ def load_data(
 
 
 def load_test_data(
-    train: TrainSpec, model: Spec, workers: int = 0, rank: int = 0, world_size: int = 1
+    train: TrainSpec,
+    model: Spec,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    order: ClassList | None = None,
 ) -> tuple[Loader, tuple[str, ...]]:
     """The loader of a run's test images alone, and the names of the classes, in their order.
 
     Raises:
         SretError: as `load_data`; a folder needs no `train/`.
     """
-    loader = _loader(train, model, False, workers, rank, world_size)
+    loader = _loader(train, model, False, workers, rank, world_size, order)
     return loader, loader.classes
 
 
 def _loader(
-    train: TrainSpec, model: Spec, training: bool, workers: int, rank: int, world_size: int
+    train: TrainSpec,
+    model: Spec,
+    training: bool,
+    workers: int,
+    rank: int,
+    world_size: int,
+    order: ClassList | None,
 ) -> Loader:
     pixels = Pixels.of(train, model)
     transform = pixels.augmentation(train) if training else pixels.transform(train)
@@ -254,8 +287,9 @@ def _loader(
         transform = MaybePILToTensor()  # which would cost more than the images themselves
     seed = train.seed if training else None
     if train.dataset == "wds":
-        return _stream_loader(train, pixels, transform, model, seed, workers, rank, world_size)
-    source = find_source(train, model, training)
+        where = workers, rank, world_size
+        return _stream_loader(train, pixels, transform, model, seed, *where, order)
+    source = find_source(train, model, training, order)
     if training and len(source) < world_size:
         raise SretError(f"{len(source)} images do not feed {world_size} processes", DATA)
     labels = None
@@ -270,7 +304,10 @@ def _loader(
     sources = {"images": hash_images(source, train.dataset)} if training else {}
     if labels is not None:
         sources["soft labels"] = labels.spec.sha256
-    return Loader(samples, batches, source.classes, workers, pixels, train.on_bad_image, sources)
+    return Loader(
+        *(samples, batches, source.classes, workers, pixels, train.on_bad_image, sources),
+        named=source.named,
+    )
 
 
 def _stream_loader(
@@ -282,6 +319,7 @@ def _stream_loader(
     workers: int,
     rank: int,
     world_size: int,
+    order: ClassList | None,
 ) -> Loader:
     if train.aug_repeats > 1:
         raise SretError(
@@ -293,22 +331,48 @@ def _stream_loader(
         "wds is a stream: the order of its samples depends on the numbers of workers and processes,"
         " and a run that goes on with others is not the same run"
     )
-    shards = find_shards(str(train.data_dir), seed is not None)
+    shards = find_shards(str(train.data_dir), seed is not None, train.label_column)
+    names = shards.names
+    if order is not None:
+        ours = ClassList(names, f"the data {train.data_dir}")
+        names = names if match_classes(ours, order) is None else order.names
     stream = Stream(
         *(shards, transform, pixels.mode, model.num_classes, train.batch_size),
         *(seed, rank, world_size, workers),
+        label_column=train.label_column,
+        names=names,
     )
-    classes = tuple(map(str, range(shards.classes or model.num_classes)))
+    classes = names or tuple(map(str, range(shards.classes or model.num_classes)))
     sources = {"images": shards.sha256}
-    return Loader(stream, stream, classes, workers, pixels, train.on_bad_image, sources)
+    return Loader(
+        *(stream, stream, classes, workers, pixels, train.on_bad_image, sources),
+        named=names is not None,
+    )
 
 
-def find_source(train: TrainSpec, model: Spec, training: bool) -> Source:
+def find_source(
+    train: TrainSpec, model: Spec, training: bool, order: ClassList | None = None
+) -> Source:
     """A run's training or test images, by index.
 
+    Classes have the numbers of `order`, where it is given, else those that the data give them.
+
     Raises:
-        SretError: they are missing, or hold no labelled images.
+        SretError: they are missing, hold no labelled images, or have other classes than `order`.
     """
+    source = _find_source(train, model, training)
+    if order is None or match_classes(source.class_list, order) is None:
+        return source
+    assert order.names is not None
+    if train.dataset != "folder":
+        return source.in_order(order.names)
+    # Images of a folder are listed class by class, and their places are those of stored labels.
+    data_dir = Path(train.data_dir or "")
+    read = train_folder if training else test_folder
+    return read(data_dir, order.names)
+
+
+def _find_source(train: TrainSpec, model: Spec, training: bool) -> Source:
     if train.dataset == "folder":
         data_dir = Path(train.data_dir or "")
         return train_folder(data_dir) if training else test_folder(data_dir)
@@ -317,4 +381,4 @@ def find_source(train: TrainSpec, model: Spec, training: bool) -> Source:
     if train.dataset == "synthetic":
         found = synthetic(train.seed, model.img_size, model.in_chans, model.num_classes)
         return found[0 if training else 1]
-    return named_source(train.dataset, train.data_dir, training)
+    return named_source(train.dataset, train.data_dir, training, train.label_column)

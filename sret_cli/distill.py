@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sret_cli.augment import Pixels, per_channel
 from sret_cli.backbone import BackboneSpec, Spec, read_spec
+from sret_cli.classes import ClassList, all_outputs, config_classes, match_classes
 from sret_cli.errors import CHECKPOINT, SretError
 from sret_cli.evaluate import autocast
 from sret_cli.recipe import TrainSpec
@@ -30,9 +31,15 @@ class Distillation:
         SretError: the teacher cannot be had, or has other classes or channels than the student.
     """
 
-    def __init__(self, train: TrainSpec, student: Spec, device: torch.device) -> None:
+    def __init__(
+        self,
+        train: TrainSpec,
+        student: Spec,
+        device: torch.device,
+        classes: ClassList | None = None,
+    ) -> None:
         self.temperature = train.distill_temperature
-        self.teacher = None if train.teacher is None else Teacher(train, student, device)
+        self.teacher = None if train.teacher is None else Teacher(train, student, device, classes)
 
     def loss(self, output: Tensor, x: Tensor, target: Tensor) -> Tensor:
         """The mean cross-entropy of the student's logits `[B, classes]`.
@@ -50,11 +57,11 @@ class Distillation:
 
 
 def create_distillation(
-    train: TrainSpec, student: Spec, device: torch.device
+    train: TrainSpec, student: Spec, device: torch.device, classes: ClassList | None = None
 ) -> Distillation | None:
-    """The loss of a training that distills; None for one that does not."""
+    """The loss of a training that distills, on images of these classes; None for any other."""
     distills = train.teacher is not None or train.soft_labels is not None
-    return Distillation(train, student, device) if distills else None
+    return Distillation(train, student, device, classes) if distills else None
 
 
 def teacher_source(train: TrainSpec) -> dict[str, str]:
@@ -69,15 +76,25 @@ class Teacher:
     """A frozen model in eval mode, called on images as the student takes them.
 
     It sees them with its own mean and deviation and at its own size, and runs in the precision of
-    the run.
+    the run. Its logits come in the order of the student's classes, where `classes` tells these.
 
     Raises:
         SretError: it cannot be had, or has other classes or channels than the student.
     """
 
-    def __init__(self, train: TrainSpec, student: Spec, device: torch.device) -> None:
+    def __init__(
+        self,
+        train: TrainSpec,
+        student: Spec,
+        device: torch.device,
+        classes: ClassList | None = None,
+    ) -> None:
         self.device, self.precision = device, train.precision
-        model, theirs = load_teacher(train, student)
+        model, theirs, taught = load_teacher(train, student, classes)
+        order = None if classes is None else match_classes(classes, taught)
+        self.order: Tensor | None = None
+        if order is not None:
+            self.order = torch.tensor(all_outputs(order, student.num_classes), device=device)
         self.model = model.to(device).eval().requires_grad_(False)
         self.img_size = theirs.img_size
         ours = Pixels.of(train, student)
@@ -95,11 +112,14 @@ class Teacher:
             size = (self.img_size, self.img_size)
             x = F.interpolate(x, size, mode="bicubic", antialias=True)
         with autocast(self.device, self.precision):
-            return self.model(x).float()
+            logits = self.model(x).float()
+        return logits if self.order is None else logits.index_select(1, self.order)
 
 
-def load_teacher(train: TrainSpec, student: Spec) -> tuple[nn.Module, Pixels]:
-    """The teacher of a training, on the CPU, and the images that it takes.
+def load_teacher(
+    train: TrainSpec, student: Spec, classes: ClassList | None = None
+) -> tuple[nn.Module, Pixels, ClassList]:
+    """The teacher of a training, on the CPU, the images that it takes, and its classes.
 
     Raises:
         SretError: as `Teacher`.
@@ -107,7 +127,7 @@ def load_teacher(train: TrainSpec, student: Spec) -> tuple[nn.Module, Pixels]:
     assert train.teacher is not None
     directory = Path(train.teacher)
     if not directory.is_dir():
-        return _timm_teacher(train, student)
+        return _timm_teacher(train, student, classes)
     for name in ("teacher_checkpoint", "teacher_img_size"):
         if (value := getattr(train, name)) is not None:
             raise SretError(f"{name} = {value!r}: {directory} is a whole model; leave it out")
@@ -115,10 +135,35 @@ def load_teacher(train: TrainSpec, student: Spec) -> tuple[nn.Module, Pixels]:
     spec = read_spec(config["model"])
     _refuse_other(train.teacher, spec.in_chans, spec.num_classes, student)
     settings = config.get("train") or {"data_dir": "."}  # a model from elsewhere: ImageNet's mean
-    return load_model(directory), Pixels.of(TrainSpec(**settings), spec)
+    pixels = Pixels.of(TrainSpec(**settings), spec)
+    return load_model(directory), pixels, _taught(train, config_classes(config))
 
 
-def _timm_teacher(train: TrainSpec, student: Spec) -> tuple[nn.Module, Pixels]:
+def _taught(train: TrainSpec, names: tuple[str, ...] | None) -> ClassList:
+    """The classes of a training's teacher, to be compared with those of the images."""
+    remedy = "use a teacher that was trained on these classes"
+    return ClassList(names, f"the teacher {train.teacher}", remedy)
+
+
+def _imagenet_names(config: Any, classes: ClassList | None) -> tuple[str, ...] | None:
+    """The names of the classes of weights that timm trained on ImageNet, by their number.
+
+    They are WordNet's (`n01440764`): None where the images' classes have names of another kind.
+    """
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    subset = infer_imagenet_subset({"num_classes": config.num_classes})
+    if subset is None or classes is None or classes.names is None:
+        return None
+    names = tuple(ImageNetInfo(subset).label_names())
+    return names if set(names) & set(classes.names) else None
+
+
+def _timm_teacher(
+    train: TrainSpec, student: Spec, classes: ClassList | None
+) -> tuple[nn.Module, Pixels, ClassList]:
+    import timm
+
     assert train.teacher is not None
     model: Any
     name, channels, checkpoint = train.teacher, student.in_chans, train.teacher_checkpoint
@@ -131,8 +176,10 @@ def _timm_teacher(train: TrainSpec, student: Spec) -> tuple[nn.Module, Pixels]:
         )
     except SretError as error:
         raise SretError(f"teacher: there is no directory {name}, and {error}") from None
+    names = None
     if checkpoint is None:
         model = _pretrained(train, student)
+        names = _imagenet_names(timm.get_pretrained_cfg(name), classes)
     else:
         model = build_backbone(spec)
         tensors = read_tensors(Path(checkpoint))
@@ -142,7 +189,7 @@ def _timm_teacher(train: TrainSpec, student: Spec) -> tuple[nn.Module, Pixels]:
         load_state(model, tensors, checkpoint)
     mean, std = (tuple(model.pretrained_cfg[k]) for k in ("mean", "std"))
     mean, std = per_channel(mean, channels), per_channel(std, channels)
-    return model, Pixels(channels, spec.img_size, mean, std)
+    return model, Pixels(channels, spec.img_size, mean, std), _taught(train, names)
 
 
 def _ends(config: dict[str, Any]) -> tuple[str, str]:

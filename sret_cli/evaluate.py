@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sret_cli.classes import ClassList, config_classes
 from sret_cli.compilation import is_compiled
 from sret_cli.data import Loader, load_test_data
 from sret_cli.distributed import ALONE, Ranks
@@ -17,7 +18,7 @@ from sret_cli.errors import DATA, SretError
 from sret_cli.interrupt import Stop
 from sret_cli.measure import choose_device, device_name
 from sret_cli.model import SReT
-from sret_cli.recipe import TrainSpec
+from sret_cli.recipe import WITH_COLUMNS, TrainSpec
 from sret_cli.records import Row
 from sret_cli.recurse import count_layers
 from sret_cli.weights import load_config, load_model
@@ -68,13 +69,15 @@ def evaluate_run(
     on_step: OnStep = lambda done, total, text: None,
     recursions: int | None = None,
     dataset: str | None = None,
+    label_column: str | None = None,
 ) -> Row:
     """Evaluates a directory's weights on its run's test images, or on another folder's.
 
     A folder's images have ImageNet's mean and deviation; those of a model that was not trained here
     are resized and cropped as ImageNet's are, bicubic and with `crop_pct` 0.875. Another folder has
-    as many classes as the model. On one machine, two evaluations with the same batch size agree
-    bitwise: on a CPU always, on CUDA as far as torch has deterministic kernels.
+    the classes of the model, or as many where their names are not known. On one machine, two
+    evaluations with the same batch size agree bitwise: on a CPU always, on CUDA as far as torch has
+    deterministic kernels.
 
     Args:
         directory: of a run, or of a model that was built or converted.
@@ -88,6 +91,7 @@ def evaluate_run(
         on_step: is told of the progress.
         recursions: run the same blocks so many times instead, in every stage.
         dataset: what `data_dir` holds, a folder of images if None.
+        label_column: of several, the one that has the classes; the run's own if None.
 
     Raises:
         SretError: the directory holds no model, or none for so many recursions, or the data are
@@ -95,13 +99,17 @@ def evaluate_run(
     """
     config = load_config(directory)
     settings = dict(config.get("train") or {})
-    own_data = data_dir is None and dataset is None  # whose classes a run may have room beside
+    own_data = data_dir is None and dataset is None
     if not settings and own_data:
         raise SretError(
             f"{directory} was not trained here; name a folder with val/ by --data-dir", DATA
         )
     if not own_data:
         settings = {**settings, "dataset": dataset or "folder", "data_dir": data_dir}
+        if settings["dataset"].partition("/")[0] not in WITH_COLUMNS:
+            settings.pop("label_column", None)
+    if label_column is not None:
+        settings["label_column"] = label_column
     settings |= {"batch_size": max(batch_size, 2), "precision": precision}
     spec = TrainSpec(**{**settings, "accumulation": 1, "mixup": 0.0, "cutmix": 0.0})
     target_device = choose_device(device)
@@ -114,19 +122,19 @@ def evaluate_run(
         model.set_recursions(recursions)
         layers = model.spec.with_values(recursions=recursions).layers
     workers = default_workers(spec) if workers is None else workers
-    test_loader, classes = load_test_data(spec, model.spec, workers)
-    if len(classes) > model.num_classes or (len(classes) < model.num_classes and not own_data):
+    trained = ClassList(
+        config_classes(config),
+        f"the model in {directory}",
+        "name data with the same classes (folders of some may be empty)",
+    )
+    order = None if own_data and trained.names is None else trained
+    test_loader, classes = load_test_data(spec, model.spec, workers, order=order)
+    # Of its own classes a run may have room for more.
+    has_room = own_data or (test_loader.named and trained.names is not None)
+    if len(classes) > model.num_classes or (len(classes) < model.num_classes and not has_room):
         raise SretError(
             f"the test images have {len(classes):,} classes, and the model has "
             f"{model.num_classes:,}; name data of as many (folders of the others may be empty)",
-            DATA,
-        )
-    trained = config.get("classes", classes)
-    if not own_data and list(trained) != list(classes):
-        name = min(set(trained) ^ set(classes))
-        raise SretError(
-            f"the model was trained on other classes than the test images have, {name!r} for one; "
-            "name data with the same folders (they may be empty)",
             DATA,
         )
     if reference_shuffle is not None:

@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 from typing import BinaryIO
 
+from sret_cli.classes import order_classes
 from sret_cli.errors import DATA, SretError
 
 TEST_NAMES = ("test", "val", "validation", "valid")
@@ -32,13 +33,13 @@ def find_test(root: Path) -> Path | None:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """The names of the folders in a folder, sorted, without hidden ones."""
+    """The names of the folders in a folder, in the order of classes, without hidden ones."""
     names = (entry.name for entry in folder.iterdir() if entry.is_dir())
-    return sorted(name for name in names if not name.startswith("."))
+    return order_classes(name for name in names if not name.startswith("."))
 
 
 def folder_classes(data_dir: Path) -> list[str]:
-    """The class names of an image folder: the sorted directories of its `train/`.
+    """The class names of an image folder: the directories of its `train/`, in timm's order.
 
     Raises:
         SretError: there is no such folder, it has no `train/`, or that has fewer than two classes.

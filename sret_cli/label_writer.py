@@ -25,16 +25,17 @@ from sret_cli.soft_labels import (
     HEADER_FILE,
     LABELS_FILE,
     MAX_SIDE,
+    PROGRESS_FILE,
     Crop,
     LabelsSpec,
     draw_crop,
     hash_images,
     read_labels_spec,
+    stored_classes,
 )
 from sret_cli.sources import Source
 from sret_cli.weights import WEIGHTS_FILE, sha256
 
-PROGRESS_FILE = "labels.part.json"
 SAVED_EVERY_SECONDS = 60
 IMAGENET_IMAGES = 1_281_167
 
@@ -102,8 +103,8 @@ def write_labels(
         )
     target_device = choose_device(device)
     use_deterministic_kernels(target_device)
-    source = find_source(train, student, True)
-    teacher = Teacher(train, student, target_device)
+    source = find_source(train, student, True, stored_classes(directory, train))
+    teacher = Teacher(train, student, target_device, source.class_list)
     spec = LabelsSpec(
         teacher=str(train.teacher),
         teacher_sha256=_weights_sha256(train),
@@ -112,6 +113,7 @@ def write_labels(
         images_sha256=hash_images(source, train.dataset),
         crops=crops,
         top_k=min(top_k, student.num_classes),
+        classes=source.class_list.names,
         **{k: getattr(student, k) for k in ("num_classes", "in_chans", "img_size")},
         **{k: getattr(train, k) for k in ("scale", "hflip", "interpolation", "seed")},
         **{k: getattr(train, k) for k in ("distill_temperature", "precision")},
@@ -239,7 +241,8 @@ def _images_done(directory: Path, spec: LabelsSpec) -> int | None:
         except (KeyError, TypeError, ValueError):
             raise SretError(f"{path} is damaged; remove {directory}", CHECKPOINT) from None
     for key, value in spec.model_dump(mode="json").items():
-        if key != "sha256" and found.get(key) != value:
+        unnamed = key == "classes" and found.get(key) is None  # of an earlier version
+        if key != "sha256" and not unnamed and found.get(key) != value:
             raise SretError(
                 f"{directory} has labels with {key} = {found.get(key)}, not {value}; choose "
                 "another directory, or remove it",

@@ -1,5 +1,6 @@
 """Labelled images in tar files and in the datasets of torchvision and Hugging Face, by timm."""
 
+import json
 import os
 import sys
 import tarfile
@@ -13,15 +14,19 @@ from timm.data import create_dataset
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
 
+from sret_cli.classes import order_classes
 from sret_cli.errors import DATA, SretError
 from sret_cli.folders import TEST_NAMES, refuse_cut
 from sret_cli.sources import Indexed, Source, unreadable
 
 HASHED_IMAGES = 100  # of a Hugging Face dataset, beside the names and sizes of all
+USUAL_LABELS = ("label", "labels")
 
 
 @cache
-def named_source(dataset: str, data_dir: str | None, training: bool) -> Source:
+def named_source(
+    dataset: str, data_dir: str | None, training: bool, label_column: str | None = None
+) -> Source:
     """The training or test images of `tar`, `hfds`, `hfds/NAME` or `torch/NAME`.
 
     Raises:
@@ -31,7 +36,7 @@ def named_source(dataset: str, data_dir: str | None, training: bool) -> Source:
         return tar_source(Path(data_dir or ""), training)
     if dataset.startswith("torch/"):
         return torchvision_source(dataset, str(data_dir), training)
-    return hugging_face_source(dataset, data_dir, training)
+    return hugging_face_source(dataset, data_dir, training, label_column)
 
 
 def tar_source(data_dir: Path, training: bool) -> Source:
@@ -78,10 +83,13 @@ def _without_hidden(root: Path, reader: ReaderImageInTar) -> tuple[str, ...]:
     shown = ~np.array(hidden)
     if not shown.any():
         raise SretError(f"cannot read {root}: no images in it but hidden ones", DATA)
-    numbers, targets = np.unique(reader.targets[shown], return_inverse=True)
-    reader.samples, reader.targets = reader.samples[shown], targets
-    names = list(reader.class_name_to_idx)
-    return tuple(str(names[number]) for number in numbers)
+    names = {number: str(name) for name, number in reader.class_name_to_idx.items()}
+    targets = [names[int(number)] for number in reader.targets[shown]]
+    classes = order_classes(targets)
+    places = {name: place for place, name in enumerate(classes)}
+    reader.samples = reader.samples[shown]
+    reader.targets = np.array([places[name] for name in targets])
+    return tuple(classes)
 
 
 def _tar(data_dir: Path, names: Sequence[str]) -> Path | None:
@@ -116,15 +124,18 @@ def torchvision_source(dataset: str, root: str, training: bool) -> Source:
     return Source(f"{dataset} {split}", Indexed(found), tuple(names))
 
 
-def hugging_face_source(dataset: str, data_dir: str | None, training: bool) -> Source:
+def hugging_face_source(
+    dataset: str, data_dir: str | None, training: bool, label_column: str | None = None
+) -> Source:
     """Images of a Hugging Face dataset: a folder of parquet files or of images, or a cached one.
 
     `hfds` alone reads the folder `data_dir`; `hfds/NAME` a folder, or a dataset in the cache, which
-    `data_dir` then is. Nothing is downloaded, unless the environment has HF_HUB_OFFLINE=0.
+    `data_dir` then is. Nothing is downloaded, unless the environment has HF_HUB_OFFLINE=0. Classes
+    have the order of the column's `ClassLabel`; names in a column of text that of `order_classes`.
 
     Raises:
-        SretError: it is not there, has no columns of images and classes, or a class that the split
-            `train` has not.
+        SretError: it is not there, has no columns of images and classes, or several of classes to
+            choose from, or a class that the split `train` has not.
     """
     try:
         import datasets
@@ -145,40 +156,146 @@ def hugging_face_source(dataset: str, data_dir: str | None, training: bool) -> S
     for split in ("train",) if training else TEST_NAMES:
         if split not in splits:
             continue
-        image, label = _columns(name, splits[split].features)
-        labels = splits[split].features[label]
-        numbers = splits[split].unique(label)
-        if not training and set(numbers) == {-1}:
+        features = splits[split].features
+        image, label = _image_column(name, features), _label_column(name, features, label_column)
+        labels = splits[split].unique(label)
+        if not training and set(labels) == {-1}:
             continue  # as in ImageNet's own test images, whose classes are secret
-        if not all(isinstance(n, int) and n >= 0 for n in numbers):
-            raise SretError(f"{name}, {split}: {label} holds other than numbers of classes", DATA)
-        names = getattr(labels, "names", None)
-        if names is None and not training and "train" in splits:
-            names = named_source(dataset, data_dir, True).classes
-        names = names or tuple(map(str, range(max(numbers, default=-1) + 1)))
-        if max(numbers, default=-1) >= len(names):
-            raise SretError(
-                f"{name}, {split}: {label} holds the class {max(numbers)}, and there are "
-                f"{len(names)} classes to train on, from 0; remove its images",
-                DATA,
-            )
-        reader = ReaderHfds(name, root, split, input_key=image, target_key=label)
-        return Source(f"{name} {split}", reader, tuple(names))
+        trained = None
+        if not training and "train" in splits:
+            trained = named_source(dataset, data_dir, True, label_column)
+        where = f"{name}, {split}: {label}"
+        numbers = None
+        if _is_text(features[label]):
+            names, named = _names(where, labels, None if trained is None else trained.classes), True
+            numbers = {class_: number for number, class_ in enumerate(names)}
+        else:
+            of_files = _file_names(name, root, split, label, features[label])
+            names, named = _numbered(where, labels, of_files, trained)
+        reader = ReaderHfds(name, root, split, numbers, input_key=image, target_key=label)
+        return Source(f"{name} {split}", reader, names, named)
     wanted = "train" if training else "labelled " + ", ".join(TEST_NAMES)
     raise SretError(f"{name} has no split {wanted}, but {', '.join(splits)}", DATA)
 
 
-def _columns(name: str, features: Any) -> tuple[str, str]:
-    """The columns of images and of classes: those of such a type, else those of usual names."""
-    image = [column for column, kind in features.items() if type(kind).__name__ == "Image"]
-    label = [column for column, kind in features.items() if type(kind).__name__ == "ClassLabel"]
-    image += [column for column in ("image", "img") if column in features]
-    label += [column for column in ("label", "labels") if column in features]
-    if not image or not label:
+def _image_column(name: str, features: Any) -> str:
+    """The column of images: the first of such a type, else that of a usual name."""
+    found = [column for column, kind in features.items() if type(kind).__name__ == "Image"]
+    found += [column for column in ("image", "img") if column in features]
+    if not found:
         raise SretError(
-            f"{name} has the columns {', '.join(features)}; name them image and label", DATA
+            f"{name} has the columns {', '.join(features)}, none of them of images; name that of "
+            "the images image",
+            DATA,
         )
-    return image[0], label[0]
+    return found[0]
+
+
+def _label_column(name: str, features: Any, chosen: str | None) -> str:
+    """The column of classes: the chosen one, else `label`, else the only one there is."""
+    fit = [column for column, kind in features.items() if _is_class(kind) and "," not in column]
+    found = [c for c in fit if type(features[c]).__name__ == "ClassLabel" or c in USUAL_LABELS]
+    choose = f"choose one by train.label_column: {', '.join(fit)}" if fit else "add one"
+    if chosen is not None and chosen not in fit:
+        what = "holds neither numbers nor names of classes" if chosen in features else "is not one"
+        raise SretError(
+            f"{name} has the columns {', '.join(features)}; {chosen!r} {what}; {choose}", DATA
+        )
+    if not found and chosen is None:
+        raise SretError(
+            f"{name} has the columns {', '.join(features)}, none of them called label or of the "
+            f"type ClassLabel; {choose}",
+            DATA,
+        )
+    if len(found) > 1 and chosen is None and "label" not in found:
+        raise SretError(
+            f"{name} has {len(found)} columns of classes, {', '.join(found)}, none of them called "
+            "label; choose one by train.label_column",
+            DATA,
+        )
+    return chosen or ("label" if "label" in found else found[0])
+
+
+def _is_text(kind: Any) -> bool:
+    return getattr(kind, "dtype", None) in ("string", "large_string")
+
+
+def _is_class(kind: Any) -> bool:
+    """Whether a column can hold classes: `ClassLabel`, whole numbers or text."""
+    dtype = str(getattr(kind, "dtype", ""))
+    return _is_text(kind) or dtype.removeprefix("u").startswith("int")
+
+
+def _names(where: str, labels: list[Any], trained: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The classes of a column of text: those of the training images, where it is of others."""
+    if None in labels:
+        raise SretError(f"{where} has images without a class; remove them", DATA)
+    others = order_classes(set(labels) - set(trained or labels))
+    if others:
+        raise SretError(
+            f"{where} holds the class {others[0]!r}, which the training images have not; remove "
+            "its images",
+            DATA,
+        )
+    return trained or tuple(order_classes(labels))
+
+
+def _numbered(
+    where: str, labels: list[Any], names: tuple[str, ...] | None, trained: Source | None
+) -> tuple[tuple[str, ...], bool]:
+    """The classes of a column of numbers, and whether they have names."""
+    if not all(isinstance(label, int) and label >= 0 for label in labels):
+        raise SretError(
+            f"{where} holds other than numbers of classes; remove those images, or choose another "
+            "column by train.label_column",
+            DATA,
+        )
+    named = names is not None
+    if names is None and trained is not None:
+        names, named = trained.classes, trained.named
+    highest = max(labels, default=-1)
+    names = names or tuple(map(str, range(highest + 1)))
+    if highest >= len(names):
+        raise SretError(
+            f"{where} holds the class {highest}, and there are {len(names)} classes to train on, "
+            "from 0; remove its images",
+            DATA,
+        )
+    return names, named
+
+
+def _file_names(
+    name: str, root: str | None, split: str, label: str, kind: Any
+) -> tuple[str, ...] | None:
+    """The names of a `ClassLabel` as the parquet files of a split have them; None of other types.
+
+    The package datasets takes those of the first file for all, in whatever order others have them.
+
+    Raises:
+        SretError: the files have them in several orders.
+    """
+    if not hasattr(kind, "names"):
+        return None
+    from datasets import load_dataset_builder
+    from pyarrow import parquet
+
+    files = load_dataset_builder(name, cache_dir=root).config.data_files or {}
+    found: dict[tuple[str, ...], str] = {}
+    for path in map(str, files.get(split, ())):
+        if path.endswith(".parquet") and os.path.isfile(path):
+            about = json.loads((parquet.read_schema(path).metadata or {}).get(b"huggingface", "{}"))
+            feature = about.get("info", {}).get("features", {}).get(label, {})
+            if names := tuple(feature.get("names", ())):
+                found.setdefault(names, path)
+    if len(found) > 1:
+        (first, path), (second, other), *_ = found.items()
+        differ = next(n for n in range(len(first) + 1) if first[n : n + 1] != second[n : n + 1])
+        raise SretError(
+            f"{path} and {other} number the classes of {label} differently, first the class "
+            f"{differ}; write them with one ClassLabel",
+            DATA,
+        )
+    return next(iter(found), tuple(kind.names))
 
 
 def identify(source: Source) -> Iterator[bytes | memoryview]:

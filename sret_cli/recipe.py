@@ -25,6 +25,7 @@ def check_compile_mode(mode: Any) -> Any:
 
 DATASETS = ("digits", "synthetic", "folder", "tar", "hfds", "wds")
 NAMED = ("hfds", "torch")  # with a name after a slash
+WITH_COLUMNS = ("hfds", "wds")  # whose samples may have several labels
 
 # DeiT's published training: arXiv 2012.12877, table 9, and the defaults of its main.py.
 _DEIT: dict[str, Any] = {
@@ -104,12 +105,14 @@ class TrainSpec(Strict):
     seed and the step alone. A `clip_grad`, `mixup`, `cutmix` or `model_ema_decay` of 0 is none, and
     a `layer_decay` of 1. `decay_epochs` is of the schedules `step`, `wsd` and `rsqrt`,
     `decay_milestones` of `multistep`, `decay_rate` of both, and it is the power of `poly`. `init`
-    is a directory with weights to start from. `recompute` has the backward pass recompute each pass
-    ("pass"), segments of so many passes (a number), or what takes least memory ("auto"); `compile`
-    has each kind of pass compiled ("auto": where there is a compiler).
+    is a directory with weights to start from; with `reset_head` the head starts anew. `recompute`
+    has the backward pass recompute each pass ("pass"), segments of so many passes (a number), or
+    what takes least memory ("auto"); `compile` has each kind of pass compiled ("auto": where there
+    is a compiler).
     The defaults train the preset `nano` on `digits`; on other images, `hflip` is 0.5 and `crop_pct`
     0.875 where they are not given. With a `data_dir` and no other word, the dataset is a folder of
-    images.
+    images. `label_column` names the column of `hfds` that has the classes, or of `wds` the files
+    (`cls`) or the field of their files `.json`: numbers, or the names of classes as text.
     A `teacher` is a model of timm's, with the weights of a file `teacher_checkpoint` or those that
     timm downloads, or a directory of a trained model; `teacher_img_size` is what it was trained on
     where timm says otherwise. `soft_labels` is a directory that `sret distill-labels` wrote. With
@@ -124,6 +127,7 @@ class TrainSpec(Strict):
     recipe: Literal["none", "sret", "deit", "finetune", "small"] = "none"
     dataset: str = "digits"
     data_dir: str | None = None
+    label_column: str | None = None
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 15
     batch_size: Annotated[int, Field(ge=2, le=1_000_000)] = 64
     accumulation: Count = 1
@@ -145,6 +149,7 @@ class TrainSpec(Strict):
     cutmix: Annotated[float, Field(ge=0)] = 0.0
     model_ema_decay: Rate = 0.0
     init: str | None = None
+    reset_head: bool = False
     teacher: str | None = None
     teacher_checkpoint: str | None = None
     teacher_img_size: Count | None = None
@@ -235,6 +240,13 @@ class TrainSpec(Strict):
                 f"data_dir = {self.data_dir!r} is not used by dataset = {self.dataset!r}; "
                 "use --dataset folder, or leave it out"
             )
+        if self.label_column is not None and self.dataset.partition("/")[0] not in WITH_COLUMNS:
+            raise SretError(
+                f"label_column = {self.label_column!r}: dataset = {self.dataset!r} has no columns "
+                f"to choose from, but {' and '.join(WITH_COLUMNS)} have; leave it out"
+            )
+        if self.reset_head and self.init is None:
+            raise SretError("reset_head = true needs weights to start from; name some as init")
         if self.warmup_epochs and self.warmup_epochs >= self.epochs:
             raise SretError(
                 f"{self.warmup_epochs} warm-up epochs leave nothing of {self.epochs} epochs; "

@@ -63,6 +63,9 @@ MEASUREMENTS = (
 OUTCOME = ("status", "error")  # what became of the training, and the reason where it failed
 # Of a training: how it handles what goes wrong, which does not make it another one.
 HANDLING = {"on_bad_image": "stop"}
+# Fields of a training that came later, and their values that change nothing: with these they are
+# no part of a run's id, and configs that lack them are the same.
+LATER_FIELDS = {"label_column": None, "reset_head": False}
 CONFIG_FILE = "config.json"
 LOCK_FILE, HOLDER_FILE = ".lock", ".lock.json"
 
@@ -275,15 +278,20 @@ def refuse_other_config(where: str, found: Any, config: Row) -> None:
 
 
 def _flat(config: Any) -> Row:
-    """The fields of the tables `model` and `train`, as JSON gives them."""
+    """The fields of the tables `model` and `train`, as JSON gives them, but for those left out."""
     config = json.loads(json.dumps(config))
     tables = config if isinstance(config, dict) else {}
     return {
         f"{table}.{key}": value
         for table in ("model", "train")
         for key, value in (tables.get(table) or {}).items()
-        if table == "model" or key not in HANDLING
+        if table == "model" or not (key in HANDLING or is_later_default(key, value))
     }
+
+
+def is_later_default(field: str, value: Any) -> bool:
+    """Whether a field of a training came later and has the value that changes nothing."""
+    return field in LATER_FIELDS and value == LATER_FIELDS[field]
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -12,7 +12,14 @@ from sret_cli.cost import fit_width, parse_quantity, twin
 from sret_cli.errors import CHECKPOINT, DATA, SretError, nearest
 from sret_cli.folders import folder_classes
 from sret_cli.recipe import RATES, TrainSpec
-from sret_cli.records import CONFIG_FILE, HANDLING, MEASUREMENTS, OUTCOME, read_json
+from sret_cli.records import (
+    CONFIG_FILE,
+    HANDLING,
+    MEASUREMENTS,
+    OUTCOME,
+    is_later_default,
+    read_json,
+)
 from sret_cli.spec import ModelSpec, preset
 
 Table = dict[str, Any]
@@ -39,11 +46,13 @@ class Run:
     def run_id(self) -> str:
         """The first 10 hex digits of the SHA-256 of the canonical JSON of what the run does.
 
-        How it handles what goes wrong (`records.HANDLING`) has no part in it.
+        How it handles what goes wrong (`records.HANDLING`) has no part in it, nor have later fields
+        at the value that changes nothing (`records.LATER_FIELDS`).
         """
         spec = self.spec()
         if spec["train"] is not None:
-            spec["train"] |= HANDLING
+            train = spec["train"] | HANDLING
+            spec["train"] = {k: v for k, v in train.items() if not is_later_default(k, v)}
         text = json.dumps(spec, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 
@@ -176,10 +185,11 @@ def dataset_classes(train: TrainSpec) -> int | None:
     if train.dataset == "wds":
         from sret_cli.streams import find_shards
 
-        return find_shards(str(train.data_dir), True).classes
+        return find_shards(str(train.data_dir), True, train.label_column).classes
     from sret_cli.readers import named_source
 
-    return len(named_source(train.dataset, train.data_dir, True).classes)
+    source = named_source(train.dataset, train.data_dir, True, train.label_column)
+    return len(source.classes)
 
 
 def continued(directory: Path, epochs: int | None, on_bad_image: str | None = None) -> Run:

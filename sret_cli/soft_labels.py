@@ -23,7 +23,9 @@ from torchvision.transforms import functional
 
 from sret_cli.augment import MODES, seeded
 from sret_cli.backbone import Spec
+from sret_cli.classes import ClassList, match_classes
 from sret_cli.errors import CHECKPOINT, DATA, SretError
+from sret_cli.folders import folder_classes
 from sret_cli.readers import identify
 from sret_cli.recipe import TrainSpec
 from sret_cli.records import read_json
@@ -31,13 +33,15 @@ from sret_cli.sources import Source
 from sret_cli.strict import Count, Share, Strict, as_tuples
 from sret_cli.weights import sha256
 
-LABELS_FILE, HEADER_FILE = "labels.bin", "labels.json"
+LABELS_FILE, HEADER_FILE, PROGRESS_FILE = "labels.bin", "labels.json", "labels.part.json"
 MAX_SIDE = MAX_CLASSES = 65_535  # of a box and of the classes, in 16 bits
 RATIO = (3 / 4, 4 / 3)  # of the sides of a crop, as in timm's training transform
 
 
 class LabelsSpec(Strict):
     """How soft labels were made and of which images, as `labels.json` has it.
+
+    `classes` are the names of the classes whose numbers the labels have, where they are known.
 
     Raises:
         SretError: a value is of the wrong type or out of range.
@@ -52,6 +56,7 @@ class LabelsSpec(Strict):
     images: Count
     images_sha256: str
     num_classes: Annotated[int, Field(ge=2, le=MAX_CLASSES)]
+    classes: tuple[str, ...] | None = None
     in_chans: Count
     img_size: Count
     scale: tuple[float, float]
@@ -62,7 +67,7 @@ class LabelsSpec(Strict):
     top_k: Count
     sha256: str = ""
 
-    @field_validator("scale", mode="before")
+    @field_validator("scale", "classes", mode="before")
     @classmethod
     def _list_to_tuple(cls, value: Any) -> Any:
         return as_tuples(value)
@@ -174,6 +179,14 @@ class StoredLabels:
                     f"has {value}; set {key} = {stored}, or write others by `sret distill-labels`",
                     DATA,
                 )
+        if self.spec.classes is not None and source.named:
+            stored_list = label_list(self.directory, self.spec.classes)
+            if match_classes(source.class_list, stored_list) is not None:
+                raise SretError(
+                    f"the classes of {source.name} have another order than those of the labels in "
+                    f"{self.directory}; {stored_list.remedy}",
+                    DATA,
+                )
         same = self.spec.images == len(source)
         if not same or self.spec.images_sha256 != hash_images(source, train.dataset):
             raise SretError(
@@ -205,6 +218,31 @@ class StoredLabels:
         best = np.stack((record["classes"].astype(np.float32), record["probabilities"]))
         pixels = Crop(top, left, height, width, bool(record["flip"])).cut(image, self.spec)
         return pixels, torch.from_numpy(best)
+
+
+def label_list(directory: Path, classes: tuple[str, ...]) -> ClassList:
+    """The classes of the labels in a directory, to be compared with those of images."""
+    return ClassList(
+        classes, f"the labels in {directory}", "write labels of these by `sret distill-labels`"
+    )
+
+
+def stored_classes(directory: Path, train: TrainSpec) -> ClassList | None:
+    """The classes of the labels in a directory, finished or not; None where it does not say them.
+
+    Of a folder, labels without names were written when its classes had the order of plain text.
+    """
+    paths = [directory / name for name in (HEADER_FILE, PROGRESS_FILE)]
+    path = next((path for path in paths if path.is_file()), None)
+    found = read_json(path) if path is not None else None
+    if path is not None and path.name == PROGRESS_FILE and isinstance(found, dict):
+        found = found.get("labels")
+    if not isinstance(found, dict):
+        return None
+    names = found.get("classes")
+    if names is None and train.dataset == "folder":
+        names = sorted(folder_classes(Path(train.data_dir or "")))
+    return None if names is None else label_list(directory, tuple(map(str, names)))
 
 
 def read_labels_spec(directory: Path) -> LabelsSpec:

@@ -7,7 +7,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 from timm.data.readers.img_extensions import get_img_extensions
-from timm.utils.misc import natural_key
 
+from sret_cli.classes import DIGITS, ClassList, natural_key, order_classes
 from sret_cli.errors import DATA, SretError
 from sret_cli.folders import (
     class_folders,
@@ -51,11 +51,17 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """Labelled images by index, and the names of the classes, where they are known."""
+    """Labelled images by index, and the names of the classes.
+
+    Images that have numbers of classes alone are not `named`: their classes are these numbers.
+    `numbers` has the number of each class of the images, where that is another than theirs.
+    """
 
     name: str
     images: Images
     classes: tuple[str, ...]
+    named: bool = True
+    numbers: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -68,9 +74,21 @@ class Source:
         """
         try:
             found, target = self.images[index]
-            return decode(found, mode), int(target)
+            number = int(target)
+            return decode(found, mode), self.numbers[number] if self.numbers else number
         except UNREADABLE as error:
             raise unreadable(self.filename(index), error) from None
+
+    @property
+    def class_list(self) -> ClassList:
+        """The classes, to be compared with those of other data or of a model."""
+        return ClassList(self.classes if self.named else None, f"the data {self.name}")
+
+    def in_order(self, classes: tuple[str, ...]) -> "Source":
+        """The same images, whose classes have the numbers of the same names in another order."""
+        own = [self.classes[n] for n in self.numbers] if self.numbers else self.classes
+        places = {name: place for place, name in enumerate(classes)}
+        return replace(self, classes=classes, numbers=tuple(places[name] for name in own))
 
     def filename(self, index: int) -> str:
         """What an image is called in messages."""
@@ -216,7 +234,7 @@ def synthetic(seed: int, img_size: int, channels: int, classes: int) -> tuple[So
     shape = (img_size, img_size) if channels == 1 else (img_size, img_size, channels)
     train, test = (Synthetic(count, seed, shape, classes) for count in SYNTHETIC_IMAGES)
     names = tuple(map(str, range(classes)))
-    return Source("synthetic", train, names), Source("synthetic", test, names)
+    return Source("synthetic", train, names, False), Source("synthetic", test, names, False)
 
 
 def digits() -> tuple[Source, Source]:
@@ -233,20 +251,21 @@ def digits() -> tuple[Source, Source]:
         images, data.target, test_size=0.2, random_state=0, stratify=data.target
     )
     train, test, train_targets, test_targets = split
-    names = tuple(map(str, range(10)))
     return (
-        Source("digits", Listed(list(train), train_targets.tolist()), names),
-        Source("digits", Listed(list(test), test_targets.tolist()), names),
+        Source("digits", Listed(list(train), train_targets.tolist()), DIGITS),
+        Source("digits", Listed(list(test), test_targets.tolist()), DIGITS),
     )
 
 
-def train_folder(data_dir: Path) -> Source:
-    """Images of `train/`, one folder a class.
+def train_folder(data_dir: Path, classes: tuple[str, ...] | None = None) -> Source:
+    """Images of `train/`, one folder a class, class by class in the order of `folder_classes`.
+
+    `classes` are the same in another order, for those that were numbered otherwise.
 
     Raises:
         SretError: the folder or a class has no images.
     """
-    folder, classes = image_root(data_dir) / "train", tuple(folder_classes(data_dir))
+    folder, classes = image_root(data_dir) / "train", classes or tuple(folder_classes(data_dir))
     source = _images(folder, classes)
     assert isinstance(source.images, Listed)
     empty = sorted(set(range(len(classes))) - set(source.images.targets))
@@ -255,12 +274,12 @@ def train_folder(data_dir: Path) -> Source:
     return source
 
 
-def test_folder(data_dir: Path) -> Source:
+def test_folder(data_dir: Path, classes: tuple[str, ...] | None = None) -> Source:
     """Images of `test/`, `val/` or `validation/`, one folder a class; of several, the first.
 
     The classes are the folders of `train/` where there is one, else those of the test images. A
     folder may be empty: so a part of the classes keeps its numbers. ImageNet as Kaggle unpacks it
-    is known by its `LOC_val_solution.csv`.
+    is known by its `LOC_val_solution.csv`. `classes` are as in `train_folder`.
 
     Raises:
         SretError: the folder is missing or has no images, or a class that `train/` has not.
@@ -269,15 +288,17 @@ def test_folder(data_dir: Path) -> Source:
     test = find_test(root)
     if test is None:
         raise SretError(f"{root} has no test/ and no val/; put images to test on in one", DATA)
-    trained = folder_classes(data_dir) if (root / "train").is_dir() else None
+    trained: Sequence[str] | None = classes
+    if trained is None and (root / "train").is_dir():
+        trained = folder_classes(data_dir)
     flat = kaggle_labels(data_dir)
     if flat is not None and not class_folders(flat[0]):
-        return _labelled(*flat, tuple(trained or sorted(set(flat[1].values()))))
-    classes = class_folders(test)
-    others = [name for name in classes if trained is not None and name not in set(trained)]
+        return _labelled(*flat, tuple(trained or order_classes(flat[1].values())))
+    found = class_folders(test)
+    others = [name for name in found if trained is not None and name not in set(trained)]
     if others:
         raise SretError(f"{test} has the class {others[0]!r}, which train/ has not; add it", DATA)
-    return _images(test, tuple(trained or classes))
+    return _images(test, tuple(trained or found))
 
 
 def _images(folder: Path, classes: tuple[str, ...]) -> Source:

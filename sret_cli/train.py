@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sret_cli import records
-from sret_cli.checkpoint import Checkpoint, Writer, newest
+from sret_cli.checkpoint import Checkpoint, Writer, finished, newest
+from sret_cli.classes import ClassList, config_classes
 from sret_cli.data import Loader, load_data
 from sret_cli.distributed import ALONE, Ranks
 from sret_cli.errors import (
@@ -99,7 +100,11 @@ def train(
     workers = default_workers(run.train) if workers is None else workers
     with ExitStack() as stack, ranks.ending_all():
         with ranks.agreeing():
-            loaders = load_data(run.train, run.model, workers, ranks.rank, ranks.world_size)
+            order = trained_classes(run, directory) if ranks.leads else None
+        order = ranks.broadcast(order)
+        with ranks.agreeing():
+            where = workers, ranks.rank, ranks.world_size
+            loaders = load_data(run.train, run.model, *where, order)
             trainer = Trainer(run, loaders[0], target_device, gpu_memory, ranks, shards)
             if ranks.leads:
                 stack.enter_context(records.locked(directory))
@@ -121,12 +126,26 @@ def train(
             raise not_enough(error, trainer) from None
 
 
-def describe(run: Run, classes: tuple[str, ...] = ()) -> Row:
-    """What `config.json` says of a run, and of its data's classes where they are told."""
+def describe(run: Run, classes: tuple[str, ...] | None = None) -> Row:
+    """What `config.json` says of a run, and the names of its classes where they are known."""
     config = {"study": run.study, "name": run.name, **run.spec()}
-    if classes and run.train is not None and run.train.dataset != "digits":
+    if classes is not None:
         config["classes"] = list(classes)
     return config
+
+
+def trained_classes(run: Run, directory: Path) -> ClassList | None:
+    """The classes that a run, which goes on from a checkpoint, has trained on; else None.
+
+    They keep their numbers, whatever the order that the data have now.
+    """
+    own = [directory] if run.continues is None else [directory, directory.parent / run.continues]
+    source = next((found for found in own if finished(found)), None)
+    if source is None or not (source / CONFIG_FILE).is_file():
+        return None
+    names = config_classes(records.read_json(source / CONFIG_FILE))
+    remedy = f"put the classes back, or remove {source} to start over"
+    return None if names is None else ClassList(names, f"the run {source}", remedy, CHECKPOINT)
 
 
 class Session:
@@ -167,7 +186,7 @@ class Session:
                     was = ", ".join(changed)
                     self.note(f"{found.path} was written by {was}: last digits may differ")
                 self._open_metrics(found, tensorboard)
-                config = describe(self.trainer.run, self.trainer.loader.classes)
+                config = describe(self.trainer.run, self.trainer.loader.class_list.names)
                 records.write_config(self.directory, config)
         bad, known = self.trainer.progress.bad_images, self.trainer.loader.bad_images
         known += [text for text in bad if text not in known]
@@ -252,7 +271,8 @@ class Session:
             if model is not trainer.module:
                 records.make_directory(directory)
                 records.write_json(
-                    directory / CONFIG_FILE, describe(trainer.run, trainer.loader.classes)
+                    directory / CONFIG_FILE,
+                    describe(trainer.run, trainer.loader.class_list.names),
                 )
             save_weights(state, directory)
 

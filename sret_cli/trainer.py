@@ -100,7 +100,8 @@ class Trainer:
         torch.manual_seed(self.spec.seed)
         self.module = build_any(run.model).to(device)
         if self.spec.init is not None:
-            load_weights(self.module, Path(self.spec.init))
+            init = Path(self.spec.init)
+            load_weights(self.module, init, loader.class_list, self.spec.reset_head)
         set_recompute(self.module, self.spec, device, gpu_memory, ranks.world_size)
         if self.spec.recursions_range is not None:
             self.module.set_recursions(self.spec.recursions_range[1])  # refuses what has no weights
@@ -119,7 +120,7 @@ class Trainer:
         self.schedule = create_schedule(self.optimizer, self.spec, len(loader))
         self.schedule.step_update(0)
         self.mixup = create_mixup(self.spec, run.model.num_classes)
-        self.distillation = create_distillation(self.spec, run.model, device)
+        self.distillation = create_distillation(self.spec, run.model, device, loader.class_list)
         compile_model(
             self.module,
             self.spec.compile,

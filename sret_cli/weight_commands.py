@@ -34,10 +34,13 @@ def evaluate(
     ] = None,
     data_dir: Annotated[
         str | None,
-        typer.Option(help="A folder with val/ or test/, and as many classes as the model."),
+        typer.Option(help="A folder with val/ or test/, and the classes of the model."),
     ] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Its kind, where it is no folder: tar, hfds, wds …")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="The column of classes, where hfds or wds have several.")
     ] = None,
     img_size: Annotated[
         int | None, typer.Option(help="Of the images; position embeddings are resampled.")
@@ -76,7 +79,7 @@ def evaluate(
         rows = [
             evaluate_run(
                 *(directory, data_dir, batch_size, precision, device, workers, changes),
-                *(reference_shuffle, on_step, count, dataset),
+                *(reference_shuffle, on_step, count, dataset, label_column),
             )
             for count in counts
         ]

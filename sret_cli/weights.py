@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sret_cli.backbone import read_spec
+from sret_cli.classes import ClassList, all_outputs, config_classes, match_classes
 from sret_cli.errors import CHECKPOINT, USAGE, SretError, note_once
 from sret_cli.model import SReT, build_model
 from sret_cli.records import CONFIG_FILE, make_directory, read_json, write_atomically, write_json
@@ -115,14 +116,18 @@ def load_model(directory: Path, changes: Mapping[str, Any] | None = None) -> Any
     return model
 
 
-def load_weights(model: Any, directory: Path) -> None:
+def load_weights(
+    model: Any, directory: Path, classes: ClassList | None = None, reset_head: bool = False
+) -> None:
     """Loads what a directory holds into a model of the same design.
 
-    Position embeddings of another image size are resampled; a head for other classes stays fresh,
-    which is told once.
+    Position embeddings of another image size are resampled; a head for another number of classes
+    stays fresh, which is told once, and with `reset_head` any. Where `classes` tells those that the
+    model is to have, the head gets their order.
 
     Raises:
-        SretError: a file is missing or damaged, or the weights are of another model.
+        SretError: a file is missing or damaged, or the weights are of another model, or of other
+            classes.
     """
     path = directory / WEIGHTS_FILE
     if not path.is_file():
@@ -130,15 +135,33 @@ def load_weights(model: Any, directory: Path) -> None:
     tensors, state = read_tensors(path), model.state_dict()
     if isinstance(model.spec, ModelSpec):
         tensors = _fitted(tensors, model.spec)
-    for key in ("head.weight", "head.bias"):
-        if key in tensors and key in state and tensors[key].shape[0] != state[key].shape[0]:
+    head = [key for key in _head_keys(model) if key in tensors and key in state]
+    for key in head:
+        if not reset_head and tensors[key].shape[0] != state[key].shape[0]:
             note_once(
                 f"train.init = {directory} has {tensors[key].shape[0]:,} classes, and the model "
                 f"{state[key].shape[0]:,}: its head is not taken, and starts anew"
             )
-            tensors[key] = state[key]
+            reset_head = True
+    if reset_head:
+        tensors |= {key: state[key] for key in head}
+    elif head and classes is not None:
+        remedy = "use weights of these classes, or give the model a fresh head: train.reset_head"
+        names = config_classes(load_config(directory))
+        theirs = ClassList(names, f"train.init = {directory}", f"{remedy} = true", CHECKPOINT)
+        order = match_classes(classes, theirs)
+        if order is not None:
+            rows = all_outputs(order, len(state[head[0]]))
+            tensors |= {key: tensors[key][rows] for key in head}
     _check_shapes(state, tensors, str(path))
     model.load_state_dict(_like(state, tensors, str(path)))
+
+
+def _head_keys(model: Any) -> list[str]:
+    """The tensors of a model's classifiers, of which some models of timm's have two."""
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
+    names = (names,) if isinstance(names, str) else names
+    return [f"{name}.{part}" for name in names for part in ("weight", "bias")]
 
 
 def load_state(model: nn.Module, tensors: State, where: str) -> None:

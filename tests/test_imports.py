@@ -11,7 +11,8 @@ PACKAGE = Path(sret_cli.__file__).parent
 
 # A file imports only from files above it.
 ORDER = (
-    *("__init__", "processes", "errors", "strict", "depth", "recipe", "spec", "registry"),
+    *("__init__", "processes", "errors", "classes", "strict", "depth", "recipe", "spec"),
+    "registry",
     *(
         "backbone",
         "records",
