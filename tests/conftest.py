@@ -60,6 +60,17 @@ def folder(tmp_path):
 
 
 @pytest.fixture
+def hugging_face(monkeypatch, tmp_path):
+    """Where parquet files are to be, beside a cache of their own and offline."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "parquet").mkdir()
+    return tmp_path / "parquet"
+
+
+@pytest.fixture
 def sret(capsys, monkeypatch, tmp_path):
     """Runs `sret` in an empty folder: sret("build", "--json") -> (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)

@@ -125,17 +125,6 @@ def test_hidden_files_in_a_tar_file_are_no_images_and_make_no_class(tmp_path):
         assert sorted(levels(loader)) == [(0, 0), (1, 1)]
 
 
-@pytest.fixture
-def hugging_face(monkeypatch, tmp_path):
-    """Where parquet files are to be, beside a cache of their own and offline."""
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "parquet").mkdir()
-    return tmp_path / "parquet"
-
-
 def write_parquet(path, shades, targets, names=("cat", "dog")):
     from datasets import ClassLabel, Dataset, Features
     from datasets import Image as ImageColumn
