@@ -195,7 +195,8 @@ def _label_column(name: str, features: Any, chosen: str | None) -> str:
     """The column of classes: the chosen one, else `label`, else the only one there is."""
     fit = [column for column, kind in features.items() if _is_class(kind) and "," not in column]
     found = [c for c in fit if type(features[c]).__name__ == "ClassLabel" or c in USUAL_LABELS]
-    choose = f"choose one by train.label_column: {', '.join(fit)}" if fit else "add one"
+    by = "choose one by train.label_column (--label-column in eval)"
+    choose = f"{by}: {', '.join(fit)}" if fit else "add one"
     if chosen is not None and chosen not in fit:
         what = "holds neither numbers nor names of classes" if chosen in features else "is not one"
         raise SretError(
@@ -210,7 +211,7 @@ def _label_column(name: str, features: Any, chosen: str | None) -> str:
     if len(found) > 1 and chosen is None and "label" not in found:
         raise SretError(
             f"{name} has {len(found)} columns of classes, {', '.join(found)}, none of them called "
-            "label; choose one by train.label_column",
+            f"label; {by}",
             DATA,
         )
     return chosen or ("label" if "label" in found else found[0])
