@@ -285,7 +285,7 @@ def _file_names(
     for path in map(str, files.get(split, ())):
         if path.endswith(".parquet") and os.path.isfile(path):
             about = json.loads((parquet.read_schema(path).metadata or {}).get(b"huggingface", "{}"))
-            feature = about.get("info", {}).get("features", {}).get(label, {})
+            feature = ((about.get("info") or {}).get("features") or {}).get(label) or {}
             if names := tuple(feature.get("names", ())):
                 found.setdefault(names, path)
     if len(found) > 1:
