@@ -21,8 +21,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from sret_cli.classes import ClassList, config_classes
 from sret_cli.errors import CHECKPOINT, SretError
-from sret_cli.records import make_directory, reached, sync_directory, write_atomically
+from sret_cli.records import (
+    CONFIG_FILE,
+    make_directory,
+    reached,
+    read_json,
+    sync_directory,
+    write_atomically,
+)
 
 TENSORS_FILE, VALUES_FILE, MANIFEST_FILE = "tensors.safetensors", "values.json", "manifest.json"
 PREFIX = "checkpoint-"
@@ -251,6 +259,20 @@ def newest(directory: Path, note: Callable[[str], None]) -> Checkpoint | None:
 def finished(directory: Path) -> list[Path]:
     """The checkpoints of a run that have a manifest, by their steps."""
     return [path for path in folders(directory) if (path / MANIFEST_FILE).exists()]
+
+
+def trained_classes(directory: Path, continues: str | None) -> ClassList | None:
+    """The classes that a run, which goes on from a checkpoint, has trained on; else None.
+
+    They keep their numbers, whatever order the data give them now. `continues` is the run's.
+    """
+    sources = [directory] if continues is None else [directory, directory.parent / continues]
+    source = next((found for found in sources if finished(found)), None)
+    if source is None or not (source / CONFIG_FILE).is_file():
+        return None
+    names = config_classes(read_json(source / CONFIG_FILE))
+    remedy = f"put the classes back, or remove {source} to start over"
+    return None if names is None else ClassList(names, f"the run {source}", remedy, CHECKPOINT)
 
 
 def folders(directory: Path) -> list[Path]:

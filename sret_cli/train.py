@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from sret_cli import records
-from sret_cli.checkpoint import Checkpoint, Writer, finished, newest
-from sret_cli.classes import ClassList, config_classes
+from sret_cli.checkpoint import Checkpoint, Writer, newest, trained_classes
 from sret_cli.data import Loader, load_data
 from sret_cli.distributed import ALONE, Ranks
 from sret_cli.errors import (
@@ -100,7 +99,7 @@ def train(
     workers = default_workers(run.train) if workers is None else workers
     with ExitStack() as stack, ranks.ending_all():
         with ranks.agreeing():
-            order = trained_classes(run, directory) if ranks.leads else None
+            order = trained_classes(directory, run.continues) if ranks.leads else None
         order = ranks.broadcast(order)
         with ranks.agreeing():
             where = workers, ranks.rank, ranks.world_size
@@ -132,20 +131,6 @@ def describe(run: Run, classes: tuple[str, ...] | None = None) -> Row:
     if classes is not None:
         config["classes"] = list(classes)
     return config
-
-
-def trained_classes(run: Run, directory: Path) -> ClassList | None:
-    """The classes that a run, which goes on from a checkpoint, has trained on; else None.
-
-    They keep their numbers, whatever the order that the data have now.
-    """
-    own = [directory] if run.continues is None else [directory, directory.parent / run.continues]
-    source = next((found for found in own if finished(found)), None)
-    if source is None or not (source / CONFIG_FILE).is_file():
-        return None
-    names = config_classes(records.read_json(source / CONFIG_FILE))
-    remedy = f"put the classes back, or remove {source} to start over"
-    return None if names is None else ClassList(names, f"the run {source}", remedy, CHECKPOINT)
 
 
 class Session:
