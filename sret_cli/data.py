@@ -184,7 +184,7 @@ class Loader:
             SretError: an image cannot be decoded; where they are to be skipped, none of a batch.
         """
         self.batches.epoch, self.batches.start = epoch, start
-        for images, targets, errors in self.loader:
+        for images, targets, errors in self._loaded():
             if errors and (self.on_bad_image == "stop" or not len(targets)):
                 # Held by the traceback, the workers would end late, and keep their end waiting for
                 # 10 seconds; and raising the error itself would tie it and its traceback in a knot.
@@ -196,6 +196,25 @@ class Loader:
                     self.bad_images.append(text)
                     note(f"{text}; it is left out")
             yield images, targets
+
+    def _loaded(self) -> Iterator[tuple[Tensor, Tensor, list[SretError]]]:
+        """What the DataLoader gives; a killed process of it is one kind of error, torch's own.
+
+        torch asks whether its processes are alive as soon as a pipe breaks, and gives the pipe's
+        error where the one that was killed still seems to be.
+        """
+        batches = iter(self.loader)
+        while True:
+            try:
+                batch = next(batches, None)
+            except (ConnectionError, EOFError) as error:
+                if not self.workers or "in DataLoader worker process" in str(error):
+                    raise  # what reading an image met
+                reason = f"{type(error).__name__}: {error}"
+                raise RuntimeError(f"DataLoader worker (pid(s) ?) exited: {reason}") from error
+            if batch is None:
+                return
+            yield batch
 
     def normalize(self, x: Tensor) -> Tensor:
         """Images of 8 bits as float32, less the data's mean and over its deviation."""

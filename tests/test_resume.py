@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import multiprocessing.queues
 import os
 import signal
 import subprocess
@@ -137,6 +138,27 @@ def test_a_killed_process_of_the_loader_ends_the_run_with_its_state_saved(tiny, 
     assert (refused.value.code, refused.value.status) == (7, "loader_lost")
     (checkpoint,) = tmp_path.glob("checkpoint-*/manifest.json")
     assert checkpoint.parent.name in ("checkpoint-3", "checkpoint-4", "checkpoint-5")
+    assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "reset"), BrokenPipeError(32, "broken"), EOFError()]
+)
+def test_a_broken_pipe_of_a_loader_process_is_its_end(tiny, tmp_path, whole, monkeypatch, error):
+    plain, calls = multiprocessing.queues.Queue.get, []
+
+    def broken(queue, *arguments, **options):
+        if multiprocessing.parent_process() is None:
+            calls.append(queue)
+            if len(calls) == 4:
+                raise error
+        return plain(queue, *arguments, **options)
+
+    monkeypatch.setattr(multiprocessing.queues.Queue, "get", broken)
+    with pytest.raises(SretError, match="loads images was killed .* fewer --workers") as refused:
+        train(run_of(tiny), tmp_path, workers=2)
+    assert (refused.value.code, refused.value.status) == (7, "loader_lost")
+    monkeypatch.undo()
     assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
 
 
