@@ -13,7 +13,7 @@ Tensors carry their shape in their name: B batch, X anything, C channels; timm's
 `[B, N, C]`, or maps with channels last, `[B, H, W, C]`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
 from math import gcd
@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sret_cli.backbone import BackboneSpec, Spec
 from sret_cli.errors import SretError
+from sret_cli.layer_places import place_parameters
 from sret_cli.model import NLL, build_model
 from sret_cli.spec import MAX_LAYERS, ModelSpec, divisors
 
@@ -98,12 +99,23 @@ class Passes(nn.Module):
 
     def run_pass(self, number: int, x_BXC: Tensor, *arguments: Any, **named: Any) -> Tensor:
         """The pass of that number in the schedule, and its NLL."""
-        internal = self.loop == "internal"
-        index = number // self.recursions if internal else number % self.count
+        index = self._block_of_pass(number)
         x_BXC = self[index](x_BXC, *arguments, **named)
         if self.nll == "none":
             return x_BXC
         return self.nlls[number if self.nll == "per_pass" else index // self.share](x_BXC)
+
+    def blocks_of_nlls(self) -> list[int]:
+        """For each NLL, the block that it follows: the first of those that are tied."""
+        if self.nll == "none":
+            return []
+        if self.nll == "per_block":
+            return list(range(0, self.count, self.share))
+        blocks = [self._block_of_pass(number) for number in range(self.layers)]
+        return [block - block % self.share for block in blocks]
+
+    def _block_of_pass(self, number: int) -> int:
+        return number // self.recursions if self.loop == "internal" else number % self.count
 
     def _tie(self) -> None:
         """Gives tied blocks the parameters of the first of their group, as plain attributes.
@@ -151,7 +163,19 @@ def build_backbone(spec: BackboneSpec) -> Any:
     _install(model, spec, widths)
     model.spec = spec
     model.set_grad_checkpointing = MethodType(recompute_passes, model)
+    if widths:
+        model.group_matcher = MethodType(group_matcher, model)
     return model
+
+
+def group_matcher(model: nn.Module, coarse: bool = False) -> Callable[[str], int]:
+    """Where a parameter stands from input to output, by its name, for layer decay by timm."""
+    block_of_nll = {
+        f"{name}.nlls.{number}": f"{name}.{block}"
+        for name, passes in sequences(model).items()
+        for number, block in enumerate(passes.blocks_of_nlls())
+    }
+    return place_parameters(model, tuple(sequences(model)), block_of_nll, coarse)
 
 
 def recompute_passes(model: nn.Module, enable: bool = True) -> None:
