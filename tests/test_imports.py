@@ -26,7 +26,7 @@ ORDER = (
     *("streams", "run", "study", "linear", "blocks", "recompute", "stage", "model"),
     *("compilation", "layer_places", "recurse", "safe_read", "reference", "weights"),
     *("breakdown", "profiler"),
-    *("liveness", "footprint", "memory", "measure", "soft_labels", "data"),
+    *("liveness", "allocations", "footprint", "memory", "measure", "soft_labels", "data"),
     *("distributed", "evaluate", "checkpoint", "distill", "parallel", "metrics", "optimizer"),
     *("trainer", "room", "train", "team", "launch", "label_writer", "views", "export", "figures"),
     *("report", "data_check", "flags", "train_commands", "weight_commands", "data_commands"),
