@@ -140,7 +140,10 @@ def profile(
         str | None, typer.Option(help="Models of timm's to measure beside, with commas between.")
     ] = None,
     memory: Annotated[
-        bool, typer.Option("--memory", help="Predict the memory of training, on a GPU or a cpu.")
+        bool,
+        typer.Option(
+            "--memory", help="Predict the memory of training and of evaluation, on a GPU or a cpu."
+        ),
     ] = False,
     recompute: Recompute = None,
     gpu_memory: GpuMemory = None,

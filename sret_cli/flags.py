@@ -213,12 +213,14 @@ def show_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: boo
 def show_memory(runs: Any, options: Any, recompute: Any, as_json: bool) -> None:
     """Predicts the memory of runs, and prints it with what it comes to."""
     from sret_cli import report
-    from sret_cli.launch import memory_verdict, predict_memory
+    from sret_cli.launch import INFERENCE_NOTE, memory_verdict, predict_memory
 
     rows = [{**run.row(), **predict_memory(run, options, recompute)} for run in runs]
     show_rows(rows, report.MEMORY_TABLE, as_json)
     for row in () if as_json else rows:
         Output().print(memory_verdict(row))
+    if not as_json and any("inference_memory_bytes" in row for row in rows):
+        Output().print(INFERENCE_NOTE)
 
 
 def write_report(where: Path, spec: Any, out: Path, as_json: bool) -> None:

@@ -1,6 +1,8 @@
 """What the parts of a network take in memory at a batch size: stem, passes, pools and head.
 
-Each distinct part is traced once, forward and backward, on shapes without data.
+Each distinct part is traced once, forward and backward, on shapes without data. What kernels take
+inside (oneDNN's copies of weights in another layout, buffers of each thread) is a matter of the
+processor, and counts for small models alone: on a CPU small parts are run to see it.
 """
 
 from contextlib import ExitStack
@@ -10,12 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sret_cli.liveness import ALIGNMENT, Trace, Usage, fake, trace
+from sret_cli.allocations import most_allocated
+from sret_cli.liveness import ALIGNMENT, Forward, Trace, Usage, fake, trace
 from sret_cli.model import SReT
 from sret_cli.spec import ModelSpec, Pass, ends_shuffled
 from sret_cli.stage import Stage, one_pass
 
 FLOAT_BYTES, INDEX_BYTES = 4, 8
+RUN_BYTES = 16 * 2**20  # parts of at most so many bytes are run on a CPU: milliseconds each
 
 
 class Setting(NamedTuple):
@@ -67,25 +71,42 @@ class _Shapes(SReT):
             stage.gathers_RN = torch.empty_like(stage.gathers_RN, device=self.pos_embed.device)
 
 
+class _Call(NamedTuple):
+    """A part of the network: what to call, with a batch of which shape."""
+
+    forward: Forward
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_image: bool
+
+
 _traced: dict[tuple, tuple[Trace, Trace]] = {}
+_ran: dict[tuple, int] = {}
 
 
 def read_parts(spec: ModelSpec, setting: Setting) -> Parts:
     """What the parts of a network take, from a trace of each that is not known yet."""
     small, size = _small(spec), setting.batch_size
+    calls: dict[tuple, _Call] = {}
     with ExitStack() as stack:
         models: list[SReT] = []
-        known: dict[tuple, tuple[Usage, torch.dtype]] = {}
 
-        def part(key: tuple, forward: Any, shape: tuple, dtype: torch.dtype, **kind: bool) -> Any:
-            if (key, dtype) in known:
-                return known[key, dtype]
-            whole = (small, setting.device, setting.precision, key, dtype)
-            if whole not in _traced:
+        def part(
+            name: tuple,
+            forward: Forward,
+            shape: tuple[int, ...],
+            dtype: torch.dtype,
+            is_image: bool = False,
+            loss: bool = False,
+        ) -> tuple[tuple, torch.dtype]:
+            """The key of a part, and the type of what it puts out."""
+            key = (small, setting.device, setting.precision, name, dtype)
+            calls[key] = _Call(forward, shape, dtype, is_image)
+            if key not in _traced:
                 if not models:
                     stack.enter_context(fake(setting.device))
                     models.append(_Shapes(small))
-                both = [
+                training, inference = (
                     trace(
                         models[0],
                         forward,
@@ -93,37 +114,87 @@ def read_parts(spec: ModelSpec, setting: Setting) -> Parts:
                         dtype,
                         device=setting.device,
                         precision=setting.precision,
+                        loss=loss,
+                        is_image=is_image,
                         trains=trains,
-                        **kind,
                     )
                     for trains in (True, False)
-                ]
-                _traced[whole] = (both[0], both[1])
-            training, inference = _traced[whole]
-            usage = training.at(size)._replace(inference_peak=inference.at(size).forward_peak)
-            known[key, dtype] = usage, training.output_dtype
-            return known[key, dtype]
+                )
+                _traced[key] = (training, inference)
+            return key, _traced[key][0].output_dtype
 
         image = (spec.in_chans, spec.img_size, spec.img_size)
         stem, dtype = part(("stem",), _embed, image, torch.float32, is_image=True)
-        stages = []
+        stages: list[tuple[tuple[Pass, ...], list[tuple], tuple, int]] = []
         for s in range(spec.stages):
-            pool = None
+            pool: tuple = ()  # before the first stage is none
             if s:
                 before = (spec.tokens[s - 1], spec.embed_dims[s - 1])
                 pool, dtype = part(("pool", s), _run_pool(s), before, dtype)
-            usages, shape = [], (spec.tokens[s], spec.embed_dims[s])
+            passes, shape = [], (spec.tokens[s], spec.embed_dims[s])
             schedule, drops = spec.schedule(s), any(spec.drop_path_rates(s))
             for p in schedule:
-                key = (s, p.slices, p.gathers, drops)
-                usage, dtype = part(key, _run_pass(s, p, drops), shape, dtype)
-                usages.append(usage)
+                name = (s, p.slices, p.gathers, drops)
+                key, dtype = part(name, _run_pass(s, p, drops), shape, dtype)
+                passes.append(key)
             drawn = 2 * FLOAT_BYTES * size * len(schedule) if drops else 0
             if spec.shuffle == "random":
                 drawn += INDEX_BYTES * spec.tokens[s] * _gathers(schedule)
-            stages.append(StageParts(schedule, tuple(usages), pool, drawn))
+            stages.append((schedule, passes, pool, drawn))
         head, _ = part(("head",), _run_head, shape, dtype, loss=True)
-        return Parts(stem, tuple(stages), head)
+    usages = _usages(small, setting, calls)
+    found = [
+        StageParts(schedule, tuple(usages[p] for p in passes), usages.get(pool), drawn)
+        for schedule, passes, pool, drawn in stages
+    ]
+    return Parts(usages[stem], tuple(found), usages[head])
+
+
+def _usages(small: ModelSpec, setting: Setting, calls: dict[tuple, _Call]) -> dict[tuple, Usage]:
+    """What each part takes; on a CPU small parts are run, which shows what kernels take inside."""
+    size, model, usages = setting.batch_size, None, {}
+    for key, call in calls.items():
+        training, inference = _traced[key]
+        peak = inference.peak_at(size)
+        if setting.device == "cpu" and peak <= RUN_BYTES:
+            if (key, size) not in _ran:
+                if model is None:
+                    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+                        model = SReT(small).eval()
+                _ran[key, size] = _run(model, call, setting)
+            peak = max(peak, _ran[key, size])
+        usages[key] = training.at(size)._replace(inference_peak=peak)
+    return usages
+
+
+def _run(model: SReT, call: _Call, setting: Setting) -> int:
+    """The most bytes that a part holds when it is run on the CPU, its input included."""
+    x = torch.zeros(setting.batch_size, *call.shape, dtype=call.dtype)
+    ones_2B11 = torch.ones(2, setting.batch_size, 1, 1)
+    cast = torch.autocast("cpu", torch.bfloat16, enabled=setting.precision == "bf16")
+
+    def forward() -> None:
+        with torch.inference_mode(), cast:
+            call.forward(model, x, ones_2B11)
+
+    forward()  # kernels are chosen
+    return most_allocated(forward) + (0 if call.is_image else x.nbytes)
+
+
+def inference_peak(parts: Parts) -> int:
+    """The most that a forward pass without a graph holds, besides weights and the batch.
+
+    Until a stage returns, its caller holds its input, and the map that its pool read.
+    """
+    peak, before = parts.stem.inference_peak, 0
+    for stage in parts.stages:
+        if stage.pool:
+            peak = max(peak, stage.pool.inference_peak)
+        for index, usage in enumerate(stage.usages):
+            held = before + (stage.usages[0].input if index else 0)
+            peak = max(peak, held + usage.inference_peak)
+        before = stage.usages[-1].output
+    return max(peak, parts.head.inference_peak)
 
 
 def _run_pass(stage: int, p: Pass, drops: bool) -> Any:

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from sret_cli.breakdown import Profile
     from sret_cli.evaluate import OnStep
 
+INFERENCE_NOTE = (
+    "Inference is of the model as `sret eval` runs it. Its fused copy, which `sret profile "
+    "--device` times, needs less."
+)
 SECONDS_A_LINE = 30  # between lines of progress where there is no terminal
 
 
@@ -132,7 +136,8 @@ def _speed(run: Run, options: Options) -> Row:
 def predict_memory(run: Run, options: Options, recompute: str | int | None = None) -> Row:
     """The columns of a row about the memory of a training step and of inference, in bytes.
 
-    They are null for models of timm's. `recompute` is the training's own if None.
+    They are null for models of timm's. Inference is of the model as it is evaluated, not of its
+    fused copy. `recompute` is the training's own if None.
     """
     from sret_cli.memory import Setting, largest_batch, predict
 

@@ -65,10 +65,17 @@ class Trace:
     output_dtype: torch.dtype
     alignment: int
 
+    def peak_at(self, batch_size: int) -> int:
+        """The most that the forward pass holds at a batch size, with copies of weights in bf16."""
+        return _peak(self.forward, self._sizes_at(batch_size), 0)[1]
+
+    def _sizes_at(self, batch_size: int) -> list[int]:
+        align = self.alignment
+        return [-(-(a + b * batch_size) // align) * align for a, b in self.sizes]
+
     def at(self, batch_size: int) -> Usage:
         """What the call takes at a batch size."""
-        align = self.alignment
-        sizes = [-(-(a + b * batch_size) // align) * align for a, b in self.sizes]
+        sizes = self._sizes_at(batch_size)
         plain = [0 if kind else size for size, kind in zip(sizes, self.kinds, strict=True)]
         alive, forward_peak = _peak(self.forward, plain, 0)
         output = sizes[self.output]
@@ -239,7 +246,7 @@ class _Log(TorchDispatchMode):
             return kept[handle]
 
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-        with _Attention(self.device), torch.set_grad_enabled(trains), hooks, self:
+        with _Attention(self.device), torch.inference_mode(not trains), hooks, self:
             x = leaf if is_image else leaf.clone()
             self.input = self.number(x)
             with _autocast(self.device, precision):

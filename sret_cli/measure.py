@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from sret_cli.allocations import most_allocated
 from sret_cli.backbone import BackboneSpec, Spec
 from sret_cli.compilation import GraphedInference, OnFailure, compile_model
 from sret_cli.errors import RESOURCES, USAGE, SretError
@@ -178,25 +178,21 @@ def training_step(
 
 
 def peak_memory_bytes(
-    step: Callable[[], None],
+    step: Callable[[], object],
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     device: torch.device,
 ) -> int:
-    """The most memory that tensors take in a call of a training step."""
+    """The most memory that tensors take in a call of a training step, or of inference.
+
+    On a CPU: the weights, the optimizer's state if there is one, and what the call allocates.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return torch.cuda.max_memory_allocated(device)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it reports to stderr that it is there
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as record:
-        step()
-    assert record.profiler is not None
-    results = record.profiler.kineto_results
-    changes = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
     tensors = [*model.parameters(), *model.buffers()]
-    tensors += [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+    states = () if optimizer is None else optimizer.state.values()
+    tensors += [v for state in states for v in state.values() if torch.is_tensor(v)]
     there = sum(t.untyped_storage().nbytes() for t in tensors)
-    return there + max(accumulate(size for _, size in sorted(changes)))
+    return there + most_allocated(step)

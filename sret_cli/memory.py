@@ -20,6 +20,7 @@ from sret_cli.footprint import (
     Setting,
     StageParts,
     Weights,
+    inference_peak,
     read_parts,
     read_weights,
 )
@@ -54,6 +55,9 @@ class Plan(NamedTuple):
 @dataclass(frozen=True)
 class Memory:
     """What a training step has at its peak, in bytes, and the peak of inference.
+
+    Inference is the model's as `sret eval` runs it; its fused copy, which `profile` times, needs
+    less.
 
     `kept_bytes` are kept for the backward pass, with the segment under recomputation;
     `transient_bytes` are all else at the peak: the batch, temporaries and workspaces.
@@ -257,9 +261,6 @@ def _walk(parts: Parts, weights: Weights, setting: Setting, spec: ModelSpec, pla
     step.backward(parts.stem, rest)
     step.kept, step.gradients = 0, weights.parameters
     step.note(weights.parameters if setting.device == "cuda" else 2 * weights.largest)
-    everything = [parts.stem, parts.head, *(u for stage in parts.stages for u in stage.usages)]
-    everything += [stage.pool for stage in parts.stages if stage.pool]
-    inference = max(usage.inference_peak for usage in everything) + sum(step.copies.values())
     return Memory(
         weight_bytes=there,
         gradient_bytes=step.gradients_then,
@@ -267,7 +268,7 @@ def _walk(parts: Parts, weights: Weights, setting: Setting, spec: ModelSpec, pla
         kept_bytes=step.kept_then,
         transient_bytes=step.peak - there - states - step.kept_then - step.gradients_then,
         training_memory_bytes=step.peak,
-        inference_memory_bytes=there + around + inference,
+        inference_memory_bytes=there + around + inference_peak(parts),
         saved_bytes=saved,
     )
 

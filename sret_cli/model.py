@@ -188,8 +188,12 @@ class SReT(nn.Module):
         """Where a parameter stands from input to output, by its name, for layer decay by timm.
 
         The stem is first, then each block with its NLLs, whichever passes they serve, then the
-        head; `coarse` has one place for a stage. A pool goes with the stage that it leads to.
+        head; `coarse` has one place for a stage. A pool goes with the first block of the stage that
+        it leads to, and so do coefficients per pass: they are one tensor for all its blocks.
         """
+        block_of = [
+            {p.nll: p.block for p in self.spec.schedule(stage)} for stage in range(self.spec.stages)
+        ]
 
         def place(name: str) -> tuple[float, ...]:
             part, *path = name.split(".")
@@ -201,10 +205,7 @@ class SReT(nn.Module):
             if coarse or part == "pools" or path[1] not in ("blocks", "nlls"):
                 return (stage, 0)
             block = int(path[2])
-            if path[1] == "nlls":
-                schedule = self.spec.schedule(stage)
-                block = next(p.block for p in schedule if p.nll == block)
-            return (stage, block)
+            return (stage, block_of[stage][block] if path[1] == "nlls" else block)
 
         return place
 

@@ -13,10 +13,10 @@ Tensors carry their shape in their name: B batch, X anything, C channels; timm's
 `[B, N, C]`, or maps with channels last, `[B, H, W, C]`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
-from math import gcd
+from math import gcd, isqrt, prod
 from types import MethodType
 from typing import Any
 
@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sret_cli.backbone import BackboneSpec, Spec
-from sret_cli.errors import SretError
+from sret_cli.backbone import MISFITS, BackboneSpec, Spec
+from sret_cli.errors import SretError, note_once
+from sret_cli.layer_places import place_parameters
 from sret_cli.model import NLL, build_model
 from sret_cli.spec import MAX_LAYERS, ModelSpec, divisors
 
-# What timm's models raise where their parts do not fit each other or the image.
-MISFITS = (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+FEW_TOKENS = 4  # fewer are worth a note
 
 
 class Passes(nn.Module):
@@ -98,12 +98,23 @@ class Passes(nn.Module):
 
     def run_pass(self, number: int, x_BXC: Tensor, *arguments: Any, **named: Any) -> Tensor:
         """The pass of that number in the schedule, and its NLL."""
-        internal = self.loop == "internal"
-        index = number // self.recursions if internal else number % self.count
+        index = self._block_of_pass(number)
         x_BXC = self[index](x_BXC, *arguments, **named)
         if self.nll == "none":
             return x_BXC
         return self.nlls[number if self.nll == "per_pass" else index // self.share](x_BXC)
+
+    def blocks_of_nlls(self) -> list[int]:
+        """For each NLL, the block that it follows: the first of those that are tied."""
+        if self.nll == "none":
+            return []
+        if self.nll == "per_block":
+            return list(range(0, self.count, self.share))
+        blocks = [self._block_of_pass(number) for number in range(self.layers)]
+        return [block - block % self.share for block in blocks]
+
+    def _block_of_pass(self, number: int) -> int:
+        return number // self.recursions if self.loop == "internal" else number % self.count
 
     def _tie(self) -> None:
         """Gives tied blocks the parameters of the first of their group, as plain attributes.
@@ -151,7 +162,19 @@ def build_backbone(spec: BackboneSpec) -> Any:
     _install(model, spec, widths)
     model.spec = spec
     model.set_grad_checkpointing = MethodType(recompute_passes, model)
+    if widths:
+        model.group_matcher = MethodType(group_matcher, model)
     return model
+
+
+def group_matcher(model: nn.Module, coarse: bool = False) -> Callable[[str], int]:
+    """Where a parameter stands from input to output, by its name, for layer decay by timm."""
+    block_of_nll = {
+        f"{name}.nlls.{number}": f"{name}.{block}"
+        for name, passes in sequences(model).items()
+        for number, block in enumerate(passes.blocks_of_nlls())
+    }
+    return place_parameters(model, tuple(sequences(model)), block_of_nll, coarse)
 
 
 def recompute_passes(model: nn.Module, enable: bool = True) -> None:
@@ -208,6 +231,7 @@ def _create(spec: BackboneSpec) -> Any:
     values: dict[str, Any] = {"in_chans": spec.in_chans, "num_classes": spec.num_classes}
     if spec.drop_path_rate:
         values["drop_path_rate"] = spec.drop_path_rate
+    values |= dict(spec.timm_args)
     try:
         try:
             model = timm.create_model(spec.backbone, img_size=spec.img_size, **values)
@@ -218,13 +242,14 @@ def _create(spec: BackboneSpec) -> Any:
         with torch.no_grad():
             probe = deepcopy(model).eval().to("meta")
             probe(_image(spec))
-    except (*MISFITS, ZeroDivisionError) as error:
+    except MISFITS as error:
         if "allocate memory" in str(error):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        given = "".join(f", {name} = {value!r}" for name, value in spec.timm_args)
         raise SretError(
             f"timm cannot build {spec.backbone} with img_size = {spec.img_size}, in_chans = "
-            f"{spec.in_chans}, drop_path_rate = {spec.drop_path_rate:g}: {reason}"
+            f"{spec.in_chans}, drop_path_rate = {spec.drop_path_rate:g}{given}: {reason}"
         ) from None
     return model
 
@@ -268,6 +293,7 @@ def _check(model: nn.Module, spec: BackboneSpec) -> dict[str, int]:
     probe = deepcopy(model).eval().to("meta")
     _install(probe, spec.with_values(recursions=2, share=1, nll="none"), dict.fromkeys(found, 0))
     widths: dict[str, int] = {}
+    grids: dict[str, int] = {}
     calls = {(name, index): 0 for name in found for index in range(len(found[name]))}
 
     def watch(
@@ -284,6 +310,7 @@ def _check(model: nn.Module, spec: BackboneSpec) -> dict[str, int]:
                 f"the blocks of {name} are no transformer's: they pass maps, not tokens"
             )
         widths[name] = x.shape[-1]
+        grids[name] = _grid_tokens(model, x)
         calls[name, index] += 1
 
     for name, passes in sequences(probe).items():
@@ -300,7 +327,28 @@ def _check(model: nn.Module, spec: BackboneSpec) -> dict[str, int]:
             raise SretError(
                 f"it does not walk its {name} in order: block {index} ran {times} times"
             )
+    _note_few_tokens(spec, grids)
     return widths
+
+
+def _grid_tokens(model: nn.Module, x: Tensor) -> int:
+    """Tokens of the image in what a block takes, without class tokens and registers."""
+    tokens = prod(x.shape[1:-1])
+    without = tokens - getattr(model, "num_prefix_tokens", 0)
+    # Some models add their class token after these blocks; images are square, and so are grids.
+    return without if without > 0 and (isqrt(without) ** 2 == without or x.ndim > 3) else tokens
+
+
+def _note_few_tokens(spec: BackboneSpec, grids: dict[str, int]) -> None:
+    name = min(grids, key=lambda name: grids[name])
+    if grids[name] < FEW_TOKENS:
+        tokens = "1 token" if grids[name] == 1 else f"{grids[name]} tokens"
+        where = "its blocks" if len(grids) == 1 else name
+        note_once(
+            f"{spec.backbone} at {spec.img_size} px has {tokens} of the image in {where}, and "
+            "attention little to do; use larger images or, where the model takes it, a smaller "
+            "model.timm_args.patch_size"
+        )
 
 
 def _check_tying(found: dict[str, list[nn.Module]], spec: BackboneSpec) -> None:

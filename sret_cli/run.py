@@ -69,12 +69,32 @@ class Run:
     def row(self) -> Table:
         """The part of the run's row that is known beforehand; measurements are null."""
         row: Table = {"study": self.study, "run_id": self.run_id, "name": self.name}
-        row |= {f"model.{k}": v for k, v in self.spec()["model"].items()}
+        row |= flat("model", self.spec()["model"])
         if self.train is not None:
             row |= {f"train.{k}": v for k, v in self.spec()["train"].items()}
         if self.continues is not None:
             row["continues"] = self.continues
         return row | dict.fromkeys((*MEASUREMENTS, *OUTCOME)) | {"layers": self.model.layers}
+
+
+def flat(prefix: str, table: Table) -> Table:
+    """The columns of a table: `model.recursions`, and of tables in it `model.timm_args.depth`."""
+    columns: Table = {}
+    for key, value in table.items():
+        name = f"{prefix}.{key}"
+        columns |= flat(name, value) if isinstance(value, dict) else {name: value}
+    return columns
+
+
+def put(table: Table, name: str, value: Any) -> None:
+    """Sets a field of a table, or with `timm_args.depth` of the table in it."""
+    outer, dot, inner = name.partition(".")
+    if not dot:
+        table[name] = value
+        return
+    if not isinstance(table.get(outer, {}), dict):
+        raise SretError(f"{outer} = {table[outer]!r}: write it as a table")
+    table[outer] = {**table.get(outer, {}), inner: value}
 
 
 def resolve(study: str, model: Table, train: Table | None, name: str | None = None) -> Run:
@@ -122,6 +142,8 @@ def resolve_sret(table: Table) -> ModelSpec:
     """
     if "share" in table:
         raise SretError("[model] share ties the blocks of timm's models; give a backbone with it")
+    if "timm_args" in table:
+        raise SretError("[model] timm_args are of timm's models; give a backbone with them")
     _check_keys("model", table, list(MODEL_KEYS))
     try:
         values = dict(table)

@@ -19,7 +19,7 @@ from sret_cli.cost import TWIN_KINDS, twin
 from sret_cli.errors import USAGE, SretError, nearest
 from sret_cli.recipe import TrainSpec
 from sret_cli.records import MEASUREMENTS
-from sret_cli.run import BACKBONE_KEYS, MODEL_KEYS, Run, Table, resolve
+from sret_cli.run import BACKBONE_KEYS, MODEL_KEYS, Run, Table, put, resolve
 from sret_cli.spec import ModelSpec
 from sret_cli.strict import Strict
 
@@ -49,6 +49,8 @@ class ReportSpec(Strict):
         fields = [f"model.{f}" for f in dict.fromkeys((*ModelSpec.model_fields, *BACKBONE_KEYS))]
         fields += [f"train.{f}" for f in TrainSpec.model_fields]
         for column in (spec.x, *spec.y):
+            if is_timm_argument(column):
+                continue
             if column not in (*MEASUREMENTS, *fields):
                 hint = nearest(column, [*MEASUREMENTS, *fields])
                 raise SretError(f"[report] unknown column {column!r}; {hint}")
@@ -135,7 +137,7 @@ def study_of(name: str, tables: Table) -> Study:
         label = point.pop("name", None)
         for key, value in point.items():
             table, _, name_in_table = key.partition(".")
-            (model if table == "model" else train)[name_in_table] = value
+            put(model if table == "model" else train, name_in_table, value)
         trains = "train" in tables or any(key.startswith("train.") for key in point)
         if "model" in tables or "runs" in tables or model or "baselines" not in tables:
             runs.append(resolve(name, model, train if trains else None, label))
@@ -218,10 +220,16 @@ def _points(tables: Table) -> Iterator[Table]:
         yield {**row, **combination, **entry}
 
 
+def is_timm_argument(key: str) -> bool:
+    """Whether a key is `model.timm_args.NAME`; timm's model says whether it takes the argument."""
+    start, _, name = key.rpartition(".")
+    return start == "model.timm_args" and name.isidentifier()
+
+
 def _check_key(place: str, key: str) -> None:
     keys = [f"model.{k}" for k in dict.fromkeys((*MODEL_KEYS, *BACKBONE_KEYS))]
     keys += [f"train.{k}" for k in TrainSpec.model_fields]
-    if key not in keys:
+    if key not in keys and not is_timm_argument(key):
         hint = f'; write it in quotes, "{key}.…"' if key in ("model", "train") else ""
         raise SretError(f"{place} unknown key {key!r}{hint}; {nearest(key, keys)}")
 
@@ -249,11 +257,11 @@ def model_settings(settings: list[str]) -> Table:
     Raises:
         SretError: a text has another form, or names no field of the model.
     """
-    values = {}
+    values: Table = {}
     for table, key, value in map(parse_setting, settings):
         if table == "train":
             raise SretError(f"--set train.{key}: nothing is trained here; use it with `sret train`")
-        values[key] = value
+        put(values, key, value)
     return values
 
 
@@ -272,7 +280,7 @@ def from_flags(path: Path | None, model: Table, train: Table | None, settings: l
     for table, key, value in map(parse_setting, settings):
         if table == "train" and train is None:
             raise SretError(f"--set train.{key}: nothing is trained here; use it with `sret train`")
-        tables[table][key] = value
+        put(tables[table], key, value)
     if path is None:
         name = "profile" if train is None else "train"
         run = resolve(name, tables["model"], None if train is None else tables["train"])

@@ -5,7 +5,9 @@ import torch
 from families import logits
 
 from sret_cli.backbone import BackboneSpec
-from sret_cli.errors import SretError
+from sret_cli.errors import SretError, note_once
+from sret_cli.recurse import build_backbone
+from sret_cli.run import resolve
 from sret_cli.study import study_of
 from sret_cli.train import evaluate_run, train
 from sret_cli.weights import load_model, save_model
@@ -25,11 +27,147 @@ from sret_cli.weights import load_model, save_model
         ({"backbone": "vit_small", "recursions": 0}, "recursions = 0"),
         ({"backbone": "vit_small", "nll": "each"}, "nll = 'each'"),
         ({"backbone": 3}, "backbone = 3"),
+        (
+            {"backbone": "vit_small", "timm_args": {"patchsize": 8}},
+            "timm_args.patchsize: vit_small takes no such argument; did you mean 'patch_size'",
+        ),
+        (
+            {"backbone": "deit_small", "timm_args": {"depth": 2, "pach_size": 8}},
+            "timm_args.pach_size: deit_small takes no such argument; did you mean 'patch_size'",
+        ),
+        (
+            {"backbone": "naflexvit_base_patch16_gap", "timm_args": {"patchs": 8}},
+            "timm_args.patchs: naflexvit_base_patch16_gap takes no such argument",
+        ),
+        ({"backbone": "vit_small", "timm_args": 3}, "timm_args = 3: write a table"),
+        ({"backbone": "vit_small", "timm_args": {"depth": None}}, "timm_args.depth = None: give"),
+        (
+            {"backbone": "vit_small", "timm_args": {"depth": [1, {"a": 2}]}},
+            "timm_args.depth = {'a': 2}: give a number, a text, true or false, or a list",
+        ),
+        ({"backbone": "vit_small", "timm_args": {"depth": float("nan")}}, "depth = nan: give"),
+        ({"backbone": "vit_small", "timm_args": {"img_size": 8}}, "img_size is a field of the"),
+        ({"backbone": "vit_small", "timm_args": {"pretrained": True}}, "pretrained is no matter"),
     ],
 )
 def test_a_backbone_that_cannot_be_says_why(values, message):
     with pytest.raises(SretError, match=message):
         BackboneSpec(**values)
+
+
+def test_timm_args_are_arguments_of_timms_model():
+    spec = BackboneSpec(
+        backbone="swin_small",
+        img_size=32,
+        timm_args={"window_size": [2, 2], "patch_size": 2, "qkv_bias": False},
+    )
+    assert spec.timm_args == (("patch_size", 2), ("qkv_bias", False), ("window_size", (2, 2)))
+    assert hash(spec) == hash(BackboneSpec(**spec.model_dump()))
+    assert BackboneSpec(**json.loads(json.dumps(spec.model_dump(mode="json")))) == spec
+    assert spec.with_values(recursions=2).timm_args == spec.timm_args
+    model = build_backbone(spec)
+    assert model.patch_embed.patch_size == (2, 2)
+    assert model.layers[0].blocks[0].window_size == (2, 2)
+
+
+def test_without_timm_args_a_run_keeps_its_id():
+    model = {"backbone": "vit_tiny_patch16_224"}
+    run = resolve("s", model, None)
+    assert run.run_id == "38a274411f"
+    assert "timm_args" not in run.spec()["model"]
+    assert resolve("s", {**model, "timm_args": {}}, None).run_id == run.run_id
+    other = resolve("s", {**model, "timm_args": {"depth": 2}}, None)
+    assert other.run_id != run.run_id
+    assert other.row()["model.timm_args.depth"] == 2
+    assert "model.timm_args" not in other.row()
+
+
+def test_timm_args_are_axes_of_a_study():
+    tables = {
+        "model": {"backbone": "vit_small", "img_size": 16, "timm_args": {"depth": 2}},
+        "grid": {"model.timm_args.patch_size": [4, 8]},
+        "report": {"x": "model.timm_args.patch_size", "y": ["macs"]},
+    }
+    runs = study_of("s", tables).runs
+    assert [run.model.timm_args for run in runs] == [
+        (("depth", 2), ("patch_size", 4)),
+        (("depth", 2), ("patch_size", 8)),
+    ]
+    tables["grid"] = {"model.timm_args.patchsize": [4, 8]}
+    with pytest.raises(SretError, match="timm_args.patchsize: vit_small takes no such argument"):
+        study_of("s", tables)
+    with pytest.raises(SretError, match="unknown key 'model.timm_arg.depth'"):
+        study_of("s", {"grid": {"model.timm_arg.depth": [4, 8]}})
+    with pytest.raises(SretError, match="timm_args are of timm's models; give a backbone"):
+        study_of("s", {"model": {"timm_args": {"depth": 2}}})
+
+
+def test_a_value_that_timms_model_cannot_have_is_refused_with_it():
+    spec = BackboneSpec(backbone="vit_small", img_size=32, timm_args={"patch_size": 0})
+    with pytest.raises(SretError, match="timm cannot build vit_small .*, patch_size = 0: "):
+        build_backbone(spec)
+
+
+def test_a_model_with_timm_args_is_trained_evaluated_and_read_back(sret, tmp_path):
+    (tmp_path / "s.toml").write_text(
+        """
+        [model]
+        backbone = "vit_small"
+        img_size = 8
+        recursions = 2
+        [model.timm_args]
+        depth = 2
+        patch_size = 4
+        [train]
+        epochs = 1
+        warmup_epochs = 0
+        batch_size = 480
+        """
+    )
+    assert sret("run", "s.toml")[0] == 0
+    (directory,) = (tmp_path / "runs" / "s").glob("??????????")
+    row = json.loads((directory / "row.json").read_text())
+    assert (row["model.timm_args.depth"], row["model.timm_args.patch_size"]) == (2, 4)
+    assert row["layers"] == 4
+    model = load_model(directory)
+    assert model.patch_embed.grid_size == (2, 2)
+    code, out, _ = sret("eval", str(directory), "--json")
+    assert code == 0
+    assert row["params"] == sum(p.numel() for p in model.parameters())
+    flags = ("--set", "model.timm_args.patch_size=4", "--set", "model.timm_args={depth = 2}")
+    code, out, _ = sret("profile", "--backbone", "vit_small", "--img-size", 8, *flags, "--json")
+    assert code == 0
+    (profiled,) = json.loads(out)
+    assert profiled["model.timm_args.depth"] == 2
+
+
+@pytest.mark.parametrize(
+    ("backbone", "img_size", "said"),
+    [
+        ("deit_tiny_patch16_224", 16, "has 1 token of the image in its blocks"),
+        ("vit_small", 8, "has 1 token of the image in its blocks"),
+        ("xcit_small", 8, "has 1 token of the image in its blocks"),
+        ("cait_small", 16, None),
+        ("vit_small", 16, None),
+        ("swin_small", 8, "has 1 token of the image in layers.1.blocks"),
+        ("pit_small", 16, "of the image in transformers.2.blocks"),
+    ],
+)
+def test_an_image_size_that_leaves_a_handful_of_tokens_is_said_once(
+    capsys, backbone, img_size, said
+):
+    note_once.cache_clear()
+    for recursions in (1, 2):
+        build_backbone(BackboneSpec(backbone=backbone, img_size=img_size, recursions=recursions))
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if "of the image in" in line]
+    if said is None:
+        assert lines == []
+    else:
+        assert len(lines) == 1
+        assert lines[0].startswith(f"sret: {backbone} at {img_size} px ")
+        assert said in lines[0]
+        assert "model.timm_args.patch_size" in lines[0]
 
 
 def test_baselines_are_rows_for_every_training_and_image_size():

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from sret_cli import footprint, liveness
+from sret_cli.allocations import most_allocated
 from sret_cli.errors import SretError
 from sret_cli.measure import _check_memory, peak_memory_bytes
 from sret_cli.memory import Plan, Setting, fixed_plan, largest_batch, predict, set_recompute
@@ -55,7 +56,8 @@ def bytes_left_by(call):
     """What a call has allocated on the CPU, less what it has freed."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     gc.collect()  # or models of other tests are freed meanwhile
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    activities = [ProfilerActivity.CPU]
+    with profile(activities=activities, profile_memory=True, acc_events=True) as record:
         result = call()
     events = record.profiler.kineto_results.events()
     del result
@@ -107,6 +109,71 @@ def test_the_peak_is_predicted_within_a_twentieth(precision, recompute):
     memory, plan = predict(spec, Setting(8, precision, "cpu"), recompute)
     seen = peak_of(spec, 8, precision, plan, "cpu")
     assert memory.training_memory_bytes == pytest.approx(seen, rel=0.05)
+
+
+def inference_of(model, x, precision):
+    """What inference has at its peak: weights, batch, and what a second call allocates."""
+
+    def evaluate():
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, precision == "bf16"):
+            model(x)
+
+    evaluate()
+    labels = 8 * len(x)
+    return peak_memory_bytes(evaluate, model, None, torch.device("cpu")) + x.nbytes + labels
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8, 64, 256])
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"slices": (4, 2, 1), "img_size": 32}, {"residual": "layerscale", "nll": "none"}],
+    ids=["nano", "sliced", "layerscale"],
+)
+def test_the_peak_of_inference_is_predicted_within_a_fiftieth(values, batch_size, precision):
+    spec = PRESETS["nano"].with_values(**values)
+    x = torch.randn(batch_size, 3, spec.img_size, spec.img_size)
+    memory, _ = predict(spec, Setting(batch_size, precision, "cpu"))
+    seen = inference_of(build_model(spec).eval(), x, precision)
+    assert memory.inference_memory_bytes == pytest.approx(seen, rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "precision"), [("sret_t", "bf16"), ("deep", "fp32")])
+def test_the_peak_of_one_images_inference_is_predicted_within_a_fiftieth(name, precision):
+    memory, _ = predict(PRESETS[name], Setting(1, precision, "cpu"))
+    seen = inference_of(build_model(PRESETS[name]).eval(), torch.randn(1, 3, 224, 224), precision)
+    assert memory.inference_memory_bytes == pytest.approx(seen, rel=0.02)
+
+
+def test_allocations_are_the_most_that_a_call_holds_at_once():
+    def call():
+        first = torch.empty(1000, dtype=torch.uint8)
+        second = torch.empty(500, dtype=torch.uint8)
+        del first
+        return torch.empty(300, dtype=torch.uint8), second
+
+    assert most_allocated(call) == 1500
+    assert most_allocated(lambda: None) == 0
+
+
+def test_inference_holds_the_map_that_entered_a_stage():
+    memory, _ = predict(PRESETS["nano"], Setting(256, "fp32", "cpu"))
+    # seen by torch's profiler; 256 maps of 64 tokens, 32 wide, are 2,097,152 of them
+    assert memory.inference_memory_bytes == pytest.approx(23_088_032, rel=0.02)
+
+
+def test_inference_in_bf16_keeps_no_copies_of_weights_on_a_gpu_either():
+    setting = Setting(1, "bf16", "cuda")
+    memory, _ = predict(PRESETS["sret_t"].at(layers=1000), setting)
+    rest = memory.inference_memory_bytes - memory.weight_bytes - 32 * 2**20
+    assert rest < 5e6  # copies of its weights alone would be 8 MB
+
+
+def test_the_prediction_says_that_inference_is_not_of_the_fused_copy(sret):
+    code, out, _ = sret("profile", "--memory", "--preset", "nano")
+    assert code == 0
+    assert "Inference is of the model as `sret eval` runs it. Its fused copy" in out
+    assert "Inference is" not in sret("profile", "--memory", "--backbone", "vit_small")[1]
 
 
 def test_the_parts_of_a_prediction_add_up_to_its_peak(tiny):
