@@ -112,12 +112,10 @@ class Batches(Sampler[list[Key]]):
             if first and len(places) < self.batch_size:
                 return
             parts = self.parts if len(places) == self.batch_size else 1
-            size = len(places) // parts
-            offsets = share(size, self.rank, self.world_size)
+            mine = share(len(places), self.rank, self.world_size, parts)
             yield [
                 (self.epoch, int(order[place // self.repeats]), place % self.repeats)
-                for part in range(parts)
-                for place in (places[part * size + offset] for offset in offsets)
+                for place in (places[offset] for offset in mine)
             ]
 
 

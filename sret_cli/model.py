@@ -124,6 +124,9 @@ class SReT(nn.Module):
 
         As in timm: `indices` are stages, an int takes the last so many, None all; `stop_early`
         leaves out stages that are not asked for. There is no norm before the average to apply.
+
+        Raises:
+            AssertionError: there is no such stage, or not so many.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt = {output_fmt!r}: SReT puts out 'NCHW'")
@@ -140,7 +143,11 @@ class SReT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drops what the stages asked for do not need, as timm's feature extraction does."""
+        """Drops what the stages asked for do not need, as timm's feature extraction does.
+
+        Raises:
+            AssertionError: there is no such stage, or not so many.
+        """
         wanted = self._stage_indices(indices)
         self.stages = self.stages[: max(wanted) + 1]
         self.pools = self.pools[: max(wanted)]
@@ -151,10 +158,9 @@ class SReT(nn.Module):
         return wanted
 
     def _stage_indices(self, indices: int | list[int] | None) -> list[int]:
-        stages = range(len(self.stages))
-        if indices is None:
-            return list(stages)
-        return list(stages[-indices:] if isinstance(indices, int) else (stages[i] for i in indices))
+        from timm.models._features import feature_take_indices  # timm takes seconds to import
+
+        return list(feature_take_indices(len(self.stages), indices)[0])
 
     def _embed(self, x_BCYX: Tensor) -> Tensor:
         x_BCYX = self.call_stem(self.stem, x_BCYX) + self.pos_embed

@@ -41,7 +41,7 @@ def create_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer
 def create_schedule(
     optimizer: torch.optim.Optimizer, spec: TrainSpec, steps_per_epoch: int
 ) -> Scheduler:
-    """Timm's schedule of that name, which sets the learning rate as a function of the step alone.
+    """Timm's schedule of that name: `set_rate` has it set the learning rate of a step.
 
     Raises:
         SretError: its epochs do not fit into the training.
@@ -56,13 +56,19 @@ def create_schedule(
             decay_rate=spec.decay_rate,
             min_lr=spec.min_lr,
             warmup_epochs=spec.warmup_epochs,
-            warmup_lr=spec.lr / 100,
-            step_on_epochs=False,
+            warmup_lr=spec.lr / 100 if spec.warmup_lr is None else spec.warmup_lr,
+            step_on_epochs=not spec.sched_on_updates,
             updates_per_epoch=steps_per_epoch,
         )
     except ValueError as error:
         raise SretError(f"sched = {spec.sched!r}: {error}; set train.decay_epochs") from None
     return schedule
+
+
+def set_rate(schedule: Scheduler, step: int, steps_per_epoch: int) -> None:
+    """Sets the learning rate of a step, which is a function of its number (from 0) alone."""
+    schedule.step(step // steps_per_epoch)  # timm's schedules heed one of the two
+    schedule.step_update(step)
 
 
 def create_mixup(spec: TrainSpec, num_classes: int) -> Mixup | None:
@@ -93,7 +99,7 @@ def create_ema(model: nn.Module, spec: TrainSpec) -> Any:
         return None
     stored = [tensor.data_ptr() for tensor in model.state_dict().values() if tensor.numel()]
     assert len(stored) == len(set(stored)), "a shared tensor would be averaged twice"
-    return ModelEmaV3(model, decay=spec.model_ema_decay)
+    return ModelEmaV3(model, decay=spec.model_ema_decay, use_warmup=spec.model_ema_warmup)
 
 
 def seed_step(seed: int, step: int, rank: int) -> int:

@@ -16,12 +16,16 @@ def leads() -> bool:
     return started_as()[0] == 0
 
 
-def share(size: int, rank: int, world_size: int) -> list[int]:
+def share(size: int, rank: int, world_size: int, parts: int = 1) -> list[int]:
     """A rank's places in a batch, in their order: two runs of them that mirror each other.
 
     So the pairs that mixup mixes, the first with the last and so on, are not torn apart. Where so
-    many ranks do not halve a batch, a rank has one run.
+    many ranks do not halve a batch, a rank has one run. The ranks share each of the `parts` of a
+    batch, of equal size, which a rank takes one after another.
     """
+    if parts > 1:
+        part = share(size // parts, rank, world_size)
+        return [number * (size // parts) + place for number in range(parts) for place in part]
     if size % (2 * world_size):
         return list(range(size * rank // world_size, size * (rank + 1) // world_size))
     half = size // (2 * world_size)

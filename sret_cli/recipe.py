@@ -27,7 +27,8 @@ DATASETS = ("digits", "synthetic", "folder", "tar", "hfds", "wds")
 NAMED = ("hfds", "torch")  # with a name after a slash
 WITH_COLUMNS = ("hfds", "wds")  # whose samples may have several labels
 
-# DeiT's published training: arXiv 2012.12877, table 9, and the defaults of its main.py.
+# DeiT's published training: arXiv 2012.12877, table 9, and the defaults of its main.py. timm leaves
+# its colour jitter (0.3) out beside RandAugment, so that here it is 0.
 _DEIT: dict[str, Any] = {
     "epochs": 300,
     "batch_size": 1024,
@@ -35,7 +36,9 @@ _DEIT: dict[str, Any] = {
     "weight_decay": 0.05,
     "sched": "cosine",
     "min_lr": 1e-5,
+    "warmup_lr": 1e-6,
     "warmup_epochs": 5,
+    "sched_on_updates": False,
     "smoothing": 0.1,
     "clip_grad": 0.0,
     "mixup": 0.8,
@@ -49,18 +52,17 @@ _DEIT: dict[str, Any] = {
 }
 
 # What a recipe says of the fields that are not given; `RATES` has its lr for 512 images a step, and
-# the drop path of its models.
+# the drop path of its models. The documentation has a table of what differs from the sources.
 RECIPES: dict[str, dict[str, Any]] = {
     "none": {},
     "sret": {**_DEIT, "warmup_epochs": 30},  # as in SReT's released training
     "deit": _DEIT,
-    "finetune": {  # DeiT's fine-tuning at 384 px
+    "finetune": {  # DeiT's fine-tuning at 384 px: the command in its README
         **_DEIT,
         "epochs": 30,
         "batch_size": 512,
         "weight_decay": 1e-8,
         "min_lr": 5e-6,
-        "warmup_epochs": 0,
     },
     "small": {  # ours, for 32 px
         "epochs": 50,
@@ -91,9 +93,21 @@ UNLABELLED: dict[str, Any] = {
 RATES = {
     "sret": Rates(1e-3, 0.1),
     "deit": Rates(5e-4, 0.1),
-    "finetune": Rates(5e-6, 0.1),
+    "finetune": Rates(5e-6, 0.0),  # DeiT's models are in evaluation mode while it fine-tunes them
     "small": Rates(4e-3, 0.05),
 }
+
+
+def model_fields(recipe: str, name: str, backbone: bool) -> dict[str, Any]:
+    """What a recipe says of the fields that are not given of a preset, or of a backbone of timm."""
+    if recipe not in RATES:
+        return {}
+    fields: dict[str, Any] = {"drop_path_rate": RATES[recipe].drop_path_rate}
+    if recipe == "sret" and not backbone:
+        fields["drop_path_ramp"] = "per_block"
+        if name.startswith("sret_s"):  # sret_s and its variants
+            fields["drop_path_rate"] = 0.2
+    return fields
 
 
 class TrainSpec(Strict):
@@ -103,12 +117,14 @@ class TrainSpec(Strict):
     the images of one optimiser step on all devices; `accumulation` has a step take them in so many
     parts. `recursions_range` has each step draw the recursions of all stages from a range, from the
     seed and the step alone. A `clip_grad`, `mixup`, `cutmix` or `model_ema_decay` of 0 is none, and
-    a `layer_decay` of 1. `decay_epochs` is of the schedules `step`, `wsd` and `rsqrt`,
-    `decay_milestones` of `multistep`, `decay_rate` of both, and it is the power of `poly`. `init`
-    is a directory with weights to start from; with `reset_head` the head starts anew. `recompute`
-    has the backward pass recompute each pass ("pass"), segments of so many passes (a number), or
-    what takes least memory ("auto"); `compile` has each kind of pass compiled ("auto": where there
-    is a compiler).
+    a `layer_decay` of 1. Warm-up starts at `warmup_lr`, a hundredth of `lr` if None. The schedule
+    steps at every update or, without `sched_on_updates`, at every epoch. With `model_ema_warmup`
+    the decay of the averaged weights grows from 0 to `model_ema_decay`. `decay_epochs` is of the
+    schedules `step`, `wsd` and `rsqrt`, `decay_milestones` of `multistep`, `decay_rate` of both,
+    and it is the power of `poly`. `init` is a directory with weights to start from; with
+    `reset_head` the head starts anew. `recompute` has the backward pass recompute each pass
+    ("pass"), segments of so many passes (a number), or what takes least memory ("auto"); `compile`
+    has each kind of pass compiled ("auto": where there is a compiler).
     The defaults train the preset `nano` on `digits`; on other images, `hflip` is 0.5 and `crop_pct`
     0.875 where they are not given. With a `data_dir` and no other word, the dataset is a folder of
     images. `label_column` names the column of `hfds` that has the classes, or of `wds` the files
@@ -142,12 +158,15 @@ class TrainSpec(Strict):
     decay_milestones: tuple[Count, ...] = (30, 60)
     decay_rate: Annotated[float, Field(gt=0)] = 0.1
     min_lr: Annotated[float, Field(ge=0)] = 1e-5
+    warmup_lr: Annotated[float, Field(ge=0)] | None = None
     warmup_epochs: Annotated[int, Field(ge=0)] = 1
+    sched_on_updates: bool = True
     smoothing: Rate = 0.1
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     mixup: Annotated[float, Field(ge=0)] = 0.0
     cutmix: Annotated[float, Field(ge=0)] = 0.0
     model_ema_decay: Rate = 0.0
+    model_ema_warmup: bool = False
     init: str | None = None
     reset_head: bool = False
     teacher: str | None = None
@@ -186,11 +205,12 @@ class TrainSpec(Strict):
         if not isinstance(name, str) or name not in RECIPES:
             raise SretError(f"unknown recipe {name!r}; {nearest(str(name), list(RECIPES))}")
         unlabelled = UNLABELLED if data.get("soft_labels") is not None else {}
-        data = {**RECIPES[name], **unlabelled, **data}
+        given, data = data, {**RECIPES[name], **unlabelled, **data}
         if name in RATES and "lr" not in data and isinstance(data["batch_size"], int):
             data["lr"] = RATES[name].lr * data["batch_size"] / 512
-            if "min_lr" in RECIPES[name]:
-                data["min_lr"] = min(data["min_lr"], data["lr"])
+        for rate in ("min_lr", "warmup_lr"):
+            if rate in RECIPES[name] and rate not in given and isinstance(data.get("lr"), float):
+                data[rate] = min(data[rate], data["lr"])
         return data
 
     @field_validator("scale", "recursions_range", "decay_milestones", mode="before")
@@ -256,6 +276,15 @@ class TrainSpec(Strict):
             raise SretError(
                 f"min_lr = {self.min_lr:g} is above lr = {self.lr:g}; use a smaller one"
             )
+        if self.warmup_lr is not None and self.warmup_lr > self.lr:
+            raise SretError(
+                f"warmup_lr = {self.warmup_lr:g}, where warm-up starts, is above lr = "
+                f"{self.lr:g}; use a smaller one"
+            )
+        if self.model_ema_warmup and not self.model_ema_decay:
+            raise SretError(
+                "model_ema_warmup = true needs averaged weights; set model_ema_decay, e.g. 0.9999"
+            )
         if self.batch_size % self.accumulation:
             raise SretError(
                 f"batch_size = {self.batch_size} is not accumulation = {self.accumulation} equal "
@@ -295,3 +324,12 @@ class TrainSpec(Strict):
                     f"{name} = {value!r} does not go with soft_labels, which are of crops and "
                     "flips alone; leave it out, or use a teacher"
                 )
+
+
+def read_train(values: dict[str, Any]) -> TrainSpec:
+    """The spec that `model_dump` gave these values, be it before some of the fields were there.
+
+    A recipe has filled its fields then; those of today that it had not stay at their defaults.
+    """
+    defaults = {name: field.default for name, field in TrainSpec.model_fields.items()}
+    return TrainSpec(**{**defaults, **values})

@@ -63,9 +63,16 @@ MEASUREMENTS = (
 OUTCOME = ("status", "error")  # what became of the training, and the reason where it failed
 # Of a training: how it handles what goes wrong, which does not make it another one.
 HANDLING = {"on_bad_image": "stop"}
-# Fields of a training that came later, and their values that change nothing: with these they are
-# no part of a run's id, and configs that lack them are the same.
-LATER_FIELDS = {"label_column": None, "reset_head": False}
+# Fields of a model or a training that came later, and their values that change nothing: with these
+# they are no part of a run's id, and configs that lack them are the same.
+LATER_FIELDS = {
+    "label_column": None,
+    "reset_head": False,
+    "drop_path_ramp": "per_pass",
+    "warmup_lr": None,
+    "sched_on_updates": True,
+    "model_ema_warmup": False,
+}
 CONFIG_FILE = "config.json"
 LOCK_FILE, HOLDER_FILE = ".lock", ".lock.json"
 
@@ -285,12 +292,12 @@ def _flat(config: Any) -> Row:
         f"{table}.{key}": value
         for table in ("model", "train")
         for key, value in (tables.get(table) or {}).items()
-        if table == "model" or not (key in HANDLING or is_later_default(key, value))
+        if not ((table == "train" and key in HANDLING) or is_later_default(key, value))
     }
 
 
 def is_later_default(field: str, value: Any) -> bool:
-    """Whether a field of a training came later and has the value that changes nothing."""
+    """Whether a field came later, and has the value that changes nothing."""
     return field in LATER_FIELDS and value == LATER_FIELDS[field]
 
 

@@ -11,7 +11,7 @@ from sret_cli.backbone import BackboneSpec, Spec, read_spec
 from sret_cli.cost import fit_width, parse_quantity, twin
 from sret_cli.errors import CHECKPOINT, DATA, SretError, nearest
 from sret_cli.folders import folder_classes
-from sret_cli.recipe import RATES, TrainSpec
+from sret_cli.recipe import TrainSpec, model_fields, read_train
 from sret_cli.records import (
     CONFIG_FILE,
     HANDLING,
@@ -51,8 +51,10 @@ class Run:
         """
         spec = self.spec()
         if spec["train"] is not None:
-            train = spec["train"] | HANDLING
-            spec["train"] = {k: v for k, v in train.items() if not is_later_default(k, v)}
+            spec["train"] |= HANDLING
+        for table in ("model", "train"):
+            if spec[table] is not None:
+                spec[table] = {k: v for k, v in spec[table].items() if not is_later_default(k, v)}
         text = json.dumps(spec, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 
@@ -116,8 +118,8 @@ def resolve(study: str, model: Table, train: Table | None, name: str | None = No
     classes = dataset_classes(train_spec) if train_spec is not None else None
     if classes is not None and "num_classes" not in model:
         model = model | {"num_classes": classes}
-    if train_spec is not None and train_spec.recipe in RATES:
-        model = {"drop_path_rate": RATES[train_spec.recipe].drop_path_rate} | model
+    if train_spec is not None:
+        model = model_fields(train_spec.recipe, str(chosen), "backbone" in model) | model
     spec = resolve_model(model if "backbone" in model else {**model, "preset": chosen})
     if classes is not None and spec.num_classes < classes:
         raise SretError(
@@ -225,7 +227,7 @@ def continued(directory: Path, epochs: int | None, on_bad_image: str | None = No
     directory = Path(os.path.abspath(directory))  # its name is the run's, also where it is "."
     config = read_json(directory / CONFIG_FILE)
     try:
-        model, train = read_spec(config["model"]), TrainSpec(**config["train"])
+        model, train = read_spec(config["model"]), read_train(config["train"])
         train = train.with_values(on_bad_image=on_bad_image or train.on_bad_image)
         run = Run(config["study"], config["name"], model, train, config.get("continues"))
     except (KeyError, TypeError) as error:

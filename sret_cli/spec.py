@@ -51,7 +51,8 @@ class ModelSpec(Strict):
 
     Per-stage fields are tuples; one value stands for all stages. The defaults are the preset
     `deep`. `order` lists the blocks of each stage's passes and stands in for `loop` and
-    `recursions`. How branches are added to the stream, by `residual`:
+    `recursions`. `drop_path_ramp` is explained at `drop_path_rates`. How branches are added to the
+    stream, by `residual`:
 
     - `lrc`: c1*x + c2*f(LN(x)), learned scalars that start at 1, for each block or, with
       `lrc = "per_pass"`, for each pass (SReT, arXiv 2111.05297)
@@ -90,6 +91,7 @@ class ModelSpec(Strict):
     drop_rate: Rate = 0.0
     attn_drop_rate: Rate = 0.0
     drop_path_rate: Rate = 0.0
+    drop_path_ramp: Literal["per_pass", "per_block"] = "per_pass"
 
     @model_validator(mode="before")
     @classmethod
@@ -269,8 +271,16 @@ class ModelSpec(Strict):
         return self.layers * (2 if self.nll == "none" else 3)
 
     def drop_path_rates(self, stage: int) -> tuple[float, ...]:
-        """Drop-path rate of each pass: a ramp from 0 to `drop_path_rate` over the whole depth."""
+        """Drop-path rate of each pass, of a ramp over the passes or, as published, the blocks.
+
+        "per_pass" climbs from 0 to `drop_path_rate` over all passes. "per_block" has one rate for
+        all passes through a block: `drop_path_rate * (b + i) / layers` for block i of a stage with
+        b passes before it, which climbs by blocks and skips by passes, and so ends below the top.
+        """
         before, last = sum(map(self.passes, range(stage))), max(self.layers - 1, 1)
+        if self.drop_path_ramp == "per_block":
+            blocks = (p.block for p in self.schedule(stage))
+            return tuple(self.drop_path_rate * (before + block) / self.layers for block in blocks)
         rates = (self.drop_path_rate * (before + i) / last for i in range(self.passes(stage)))
         return tuple(rates)
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from sret_cli.blocks import NLL, Block
 from sret_cli.errors import SretError
-from sret_cli.processes import share
 from sret_cli.recompute import recompute
 from sret_cli.spec import ModelSpec, Pass, ends_shuffled
 
@@ -35,9 +34,10 @@ class Stage(nn.Module):
         self.reference_shuffle = False
         self.one_pass = one_pass  # or its compiled form
         self.draws = spec.drop_rate > 0 or spec.attn_drop_rate > 0
-        # Of several processes, each draws for all images, with one generator, and takes its share.
-        self.rank, self.world_size = 0, 1
         self.generator: torch.Generator | None = None  # torch's own
+        # Where a call has a part of a batch alone: how many images that has, and which are here.
+        self.batch_images = 0
+        self.places: Tensor | None = None
         self.segment = 0  # recompute in segments of so many passes; 0: not at all
         self.recomputed: int | None = None  # only the first so many passes; None: all
         self.blocks = nn.ModuleList(Block(spec, stage) for _ in range(spec.blocks[stage]))
@@ -158,17 +158,18 @@ class Stage(nn.Module):
     def _drop_path(self, x_BNC: Tensor) -> tuple[Tensor, ...] | None:
         """What multiplies each pass's branches, `[2, B, 1, 1]`; None where nothing is dropped.
 
+        It is drawn for all images of a batch, also where a call has a part of them.
         "Deep Networks with Stochastic Depth", Huang et al., 2016.
         """
         if not self.training or not any(self.drop_path_rates):
             return None
         keep_P111 = 1 - torch.tensor(self.drop_path_rates, device=x_BNC.device).view(-1, 1, 1, 1)
-        images = len(x_BNC) * self.world_size
+        images = len(x_BNC) if self.places is None else self.batch_images
         noise_P2B1 = torch.rand(
             len(keep_P111), 2, images, 1, device=x_BNC.device, generator=self.generator
         )
-        if self.world_size > 1:
-            noise_P2B1 = noise_P2B1[:, :, share(images, self.rank, self.world_size)]
+        if self.places is not None:
+            noise_P2B1 = noise_P2B1.index_select(2, self.places)
         return ((noise_P2B1 < keep_P111) / keep_P111).unsqueeze(-1).unbind()
 
 

@@ -42,6 +42,7 @@ from sret_cli.records import CONFIG_FILE, Row
 from sret_cli.room import collecting_rarely, not_enough, peak_gigabytes
 from sret_cli.run import Run
 from sret_cli.trainer import Diverged, Trainer
+from sret_cli.training_notes import training_notes
 from sret_cli.weights import save_weights
 
 __all__ = ["METRICS_FILE", "Saving", "drawn_recursions", "evaluate", "evaluate_run", "train"]
@@ -116,6 +117,8 @@ def train(
         stack.callback(session.close)
         try:
             session.resume(tensorboard)
+            for text in training_notes(run.train, loaders[0]):
+                note_once(text)
             return session.run()
         except Interrupted as asked:
             leave(asked.code)
@@ -351,8 +354,9 @@ class Session:
                 stop=self.stop,
             )
         if not math.isfinite(found.test_loss):
-            error = trainer.diverged(f"test loss is {found.test_loss}", trainer.progress.step)
-            self._report(error, trainer.lr)
+            lr = trainer.last_lr
+            error = trainer.diverged(f"test loss is {found.test_loss}", trainer.progress.step, lr)
+            self._report(error, lr)
             raise error
         return found
 

@@ -34,6 +34,7 @@ from sret_cli.optimizer import (
     drawn_recursions,
     mix,
     seed_step,
+    set_rate,
 )
 from sret_cli.parallel import (
     full,
@@ -44,6 +45,7 @@ from sret_cli.parallel import (
     synchronise_norms,
     whole,
 )
+from sret_cli.processes import share
 from sret_cli.records import Row, refuse_other_config
 from sret_cli.recurse import build_any
 from sret_cli.run import Run
@@ -77,9 +79,10 @@ class Trainer:
     """A model, its optimiser, schedule and averaged weights, and how far they are.
 
     Everything drawn in a step is drawn from the seed and the step, so that a step done again from
-    the same state gives the same weights, and several ranks draw what one process does: all but
-    dropout, and the drop path of timm's models, which each rank draws for itself. `model` is what a
-    step calls, `module` what is evaluated and saved: they differ once `join` has been called.
+    the same state gives the same weights, and several ranks, or several parts of a batch, draw what
+    one process does for a whole batch: all but dropout, and the drop path of timm's models, which
+    each rank and each part draws for itself. `model` is what a step calls, `module` what is
+    evaluated and saved: they differ once `join` has been called.
 
     Raises:
         SretError: the spec asks for what cannot be.
@@ -118,7 +121,7 @@ class Trainer:
                 )
         self.optimizer = create_optimizer(self.module, self.spec)
         self.schedule = create_schedule(self.optimizer, self.spec, len(loader))
-        self.schedule.step_update(0)
+        set_rate(self.schedule, 0, len(loader))
         self.mixup = create_mixup(self.spec, run.model.num_classes)
         self.distillation = create_distillation(self.spec, run.model, device, loader.class_list)
         compile_model(
@@ -128,10 +131,12 @@ class Trainer:
             stem=not ranks.several,
         )
         self.generator = torch.Generator(device)
-        if ranks.several and isinstance(self.module, SReT):
-            for stage in self.module.every_stage():
-                stage.rank, stage.world_size = ranks.rank, ranks.world_size
-                stage.generator = self.generator
+        in_parts = ranks.several or self.spec.accumulation > 1
+        self.stages = (
+            self.module.every_stage() if in_parts and isinstance(self.module, SReT) else []
+        )
+        for stage in self.stages:
+            stage.generator = self.generator
         self.sources = loader.sources | teacher_source(self.spec)
         self.progress = Progress()
         norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm)]
@@ -151,6 +156,14 @@ class Trainer:
     def lr(self) -> float:
         """The learning rate of the next step: that of the layers that have the largest."""
         return max(group["lr"] for group in self.optimizer.param_groups)
+
+    @property
+    def last_lr(self) -> float:
+        """The learning rate of the step that was done last."""
+        set_rate(self.schedule, max(self.progress.step - 1, 0), len(self.loader))
+        rate = self.lr
+        set_rate(self.schedule, self.progress.step, len(self.loader))
+        return rate
 
     def step(self, images: Tensor, target: Tensor, counts: tuple[int, ...] = ()) -> float:
         """One step of the optimiser on a batch; returns its loss.
@@ -181,12 +194,12 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)  # not to be there in the next forward pass
         if self.ema is not None:
-            self.ema.update(self.module)
+            self.ema.update(self.module, p.step + 1 if self.spec.model_ema_warmup else None)
         p.step += 1
         p.batch += 1
         p.images += sum(counts)
         p.loss_sum += loss
-        self.schedule.step_update(p.step)
+        set_rate(self.schedule, p.step, len(self.loader))
         return loss
 
     def _undo(self, statistics: list[Tensor]) -> None:
@@ -203,24 +216,46 @@ class Trainer:
         count, parts = sum(counts), min(self.spec.accumulation, *counts)
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.device)
-        pieces = zip(x.tensor_split(parts), target.tensor_split(parts), strict=True)
-        for number, (x_part, target_part) in enumerate(pieces, 1):
+        state = self.generator.get_state()
+        pieces = zip(
+            *(t.tensor_split(parts) for t in (x, target, self._places(counts))), strict=True
+        )
+        for number, (x_part, target_part, places) in enumerate(pieces, 1):
+            if self.stages:
+                self._draw_for(places, count, state)
             # The ranks are averaged, and an image counts the same if one has more than another.
-            share = len(x_part) * self.ranks.world_size / count
+            weight = len(x_part) * self.ranks.world_size / count
             with self._averaging(number == parts):
-                part = self.loss(x_part, target_part) * share
+                part = self.loss(x_part, target_part) * weight
                 part.backward()
             loss += part.detach()
         loss = self.ranks.sum(loss) / self.ranks.world_size
         parameters = [q for q in self.module.parameters() if q.grad is not None]
         norm = full(nn.utils.get_total_norm([q.grad for q in parameters if q.grad is not None]))
+        step, lr = self.progress.step + 1, self.lr
         # One transfer from the device for both.
         loss_value, norm_value = torch.stack([loss, norm.to(loss.dtype)]).tolist()
         if not math.isfinite(loss_value):
-            raise self.diverged(f"loss is {loss_value}", self.progress.step + 1)
+            raise self.diverged(f"loss is {loss_value}", step, lr)
         if not math.isfinite(norm_value):
-            raise self.diverged(f"norm of the gradient is {norm_value}", self.progress.step + 1)
+            raise self.diverged(f"norm of the gradient is {norm_value}", step, lr)
         return loss_value, parameters, norm
+
+    def _places(self, counts: tuple[int, ...]) -> Tensor:
+        """Where this rank's images are in the whole batch, in the order that it has them in."""
+        count, rank = sum(counts), self.ranks.rank
+        parts = self.spec.accumulation if count == self.spec.batch_size else 1
+        places = share(count, rank, self.ranks.world_size, parts)
+        if len(places) != counts[rank]:  # some images were left out
+            places = list(range(sum(counts[:rank]), sum(counts[: rank + 1])))
+        return torch.tensor(places)
+
+    def _draw_for(self, places: Tensor, count: int, state: Tensor) -> None:
+        """Has the stages draw for a batch of `count` images, of which they get those at places."""
+        self.generator.set_state(state)
+        places = places.to(self.device)
+        for stage in self.stages:
+            stage.batch_images, stage.places = count, places
 
     def _averaging(self, last: bool) -> AbstractContextManager[Any]:
         """Where gradients are averaged over the ranks, if it is the last part of a step."""
@@ -239,11 +274,11 @@ class Trainer:
         smoothing = self.spec.smoothing if self.mixup is None else 0.0  # which has smoothed them
         return F.cross_entropy(output.float(), target, label_smoothing=smoothing)
 
-    def diverged(self, what: str, step: int) -> Diverged:
-        """The user's error for what is not finite at a step."""
+    def diverged(self, what: str, step: int, lr: float) -> Diverged:
+        """The user's error for what is not finite at a step of that learning rate."""
         error = Diverged(
             f"diverged: the {what} at step {step} (epoch {self.progress.epoch + 1}, "
-            f"lr {self.lr:.2g}); use a smaller train.lr or clip_grad",
+            f"lr {lr:.2g}); use a smaller train.lr or clip_grad",
             SOME_FAILED,
             status="diverged",
         )
@@ -303,7 +338,7 @@ class Trainer:
         if self.ema is not None:
             load_whole(self.ema.module, state["ema"])
         self.progress = Progress(**state["progress"])
-        self.schedule.step_update(self.progress.step)
+        set_rate(self.schedule, self.progress.step, len(self.loader))
         set_random_states(state["random"])
         versions = self.versions()
         return [

@@ -172,6 +172,7 @@ def test_a_rank_has_two_runs_of_places_that_mirror_each_other():
     assert [share(8, rank, 2) for rank in (0, 1)] == [[0, 1, 6, 7], [2, 3, 4, 5]]
     assert share(8, 0, 1) == [0, 1, 2, 3, 4, 5, 6, 7]
     assert [share(6, rank, 2) for rank in (0, 1)] == [[0, 1, 2], [3, 4, 5]]
+    assert [share(8, rank, 2, 2) for rank in (0, 1)] == [[0, 3, 4, 7], [1, 2, 5, 6]]
 
 
 def test_torchrun_comes_before_slurm_and_one_task_is_one_process(monkeypatch):

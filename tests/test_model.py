@@ -372,6 +372,27 @@ def test_features_of_the_stages_are_timms():
         assert torch.equal(maps[2].flatten(2).mT, tokens)
         (second,) = model.forward_intermediates(x, [1], stop_early=True, intermediates_only=True)
         assert torch.equal(second, maps[1])
+        third, first = model.forward_intermediates(x, [-1, 0], intermediates_only=True)
+        assert torch.equal(third, maps[2]) and torch.equal(first, maps[0])
+        assert len(model.forward_intermediates(x, 2, intermediates_only=True)) == 2
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        (0, r"last-n \(0\) is out of range \(1 to 3\)"),
+        (5, r"last-n \(5\) is out of range \(1 to 3\)"),
+        ([0, 3], r"feature index 3 is out of range \(0 to 2\)"),
+        ([-4], r"feature index -1 is out of range \(0 to 2\)"),
+    ],
+)
+def test_stages_that_are_not_there_are_refused_as_timm_refuses_them(tiny, indices, message):
+    model = build_model(tiny)
+    with pytest.raises(AssertionError, match=message):
+        model.forward_intermediates(torch.zeros(1, 3, 16, 16), indices)
+    with pytest.raises(AssertionError, match=message):
+        model.prune_intermediate_layers(indices)
+    assert len(model.stages) == 3
 
 
 @pytest.mark.parametrize("residual", ["lrc", "layerscale", "rezero", "sqrt", "deepnorm"])

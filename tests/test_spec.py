@@ -88,6 +88,23 @@ def test_drop_path_ramps_over_the_whole_depth(tiny):
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
 
 
+def test_the_published_drop_path_has_one_rate_for_all_passes_through_a_block():
+    spec = PRESETS["sret_t"].with_values(drop_path_rate=0.1, drop_path_ramp="per_block")
+    rates = [spec.drop_path_rates(stage) for stage in range(3)]
+    assert rates[0] == pytest.approx((0, 0, 0.005, 0.005))
+    assert rates[1] == pytest.approx(
+        (0.02, 0.02, 0.025, 0.025, 0.03, 0.03, 0.035, 0.035, 0.04, 0.04)
+    )
+    assert rates[2] == pytest.approx((0.07, 0.07, 0.075, 0.075, 0.08, 0.08))
+    assert sum(map(sum, rates)) / 20 == pytest.approx(0.038)
+    by_passes = spec.with_values(drop_path_ramp="per_pass")
+    assert sum(sum(by_passes.drop_path_rates(stage)) for stage in range(3)) / 20 == pytest.approx(
+        0.05
+    )
+    turned = spec.with_values(loop="external").drop_path_rates(0)
+    assert turned == pytest.approx((0, 0.005, 0, 0.005))
+
+
 def test_one_value_stands_for_all_stages():
     assert ModelSpec(recursions=3, slices=1, recursive_slices=1).recursions == (3, 3, 3)
 

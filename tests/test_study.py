@@ -2,7 +2,10 @@ import pytest
 
 from sret_cli.cost import count, twin
 from sret_cli.errors import SretError
-from sret_cli.run import resolve, resolve_model
+from sret_cli.recipe import TrainSpec, read_train
+from sret_cli.records import refuse_other_config
+from sret_cli.run import Run, resolve, resolve_model
+from sret_cli.spec import PRESETS, ModelSpec
 from sret_cli.study import from_flags, load_study, study_of
 
 # A model too narrow for an untied one to have its parameters within 1 %.
@@ -83,6 +86,26 @@ def test_a_run_id_says_what_a_run_does_and_nothing_else():
 
 def test_run_ids_stay_what_they_are():
     assert resolve("a", {"preset": "nano"}, None).run_id == "e7ee5c964c"
+    assert resolve("a", {}, {}).run_id == "9647993dc4"
+    assert resolve("a", {}, {"recipe": "small"}).run_id == "e06b0e99e5"
+
+
+def test_a_run_from_before_a_recipe_had_more_fields_keeps_its_id_and_its_schedule():
+    model = ModelSpec(**PRESETS["nano"].with_values(drop_path_rate=0.1).model_dump())
+    stored = TrainSpec(recipe="sret").model_dump(mode="json")
+    for name in ("warmup_lr", "sched_on_updates", "model_ema_warmup"):
+        del stored[name]
+    train = read_train(stored)
+    assert (train.warmup_lr, train.sched_on_updates, train.warmup_epochs) == (None, True, 30)
+    assert Run("a", "nano", model, train).run_id == "3bb9300a0c"
+    assert Run("a", "nano", model, TrainSpec(recipe="sret")).run_id != "3bb9300a0c"
+    new = {"model": model.model_dump(mode="json"), "train": train.model_dump(mode="json")}
+    old = {"model": dict(new["model"]), "train": stored}
+    del old["model"]["drop_path_ramp"]
+    refuse_other_config("the run", old, new)
+    new["train"]["warmup_lr"] = 1e-6
+    with pytest.raises(SretError, match=r"train.warmup_lr \(None, not 1e-06\) differ"):
+        refuse_other_config("the run", old, new)
 
 
 def test_layers_and_slices_in_a_study_are_those_of_the_flags():

@@ -92,6 +92,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tiny, tmp_path):
     assert not (tmp_path / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("sched_on_updates", [True, False])
+def test_a_divergence_that_evaluation_finds_names_the_rate_of_the_step_before(
+    tiny, tmp_path, sched_on_updates
+):
+    values = {"batch_size": 1437, "min_lr": 1e10, "sched_on_updates": sched_on_updates}
+    run = run_of(tiny, lr=1e30, clip_grad=0.0, epochs=4, **values)  # rates 1e30, 8.5e29, 5e29 ...
+    with pytest.raises(SretError, match=r"test loss is (nan|inf) at step 1 \(epoch 1, lr 1e\+30\)"):
+        train(run, tmp_path)
+    report = json.loads((tmp_path / "diverged.json").read_text())
+    assert (report["lr"], report["steps_done"], report["epoch"]) == (1e30, 1, 1)
+    assert "lr 1e+30" in report["error"]
+
+
 def test_data_that_are_not_there_leave_nothing_behind(tiny, tmp_path):
     train_spec = TrainSpec(dataset="folder", data_dir=str(tmp_path / "none"))
     with pytest.raises(SretError):
