@@ -17,12 +17,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from sret_cli.augment import Pixels, seeded
 from sret_cli.backbone import Spec
 from sret_cli.errors import DATA, SretError, note, note_once
+from sret_cli.fingerprint import Images, refuse_other_labels
 from sret_cli.processes import share
-from sret_cli.readers import named_source
+from sret_cli.readers import stored_source
 from sret_cli.recipe import TrainSpec
-from sret_cli.soft_labels import StoredLabels, hash_images
-from sret_cli.sources import Source, digits, synthetic, test_folder, train_folder
-from sret_cli.streams import Stream, find_shards
+from sret_cli.soft_labels import StoredLabels
+from sret_cli.sources import Source, digits, synthetic
+from sret_cli.streams import Shards, Stream, find_shards
 
 Key = tuple[int, int, int]  # epoch, index, which repeat of the image in the epoch
 Sample = tuple[Tensor, int | Tensor] | SretError  # the error where its image cannot be decoded
@@ -126,8 +127,7 @@ class Loader:
     Where soft labels are stored, the targets of training are `[B, 2, top_k]`.
 
     `classes` are the names of the classes, in their order, where they are known; `bad_images` says
-    what is wrong with each image that was left out so far; `sources` has a SHA-256 of what is
-    trained on.
+    what is wrong with each image that was left out so far.
     """
 
     def __init__(
@@ -138,10 +138,8 @@ class Loader:
         workers: int,
         pixels: Pixels,
         on_bad_image: str,
-        sources: dict[str, str],
     ) -> None:
         self.samples, self.batches, self.on_bad_image = dataset, batches, on_bad_image
-        self.sources = sources
         self.classes = classes
         self.mean, self.std = (
             torch.tensor(values).mul(255).view(1, -1, 1, 1) for values in (pixels.mean, pixels.std)
@@ -186,6 +184,11 @@ class Loader:
                     self.bad_images.append(text)
                     note(f"{text}; it is left out")
             yield images, targets
+
+    @property
+    def found(self) -> Source | Shards:
+        """Where the images come from."""
+        return self.samples.source if isinstance(self.samples, Samples) else self.samples.shards
 
     def normalize(self, x: Tensor) -> Tensor:
         """Images of 8 bits as float32, less the data's mean and over its deviation."""
@@ -261,16 +264,14 @@ def _loader(
     labels = None
     if training and train.soft_labels is not None:
         labels = StoredLabels(Path(train.soft_labels))
-        labels.refuse_other(train, model, source)
+        labels.refuse_other(train, model)
+        refuse_other_labels(labels, Images(source, train.data_dir, train.on_bad_image == "skip"))
     samples = Samples(source, transform, pixels.mode, seed, labels)
     repeats = max(train.aug_repeats, 1)
     batches = Batches(
         *(len(source), train.batch_size, seed, repeats, rank, world_size, train.accumulation)
     )
-    sources = {"images": hash_images(source, train.dataset)} if training else {}
-    if labels is not None:
-        sources["soft labels"] = labels.spec.sha256
-    return Loader(samples, batches, source.classes, workers, pixels, train.on_bad_image, sources)
+    return Loader(samples, batches, source.classes, workers, pixels, train.on_bad_image)
 
 
 def _stream_loader(
@@ -299,8 +300,7 @@ def _stream_loader(
         *(seed, rank, world_size, workers),
     )
     classes = tuple(map(str, range(shards.classes or model.num_classes)))
-    sources = {"images": shards.sha256}
-    return Loader(stream, stream, classes, workers, pixels, train.on_bad_image, sources)
+    return Loader(stream, stream, classes, workers, pixels, train.on_bad_image)
 
 
 def find_source(train: TrainSpec, model: Spec, training: bool) -> Source:
@@ -309,12 +309,9 @@ def find_source(train: TrainSpec, model: Spec, training: bool) -> Source:
     Raises:
         SretError: they are missing, or hold no labelled images.
     """
-    if train.dataset == "folder":
-        data_dir = Path(train.data_dir or "")
-        return train_folder(data_dir) if training else test_folder(data_dir)
     if train.dataset == "digits":
         return digits()[0 if training else 1]
     if train.dataset == "synthetic":
         found = synthetic(train.seed, model.img_size, model.in_chans, model.num_classes)
         return found[0 if training else 1]
-    return named_source(train.dataset, train.data_dir, training)
+    return stored_source(train.dataset, train.data_dir, training)

@@ -1,6 +1,5 @@
 """WebDataset shards, read in a row: batches whose order depends on the ranks and the workers."""
 
-import hashlib
 import io
 import json
 import random
@@ -30,13 +29,6 @@ class Shards:
     paths: tuple[str, ...]
     samples: tuple[int, ...]
     classes: int | None
-
-    @property
-    def sha256(self) -> str:
-        """That of the shards' names and of how many samples and classes they have."""
-        names = [Path(path).name for path in self.paths]
-        text = json.dumps([names, self.samples, self.classes])
-        return hashlib.sha256(text.encode()).hexdigest()
 
 
 @cache

@@ -33,6 +33,8 @@ from sret_cli.evaluate import (
     evaluate_run,
     use_deterministic_kernels,
 )
+from sret_cli.fingerprint import write_fingerprints
+from sret_cli.identify import Identifier, refuse_others
 from sret_cli.interrupt import Interrupted, Stop, leave, listening
 from sret_cli.measure import choose_device, device_name
 from sret_cli.metrics import METRICS_FILE, Metrics
@@ -94,16 +96,18 @@ def train(
             f"({run.train.lr:g}) for weights that are trained already"
         )
     target_device = ranks.device or choose_device(device)
-    directory = directory or run.directory(Path("runs"))
+    directory = directory or Identifier().identify(run).directory(Path("runs"))
     use_deterministic_kernels(target_device)
     workers = default_workers(run.train) if workers is None else workers
     with ExitStack() as stack, ranks.ending_all():
         with ranks.agreeing():
             loaders = load_data(run.train, run.model, workers, ranks.rank, ranks.world_size)
+            run, found = refuse_others(run, directory, [loader.found for loader in loaders])
             trainer = Trainer(run, loaders[0], target_device, gpu_memory, ranks, shards)
             if ranks.leads:
                 stack.enter_context(records.locked(directory))
                 records.write_config(directory, describe(run))
+                write_fingerprints(directory, found)
         trainer.join()
         stop = stack.enter_context(listening())
         stop.gives_up = not ranks.several

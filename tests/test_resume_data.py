@@ -1,6 +1,7 @@
 """What a training was done on is what it goes on with."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -34,20 +35,40 @@ def remove_an_image(folder):
     (folder / "train" / "dog" / "7.jpg").unlink()
 
 
+def change_pixels(folder):
+    """Puts other pixels into a file, which has as many bytes as before."""
+    path = folder / "test" / "dog" / "7.jpg"
+    data = bytearray(path.read_bytes())
+    data[-10] ^= 1
+    path.write_bytes(data)
+
+
+def add_an_image(folder):
+    shutil.copy(folder / "test" / "dog" / "7.jpg", folder / "test" / "dog" / "8.jpg")
+
+
 def rename_a_class(folder):
     for split in ("train", "test"):
         (folder / split / "cat").rename(folder / split / "zebra")
 
 
-@pytest.mark.parametrize("change", [remove_an_image, rename_a_class])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (remove_an_image, "train/dog/7.jpg is missing"),
+        (rename_a_class, "train/cat/0.jpg is missing"),
+        (change_pixels, "test/dog/7.jpg has other bytes"),
+        (add_an_image, "test/dog has 9 images, not 8"),
+    ],
+)
 def test_a_run_whose_images_have_changed_is_refused_and_nothing_is_lost(
-    tiny, folder, tmp_path_factory, change
+    tiny, folder, tmp_path_factory, change, message
 ):
     run, directory = run_of(tiny, folder), tmp_path_factory.mktemp("run")
     stopped(run, directory)
     config = (directory / "config.json").read_bytes()
     change(folder)
-    with pytest.raises(SretError, match="the images are not those that .*checkpoint-3 was") as told:
+    with pytest.raises(SretError, match=rf"images are not those that .* on .{message}") as told:
         train(run, directory)
     assert told.value.code == 5
     assert (directory / "config.json").read_bytes() == config
@@ -63,7 +84,7 @@ def test_a_run_whose_teacher_has_other_weights_is_refused(tiny, folder, tmp_path
     stopped(run, directory)
     (teachers / "now").unlink()
     (teachers / "now").symlink_to("1")
-    with pytest.raises(SretError, match="the teacher's weights are not those that .*checkpoint-3"):
+    with pytest.raises(SretError, match="the teacher's weights are not those that .*run"):
         train(run, directory)
 
 
