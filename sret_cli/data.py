@@ -19,7 +19,7 @@ from sret_cli.backbone import Spec
 from sret_cli.errors import DATA, SretError, note, note_once
 from sret_cli.fingerprint import Images, refuse_other_labels
 from sret_cli.processes import share
-from sret_cli.readers import stored_source
+from sret_cli.readers import known_source, stored_source
 from sret_cli.recipe import TrainSpec
 from sret_cli.soft_labels import StoredLabels
 from sret_cli.sources import Source, digits, synthetic
@@ -208,9 +208,16 @@ def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[SretError]]:
 
 
 def load_data(
-    train: TrainSpec, model: Spec, workers: int = 0, rank: int = 0, world_size: int = 1
+    train: TrainSpec,
+    model: Spec,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    known: bool = False,
 ) -> tuple[Loader, Loader]:
     """The loaders of a run's training and test images: one rank's share of them.
+
+    Folders are listed anew, unless those that are `known` in this process are to be taken.
 
     Raises:
         SretError: the data are missing or hold no labelled images, the test images have classes
@@ -225,7 +232,7 @@ def load_data(
             f"batch_size = {train.batch_size} does not divide among {world_size} processes{parts}; "
             f"use {above}"
         )
-    where = workers, rank, world_size
+    where = workers, rank, world_size, known
     training, test = _loader(train, model, True, *where), _loader(train, model, False, *where)
     if len(test.classes) > len(training.classes):
         raise SretError(
@@ -249,7 +256,13 @@ def load_test_data(
 
 
 def _loader(
-    train: TrainSpec, model: Spec, training: bool, workers: int, rank: int, world_size: int
+    train: TrainSpec,
+    model: Spec,
+    training: bool,
+    workers: int,
+    rank: int,
+    world_size: int,
+    known: bool = False,
 ) -> Loader:
     pixels = Pixels.of(train, model)
     transform = pixels.augmentation(train) if training else pixels.transform(train)
@@ -258,7 +271,7 @@ def _loader(
     seed = train.seed if training else None
     if train.dataset == "wds":
         return _stream_loader(train, pixels, transform, model, seed, workers, rank, world_size)
-    source = find_source(train, model, training)
+    source = find_source(train, model, training, known)
     if training and len(source) < world_size:
         raise SretError(f"{len(source)} images do not feed {world_size} processes", DATA)
     labels = None
@@ -303,8 +316,8 @@ def _stream_loader(
     return Loader(stream, stream, classes, workers, pixels, train.on_bad_image)
 
 
-def find_source(train: TrainSpec, model: Spec, training: bool) -> Source:
-    """A run's training or test images, by index.
+def find_source(train: TrainSpec, model: Spec, training: bool, known: bool = False) -> Source:
+    """A run's training or test images, by index; as they were listed before, where `known`.
 
     Raises:
         SretError: they are missing, or hold no labelled images.
@@ -314,4 +327,5 @@ def find_source(train: TrainSpec, model: Spec, training: bool) -> Source:
     if train.dataset == "synthetic":
         found = synthetic(train.seed, model.img_size, model.in_chans, model.num_classes)
         return found[0 if training else 1]
-    return stored_source(train.dataset, train.data_dir, training)
+    source_of = known_source if known else stored_source
+    return source_of(train.dataset, train.data_dir, training)

@@ -10,7 +10,7 @@ from typing import Any
 from sret_cli.contents import Contents, has_stored_images
 from sret_cli.errors import CHECKPOINT, SretError
 from sret_cli.fingerprint import Fingerprint, Images, read_fingerprints
-from sret_cli.readers import stored_source
+from sret_cli.readers import known_source
 from sret_cli.recipe import TrainSpec
 from sret_cli.records import CONFIG_FILE, read_json
 from sret_cli.run import Run
@@ -34,7 +34,7 @@ def find_splits(dataset: str, data_dir: str | None, skips: bool = False) -> Spli
         if dataset == "wds":
             found[split] = find_shards(str(data_dir), split == "train")
         else:
-            found[split] = stored_source(dataset, data_dir, split == "train")
+            found[split] = known_source(dataset, data_dir, split == "train")
     return {split: Images(images, data_dir, skips) for split, images in found.items()}
 
 
@@ -93,9 +93,13 @@ def _sum_of_weights(path: Path) -> str:
 
 
 class Identifier:
-    """Finds out what runs read; a data set is listed once for all of them."""
+    """Finds out what runs read; a data set is listed once for all of them, and their training.
+
+    What was listed before in this process is forgotten.
+    """
 
     def __init__(self) -> None:
+        known_source.cache_clear()
         self.splits: dict[tuple[str, str | None, bool], Splits] = {}
         self.found: dict[Any, dict[str, Fingerprint]] = {}
 

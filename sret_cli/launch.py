@@ -245,7 +245,7 @@ def _identified(study: Study, trains: bool, display: Display) -> list[Run]:
     Raises:
         SretError: it is to be trained, and data, weights or labels are missing.
     """
-    if all(run.is_identified for run in study.runs):
+    if all(run.is_identified and run.contents is None for run in study.runs):
         return list(study.runs)
     from sret_cli.identify import Identifier
 
@@ -321,7 +321,8 @@ def _remove_unless_begun(directory: Path) -> None:
 
 
 def _check_backbones(study: Study, root: Path) -> None:
-    new = [run for run in study.runs if records.read_row(run.directory(root)) is None]
+    known = [run for run in study.runs if run.is_identified]
+    new = [run for run in known if records.read_row(run.directory(root)) is None]
     for spec in dict.fromkeys(run.model for run in new):
         if isinstance(spec, BackboneSpec) and len(new) > 1:
             from sret_cli.recurse import build_backbone

@@ -17,6 +17,12 @@ from sret_cli.folders import TEST_NAMES, refuse_cut
 from sret_cli.sources import Indexed, Source, test_folder, train_folder
 
 
+@cache
+def known_source(dataset: str, data_dir: str | None, training: bool) -> Source:
+    """The same images as `stored_source`, listed once for all runs of a study."""
+    return stored_source(dataset, data_dir, training)
+
+
 def stored_source(dataset: str, data_dir: str | None, training: bool) -> Source:
     """The training or test images of a dataset that is read from files, but not as a stream.
 

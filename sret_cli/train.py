@@ -101,7 +101,9 @@ def train(
     workers = default_workers(run.train) if workers is None else workers
     with ExitStack() as stack, ranks.ending_all():
         with ranks.agreeing():
-            loaders = load_data(run.train, run.model, workers, ranks.rank, ranks.world_size)
+            known = run.contents is not None  # by a study, whose runs are often of the same images
+            share = workers, ranks.rank, ranks.world_size
+            loaders = load_data(run.train, run.model, *share, known)
             run, found = refuse_others(run, directory, [loader.found for loader in loaders])
             trainer = Trainer(run, loaders[0], target_device, gpu_memory, ranks, shards)
             if ranks.leads:

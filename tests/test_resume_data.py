@@ -9,6 +9,7 @@ import pytest
 from sret_cli.checkpoint import read
 from sret_cli.errors import SretError
 from sret_cli.evaluate import evaluate_run
+from sret_cli.identify import Identifier
 from sret_cli.recipe import TrainSpec
 from sret_cli.run import Run, continued
 from sret_cli.train import train
@@ -92,9 +93,9 @@ def test_a_bad_image_loses_no_step_and_can_then_be_left_out(tiny, folder, tmp_pa
     image = folder / "train" / "dog" / "7.jpg"
     good = image.read_bytes()
     root = tmp_path_factory.mktemp("runs")
-    run = run_of(tiny, folder)
-    directory = run.directory(root)
     image.write_bytes(good[:200])
+    run = Identifier().identify(run_of(tiny, folder))
+    directory = run.directory(root)
     with pytest.raises(SretError, match=r"dog/7.jpg.*leave it out by --on-bad-image skip"):
         train(run, directory)
     (kept,) = directory.glob("checkpoint-*")
@@ -103,11 +104,20 @@ def test_a_bad_image_loses_no_step_and_can_then_be_left_out(tiny, folder, tmp_pa
     assert skipping.train.on_bad_image == "skip"
     assert skipping.run_id == run.run_id
     assert train(skipping, directory)["bad_images"] == 1
-    fresh = run.directory(tmp_path_factory.mktemp("mended"))
-    with pytest.raises(SretError):
-        train(run, fresh)
     image.write_bytes(good)
-    assert train(run, fresh)["epochs_trained"] == 2
+    with pytest.raises(SretError, match=r"train/dog/7\.jpg has [,\d]+ bytes, not 200"):
+        train(skipping, directory)
+
+
+def test_an_image_that_was_damaged_meanwhile_is_named_and_put_back(tiny, folder, tmp_path_factory):
+    image, directory = folder / "train" / "dog" / "7.jpg", tmp_path_factory.mktemp("run")
+    good, run = image.read_bytes(), run_of(tiny, folder)
+    stopped(run, directory)
+    image.write_bytes(good[:200])
+    with pytest.raises(SretError, match=r"train/dog/7\.jpg has 200 bytes, not [,\d]+"):
+        train(run, directory)
+    image.write_bytes(good)
+    assert train(run, directory)["epochs_trained"] == 2
 
 
 def test_other_images_can_be_left_out_of_a_batch_that_is_mixed(tiny, folder, tmp_path_factory):
