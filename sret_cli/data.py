@@ -18,12 +18,13 @@ from sret_cli.augment import Pixels, seeded
 from sret_cli.backbone import Spec
 from sret_cli.classes import ClassList, match_classes
 from sret_cli.errors import DATA, SretError, note, note_once
+from sret_cli.fingerprint import Images, refuse_other_labels
 from sret_cli.processes import share
-from sret_cli.readers import named_source
+from sret_cli.readers import known_source, stored_source
 from sret_cli.recipe import TrainSpec
-from sret_cli.soft_labels import StoredLabels, hash_images, stored_classes
+from sret_cli.soft_labels import StoredLabels, stored_classes
 from sret_cli.sources import Source, digits, synthetic, test_folder, train_folder
-from sret_cli.streams import Stream, find_shards
+from sret_cli.streams import Shards, Stream, find_shards
 
 Key = tuple[int, int, int]  # epoch, index, which repeat of the image in the epoch
 Sample = tuple[Tensor, int | Tensor] | SretError  # the error where its image cannot be decoded
@@ -125,8 +126,7 @@ class Loader:
     Where soft labels are stored, the targets of training are `[B, 2, top_k]`.
 
     `classes` are the names of the classes, in their order, or their numbers where they are not
-    `named`; `bad_images` says what is wrong with each image that was left out so far; `sources` has
-    a SHA-256 of what is trained on.
+    `named`; `bad_images` says what is wrong with each image that was left out so far.
     """
 
     def __init__(
@@ -137,12 +137,10 @@ class Loader:
         workers: int,
         pixels: Pixels,
         on_bad_image: str,
-        sources: dict[str, str],
         named: bool = True,
     ) -> None:
         self.named = named
         self.samples, self.batches, self.on_bad_image = dataset, batches, on_bad_image
-        self.sources = sources
         self.classes = classes
         self.mean, self.std = (
             torch.tensor(values).mul(255).view(1, -1, 1, 1) for values in (pixels.mean, pixels.std)
@@ -214,6 +212,11 @@ class Loader:
                 return
             yield batch
 
+    @property
+    def found(self) -> Source | Shards:
+        """Where the images come from."""
+        return self.samples.source if isinstance(self.samples, Samples) else self.samples.shards
+
     def normalize(self, x: Tensor) -> Tensor:
         """Images of 8 bits as float32, less the data's mean and over its deviation."""
         if self.mean.device != x.device:
@@ -238,10 +241,12 @@ def load_data(
     rank: int = 0,
     world_size: int = 1,
     order: ClassList | None = None,
+    known: bool = False,
 ) -> tuple[Loader, Loader]:
     """The loaders of a run's training and test images: one rank's share of them.
 
     Classes have the numbers of `order`, where it is given, else of stored labels, else their own.
+    Folders are listed anew, unless those that are `known` in this process are to be taken.
 
     Raises:
         SretError: the data are missing or hold no labelled images, their classes are not those of
@@ -259,10 +264,10 @@ def load_data(
     where = workers, rank, world_size
     if order is None and train.soft_labels is not None:
         order = stored_classes(Path(train.soft_labels), train)
-    training = _loader(train, model, True, *where, order)
+    training = _loader(train, model, True, *where, order, known)
     if order is None and training.named:
         order = training.class_list
-    test = _loader(train, model, False, *where, order)
+    test = _loader(train, model, False, *where, order, known)
     if len(test.classes) > len(training.classes):
         raise SretError(
             f"the test images have {len(test.classes):,} classes, up to {test.classes[-1]}, and "
@@ -297,6 +302,7 @@ def _loader(
     rank: int,
     world_size: int,
     order: ClassList | None,
+    known: bool = False,
 ) -> Loader:
     pixels = Pixels.of(train, model)
     transform = pixels.augmentation(train) if training else pixels.transform(train)
@@ -306,23 +312,21 @@ def _loader(
     if train.dataset == "wds":
         where = workers, rank, world_size
         return _stream_loader(train, pixels, transform, model, seed, *where, order)
-    source = find_source(train, model, training, order)
+    source = find_source(train, model, training, order, known)
     if training and len(source) < world_size:
         raise SretError(f"{len(source)} images do not feed {world_size} processes", DATA)
     labels = None
     if training and train.soft_labels is not None:
         labels = StoredLabels(Path(train.soft_labels))
         labels.refuse_other(train, model, source)
+        refuse_other_labels(labels, Images(source, train.data_dir, train.on_bad_image == "skip"))
     samples = Samples(source, transform, pixels.mode, seed, labels)
     repeats = max(train.aug_repeats, 1)
     batches = Batches(
         *(len(source), train.batch_size, seed, repeats, rank, world_size, train.accumulation)
     )
-    sources = {"images": hash_images(source, train.dataset)} if training else {}
-    if labels is not None:
-        sources["soft labels"] = labels.spec.sha256
     return Loader(
-        *(samples, batches, source.classes, workers, pixels, train.on_bad_image, sources),
+        *(samples, batches, source.classes, workers, pixels, train.on_bad_image),
         named=source.named,
     )
 
@@ -360,24 +364,27 @@ def _stream_loader(
         names=names,
     )
     classes = names or tuple(map(str, range(shards.classes or model.num_classes)))
-    sources = {"images": shards.sha256}
     return Loader(
-        *(stream, stream, classes, workers, pixels, train.on_bad_image, sources),
+        *(stream, stream, classes, workers, pixels, train.on_bad_image),
         named=names is not None,
     )
 
 
 def find_source(
-    train: TrainSpec, model: Spec, training: bool, order: ClassList | None = None
+    train: TrainSpec,
+    model: Spec,
+    training: bool,
+    order: ClassList | None = None,
+    known: bool = False,
 ) -> Source:
-    """A run's training or test images, by index.
+    """A run's training or test images, by index; as they were listed before, where `known`.
 
     Classes have the numbers of `order`, where it is given, else those that the data give them.
 
     Raises:
         SretError: they are missing, hold no labelled images, or have other classes than `order`.
     """
-    source = _find_source(train, model, training)
+    source = _find_source(train, model, training, known)
     if order is None or match_classes(source.class_list, order) is None:
         return source
     assert order.names is not None
@@ -389,13 +396,11 @@ def find_source(
     return read(data_dir, order.names)
 
 
-def _find_source(train: TrainSpec, model: Spec, training: bool) -> Source:
-    if train.dataset == "folder":
-        data_dir = Path(train.data_dir or "")
-        return train_folder(data_dir) if training else test_folder(data_dir)
+def _find_source(train: TrainSpec, model: Spec, training: bool, known: bool) -> Source:
     if train.dataset == "digits":
         return digits()[0 if training else 1]
     if train.dataset == "synthetic":
         found = synthetic(train.seed, model.img_size, model.in_chans, model.num_classes)
         return found[0 if training else 1]
-    return named_source(train.dataset, train.data_dir, training, train.label_column)
+    source_of = known_source if known else stored_source
+    return source_of(train.dataset, train.data_dir, training, train.label_column)

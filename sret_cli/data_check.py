@@ -151,8 +151,8 @@ def check_folder(
     root = image_root(data_dir)
     names = [name for name in ("train", *TEST_NAMES) if (root / name).is_dir()]
     files = [file for name in names or [""] for file in _files(root, name)]
-    jobs = [file for file in files if is_image(Path(file.path))]
-    ignored = Counter(_kind(Path(file.path)) for file in files if not is_image(Path(file.path)))
+    jobs = [file for file in files if is_image(file.path)]
+    ignored = Counter(_kind(Path(file.path)) for file in files if not is_image(file.path))
     if not jobs:
         raise SretError(f"no images in {data_dir}; name a folder with train/ and test/", DATA)
     found: list[Checked] = []
@@ -174,7 +174,7 @@ def _files(root: Path, split: str) -> list[Checked]:
     """The files of a split, unread: those in its folders of classes, and those beside them."""
     folder = root / split
     found = [
-        Checked(str(path), split, name)
+        Checked(path, split, name)
         for name in class_folders(folder)
         for path in find_files(folder / name)
     ]

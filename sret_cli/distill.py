@@ -21,7 +21,7 @@ from sret_cli.recipe import TrainSpec
 from sret_cli.recurse import build_backbone
 from sret_cli.safe_read import read_tensors
 from sret_cli.soft_labels import spread
-from sret_cli.weights import WEIGHTS_FILE, load_config, load_model, load_state, sha256
+from sret_cli.weights import load_config, load_model, load_state
 
 
 class Distillation:
@@ -62,14 +62,6 @@ def create_distillation(
     """The loss of a training that distills, on images of these classes; None for any other."""
     distills = train.teacher is not None or train.soft_labels is not None
     return Distillation(train, student, device, classes) if distills else None
-
-
-def teacher_source(train: TrainSpec) -> dict[str, str]:
-    """The SHA-256 of the teacher's weights, by what they are called, where they are in a file."""
-    path = Path(train.teacher_checkpoint or "")
-    if train.teacher is not None and Path(train.teacher).is_dir():
-        path = Path(train.teacher) / WEIGHTS_FILE
-    return {"teacher's weights": sha256(path)} if path.is_file() else {}
 
 
 class Teacher:

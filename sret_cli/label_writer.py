@@ -18,6 +18,8 @@ from sret_cli.data import find_source
 from sret_cli.distill import Teacher
 from sret_cli.errors import CHECKPOINT, USAGE, SretError, note
 from sret_cli.evaluate import OnStep, default_workers, use_deterministic_kernels
+from sret_cli.fingerprint import Images, write_fingerprints
+from sret_cli.identify import teacher_sums
 from sret_cli.measure import choose_device
 from sret_cli.recipe import TrainSpec
 from sret_cli.records import cannot_write, locked, read_json, sync_directory, write_json
@@ -29,12 +31,11 @@ from sret_cli.soft_labels import (
     Crop,
     LabelsSpec,
     draw_crop,
-    hash_images,
     read_labels_spec,
     stored_classes,
 )
 from sret_cli.sources import Source
-from sret_cli.weights import WEIGHTS_FILE, sha256
+from sret_cli.weights import sha256
 
 SAVED_EVERY_SECONDS = 60
 IMAGENET_IMAGES = 1_281_167
@@ -105,12 +106,13 @@ def write_labels(
     use_deterministic_kernels(target_device)
     source = find_source(train, student, True, stored_classes(directory, train))
     teacher = Teacher(train, student, target_device, source.class_list)
+    images = Images(source, train.data_dir, train.on_bad_image == "skip").fingerprint(train.seed)
     spec = LabelsSpec(
         teacher=str(train.teacher),
-        teacher_sha256=_weights_sha256(train),
+        teacher_sha256=next(iter(teacher_sums(train).values()), None),
         teacher_img_size=teacher.img_size,
         images=len(source),
-        images_sha256=hash_images(source, train.dataset),
+        images_sha256=images.sha256,
         crops=crops,
         top_k=min(top_k, student.num_classes),
         classes=source.class_list.names,
@@ -128,6 +130,7 @@ def write_labels(
         if done is None:
             note(f"{directory} has them already")
             return read_labels_spec(directory)
+        write_fingerprints(directory, {"train": images})
         batches = _batches(
             *(source, spec, done, max(batch_size // crops, 1)),
             default_workers(train) if workers is None else workers,
@@ -242,7 +245,8 @@ def _images_done(directory: Path, spec: LabelsSpec) -> int | None:
             raise SretError(f"{path} is damaged; remove {directory}", CHECKPOINT) from None
     for key, value in spec.model_dump(mode="json").items():
         unnamed = key == "classes" and found.get(key) is None  # of an earlier version
-        if key != "sha256" and not unnamed and found.get(key) != value:
+        moves = key == "teacher" and spec.teacher_sha256 is not None  # its weights tell which it is
+        if key != "sha256" and not (unnamed or moves) and found.get(key) != value:
             raise SretError(
                 f"{directory} has labels with {key} = {found.get(key)}, not {value}; choose "
                 "another directory, or remove it",
@@ -275,12 +279,6 @@ def _reserved(directory: Path, spec: LabelsSpec) -> BinaryIO:
     except OSError as error:
         raise cannot_write(path, error, spec.size_bytes()) from None
     return file
-
-
-def _weights_sha256(train: TrainSpec) -> str | None:
-    """The SHA-256 of the file of a teacher's weights; None of those that timm keeps."""
-    path = train.teacher_checkpoint or Path(str(train.teacher)) / WEIGHTS_FILE
-    return sha256(Path(path)) if Path(path).is_file() else None
 
 
 def _megabytes(size: int) -> str:

@@ -5,16 +5,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sret_cli import records
 from sret_cli.backbone import BackboneSpec
+from sret_cli.contents import Contents
 from sret_cli.errors import RESOURCES, SOME_FAILED, SretError, out_of_memory
 from sret_cli.published import published_columns
 from sret_cli.recipe import TrainSpec
@@ -203,11 +204,16 @@ def run_study(
 def _run_study(
     study: Study, root: Path, options: Options, console: Console, trains: bool, team: Team | None
 ) -> Outcome:
-    _check_backbones(study, root)
     outcome = Outcome()
     display = Display(console, study.name, len(study.runs))
+    study = replace(study, runs=tuple(_identified(study, trains, display)))
+    _check_backbones(study, root)
     with _says_what_was_kept(study, root, outcome, console), display.progress:
         for number, run in enumerate(study.runs, 1):
+            if not run.is_identified:
+                outcome.rows.append(profile_run(run, options)[0])
+                display.finish(f"[{number}/{len(study.runs)}] {run.name}: measured, not kept")
+                continue
             directory = run.directory(root)
             row = records.read_row(directory) or {**run.row(), **records.provenance()}
             missing = _missing(row, run, options, trains)
@@ -217,6 +223,9 @@ def _run_study(
                 display.start(run)
                 if run.train is None or "training" in missing:
                     row |= {"status": None, "error": None, **records.provenance()}
+                    row |= {k: v for k, v in run.row().items() if k.startswith("train.")}
+                if "training" in missing:
+                    _note_other_contents(run, root, display)
                 try:
                     with records.locked(directory):
                         _measure(missing, row, run, directory, options, display, team)
@@ -233,6 +242,47 @@ def _run_study(
     return outcome
 
 
+def _identified(study: Study, trains: bool, display: Display) -> list[Run]:
+    """The runs with the contents of what they read, each once, though it was named in two ways.
+
+    Measuring needs no data: where they are missing, the run has no id to keep its row by.
+
+    Raises:
+        SretError: it is to be trained, and data, weights or labels are missing.
+    """
+    if all(run.is_identified and run.contents is None for run in study.runs):
+        return list(study.runs)
+    from sret_cli.identify import Identifier
+
+    identifier = Identifier()
+    found: dict[Any, Run] = {}
+    for run in study.runs:
+        try:
+            run = identifier.identify(run)
+            found.setdefault(run.run_id, run)
+        except SretError as error:
+            if trains:
+                raise
+            display.note(f"{run.name}: measured and not kept: {error}")
+            found[id(run)] = run
+    return list(found.values())
+
+
+def _note_other_contents(run: Run, root: Path, display: Display) -> None:
+    """Says that a new run shares nothing with one of the same settings and of other data."""
+    directory = run.directory(root)
+    if directory.exists():
+        return
+    for path in sorted(directory.parent.glob(f"*/{records.CONFIG_FILE}")):
+        other = records.read_json(path)
+        if records.same_settings(other, run.spec()):
+            differ = Contents.of(other.get("contents")).differences(run.contents or Contents())
+            display.note(
+                f"{path.parent} has the same settings, but other {' and '.join(differ)}: "
+                f"{run.run_id} is a new run and shares nothing with it"
+            )
+
+
 def _measure(
     missing: list[str],
     row: Row,
@@ -247,7 +297,10 @@ def _measure(
     Raises:
         SretError: it failed.
     """
-    records.write_config(directory, {"study": run.study, "name": run.name, **run.spec()})
+    if (path := directory / records.CONFIG_FILE).exists():  # the training writes where data lie now
+        records.refuse_other_config(str(path), records.read_json(path), run.spec())
+    else:
+        records.write_config(directory, {"study": run.study, "name": run.name, **run.spec()})
     try:
         with _out_of_memory_is_an_error():
             for measurement in missing:
@@ -273,7 +326,8 @@ def _remove_unless_begun(directory: Path) -> None:
 
 
 def _check_backbones(study: Study, root: Path) -> None:
-    new = [run for run in study.runs if records.read_row(run.directory(root)) is None]
+    known = [run for run in study.runs if run.is_identified]
+    new = [run for run in known if records.read_row(run.directory(root)) is None]
     for spec in dict.fromkeys(run.model for run in new):
         if isinstance(spec, BackboneSpec) and len(new) > 1:
             from sret_cli.recurse import build_backbone

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,35 @@ from typing import Any
 import numpy as np
 from timm.data import create_dataset
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
-from torch import Tensor
 
 from sret_cli.classes import order_classes
 from sret_cli.errors import DATA, SretError
 from sret_cli.folders import TEST_NAMES, refuse_cut
-from sret_cli.sources import Indexed, Source, unreadable
+from sret_cli.sources import Indexed, Source, test_folder, train_folder
 
-HASHED_IMAGES = 100  # of a Hugging Face dataset, beside the names and sizes of all
 USUAL_LABELS = ("label", "labels")
+
+
+@cache
+def known_source(
+    dataset: str, data_dir: str | None, training: bool, label_column: str | None = None
+) -> Source:
+    """The same images as `stored_source`, listed once for all runs of a study."""
+    return stored_source(dataset, data_dir, training, label_column)
+
+
+def stored_source(
+    dataset: str, data_dir: str | None, training: bool, label_column: str | None = None
+) -> Source:
+    """The training or test images of a dataset that is read from files, but not as a stream.
+
+    Raises:
+        SretError: they are not there, or are not labelled images.
+    """
+    if dataset == "folder":
+        folder = Path(data_dir or "")
+        return train_folder(folder) if training else test_folder(folder)
+    return named_source(dataset, data_dir, training, label_column)
 
 
 @cache
@@ -297,52 +317,3 @@ def _file_names(
             DATA,
         )
     return next(iter(found), tuple(kind.names))
-
-
-def identify(source: Source) -> Iterator[bytes | memoryview]:
-    """What tells a dataset of torchvision or Hugging Face from others, wherever and however cached.
-
-    Of torchvision's it is the pixels, where they are in memory, else the names of the files, and
-    the classes. Of Hugging Face's it is each image's name, size and class, and the bytes of some.
-
-    Raises:
-        SretError: the file of an image cannot be read.
-    """
-    yield f"\n{len(source)}".encode()
-    if isinstance(source.images, Indexed):
-        yield from _identify_torchvision(source.images.dataset)
-    else:
-        yield from _identify_hugging_face(source.images)
-        for index in range(0, len(source), max(-(-len(source) // HASHED_IMAGES), 1)):
-            try:
-                with source.images[index][0] as file:
-                    yield file.read()
-            except OSError as error:
-                raise unreadable(source.filename(index), error) from None
-
-
-def _identify_torchvision(dataset: Any) -> Iterator[bytes | memoryview]:
-    for name in ("data", "imgs", "index", "targets"):
-        values = getattr(dataset, name, ())
-        if isinstance(values, np.ndarray | Tensor):
-            yield np.ascontiguousarray(values).data
-            continue
-        for value in values:
-            parts = value if isinstance(value, tuple) else (value,)
-            line = "\n" + " ".join(os.path.basename(str(part)) for part in parts)
-            yield line.encode(errors="surrogateescape")
-
-
-def _identify_hugging_face(reader: Any) -> Iterator[bytes]:
-    """A line an image, for which no image is read: its size follows from where it begins."""
-    from pyarrow import compute
-
-    for table in reader.dataset.with_format("arrow").iter(10_000):
-        images = table[reader.image_key]
-        sizes = compute.binary_length(compute.struct_field(images, "bytes")).to_pylist()
-        paths = compute.struct_field(images, "path").to_pylist()
-        for path, size, target in zip(
-            paths, sizes, table[reader.label_key].to_pylist(), strict=True
-        ):
-            line = f"\n{os.path.basename(path or '')} {size} {target}"
-            yield line.encode(errors="surrogateescape")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sret_cli import __version__
+from sret_cli.contents import CONTENTS_OF, Contents, without_places
 from sret_cli.errors import CHECKPOINT, DATA, RESOURCES, USAGE, SretError
 
 Row = dict[str, Any]
@@ -73,6 +74,7 @@ LATER_FIELDS = {
     "sched_on_updates": True,
     "model_ema_warmup": False,
 }
+PLACES = {f"train.{place}" for place in CONTENTS_OF}
 CONFIG_FILE = "config.json"
 LOCK_FILE, HOLDER_FILE = ".lock", ".lock.json"
 
@@ -269,7 +271,9 @@ def write_config(directory: Path, config: Row) -> None:
 
 
 def refuse_other_config(where: str, found: Any, config: Row) -> None:
-    """Makes sure that a stored config has the model and the training of another (but `HANDLING`).
+    """Makes sure that a stored config has the model and the training of another.
+
+    `HANDLING` may differ, and the places where what is read lies, not its contents.
 
     Raises:
         SretError: it has not; the message names the keys that differ, with both values.
@@ -284,10 +288,23 @@ def refuse_other_config(where: str, found: Any, config: Row) -> None:
         )
 
 
+def same_settings(one: Any, other: Row) -> bool:
+    """Whether two configs have the same model and training, but for what the latter reads."""
+    told, wanted = (
+        {key: value for key, value in _flat(config).items() if key not in PLACES}
+        for config in (one, other)
+    )
+    same = isinstance(one, dict) and one.get("continues") == other.get("continues")
+    return same and told == wanted
+
+
 def _flat(config: Any) -> Row:
-    """The fields of the tables `model` and `train`, as JSON gives them, but for those left out."""
+    """The fields of the tables `model` and `train` but for those left out, and sums of contents."""
     config = json.loads(json.dumps(config))
     tables = config if isinstance(config, dict) else {}
+    train, contents = tables.get("train"), Contents.of(tables.get("contents"))
+    if isinstance(train, dict) and {"dataset", *CONTENTS_OF} <= train.keys():
+        tables = {**tables, "train": without_places(train, contents)}
     return {
         f"{table}.{key}": value
         for table in ("model", "train")

@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sret_cli.backbone import BackboneSpec, Spec, read_spec
+from sret_cli.contents import Contents, are_known, without_places
 from sret_cli.cost import fit_width, parse_quantity, twin
-from sret_cli.errors import CHECKPOINT, DATA, SretError, nearest
+from sret_cli.errors import CHECKPOINT, DATA, USAGE, SretError, nearest
 from sret_cli.folders import folder_classes
 from sret_cli.recipe import TrainSpec, model_fields, read_train
 from sret_cli.records import (
@@ -34,6 +35,7 @@ class Run:
 
     `continues` is the id of a run of fewer epochs that this one goes on from: since its first
     epochs had another schedule, it is not the run that has all its epochs from the start.
+    `contents` tells what it reads (`identify.Identifier` finds out); None is not yet known.
     """
 
     study: str
@@ -41,17 +43,29 @@ class Run:
     model: Spec
     train: TrainSpec | None = None
     continues: str | None = None
+    contents: Contents | None = field(default=None, compare=False)
+
+    @property
+    def is_identified(self) -> bool:
+        """Whether the contents of what the run reads are known, so that it has an id."""
+        if self.train is None or self.contents is not None:
+            return True
+        train = self.train.model_dump()
+        return train["teacher"] is None and are_known(train, Contents())
 
     @property
     def run_id(self) -> str:
         """The first 10 hex digits of the SHA-256 of the canonical JSON of what the run does.
 
         How it handles what goes wrong (`records.HANDLING`) has no part in it, nor have later fields
-        at the value that changes nothing (`records.LATER_FIELDS`).
+        at the value that changes nothing (`records.LATER_FIELDS`); of images, weights and labels
+        the contents have, not the places where they lie.
         """
+        assert self.is_identified, "find out first what the run reads"
         spec = self.spec()
+        spec.pop("contents", None)
         if spec["train"] is not None:
-            spec["train"] |= HANDLING
+            spec["train"] = without_places(spec["train"], self.contents or Contents()) | HANDLING
         for table in ("model", "train"):
             if spec[table] is not None:
                 spec[table] = {k: v for k, v in spec[table].items() if not is_later_default(k, v)}
@@ -59,10 +73,14 @@ class Run:
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 
     def spec(self) -> Table:
-        """The resolved model and training, as plain values."""
+        """The resolved model and training, and the contents of what it reads, as plain values."""
         train = None if self.train is None else self.train.model_dump(mode="json")
-        spec = {"model": self.model.model_dump(mode="json"), "train": train}
-        return spec if self.continues is None else {**spec, "continues": self.continues}
+        spec: Table = {"model": self.model.model_dump(mode="json"), "train": train}
+        if self.continues is not None:
+            spec["continues"] = self.continues
+        if self.contents is not None and self.contents != Contents():
+            spec["contents"] = self.contents.table()
+        return spec
 
     def directory(self, root: Path) -> Path:
         """Where the run keeps its files under a root of runs."""
@@ -70,12 +88,14 @@ class Run:
 
     def row(self) -> Table:
         """The part of the run's row that is known beforehand; measurements are null."""
-        row: Table = {"study": self.study, "run_id": self.run_id, "name": self.name}
+        run_id = self.run_id if self.is_identified else None
+        row: Table = {"study": self.study, "run_id": run_id, "name": self.name}
         row |= flat("model", self.spec()["model"])
         if self.train is not None:
             row |= {f"train.{k}": v for k, v in self.spec()["train"].items()}
         if self.continues is not None:
             row["continues"] = self.continues
+        row |= {} if self.contents is None else self.contents.table()
         return row | dict.fromkeys((*MEASUREMENTS, *OUTCOME)) | {"layers": self.model.layers}
 
 
@@ -216,28 +236,57 @@ def dataset_classes(train: TrainSpec) -> int | None:
     return len(source.classes)
 
 
-def continued(directory: Path, epochs: int | None, on_bad_image: str | None = None) -> Run:
+def continued(
+    directory: Path,
+    epochs: int | None,
+    on_bad_image: str | None = None,
+    places: Table | None = None,
+) -> Run:
     """The run of a directory; with more epochs a new run that goes on from it, beside it.
 
-    `on_bad_image` may be another than before.
+    Nothing but its `config.json` has to be there.
+
+    Args:
+        directory: the run's.
+        epochs: of the new run; as many as before, and the same run, if None.
+        on_bad_image: may be another than before.
+        places: where its images, weights or labels lie now, by the fields of the training.
 
     Raises:
-        SretError: it is no run that trains, or has as many epochs already.
+        SretError: it is no run that trains, has as many epochs already, or the places are others
+            than of what it reads.
     """
     directory = Path(os.path.abspath(directory))  # its name is the run's, also where it is "."
     config = read_json(directory / CONFIG_FILE)
     try:
         model, train = read_spec(config["model"]), read_train(config["train"])
         train = train.with_values(on_bad_image=on_bad_image or train.on_bad_image)
-        run = Run(config["study"], config["name"], model, train, config.get("continues"))
+        contents = Contents.of(config.get("contents"))
+        run = Run(config["study"], config["name"], model, train, config.get("continues"), contents)
     except (KeyError, TypeError) as error:
         raise SretError(f"{directory} is no run that trains: {error}", DATA) from None
+    if not are_known(train.model_dump(), contents):
+        raise SretError(
+            f"{directory}/config.json does not say which images, weights and labels the run reads: "
+            "an earlier version wrote it; start the run over",
+            CHECKPOINT,
+        )
     if run.run_id != directory.name or run.study != directory.parent.name:
         raise SretError(
             f"{directory}/config.json is of {run.study}/{run.run_id}: it was changed, or moved; "
             "put it back",
             CHECKPOINT,
         )
+    if places:
+        train = train.with_values(**places)
+        moved = replace(run, train=train)
+        if moved.run_id != run.run_id:
+            raise SretError(
+                f"--resume goes on with what {directory}/config.json says; leave out "
+                f"{', '.join(places)}, of which the run reads nothing or another kind",
+                USAGE,
+            )
+        run = moved
     if epochs is None or epochs == train.epochs:
         return run
     if epochs < train.epochs:

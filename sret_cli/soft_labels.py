@@ -7,7 +7,6 @@ of the image, whether it is flipped, and the classes and probabilities (fp16) of
 guesses. Fast Knowledge Distillation: Shen and Xing, ECCV 2022, arXiv 2112.01528.
 """
 
-import hashlib
 import random
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +25,6 @@ from sret_cli.backbone import Spec
 from sret_cli.classes import ClassList, match_classes
 from sret_cli.errors import CHECKPOINT, DATA, SretError
 from sret_cli.folders import folder_classes
-from sret_cli.readers import identify
 from sret_cli.recipe import TrainSpec
 from sret_cli.records import read_json
 from sret_cli.sources import Source
@@ -115,26 +113,6 @@ def draw_crop(image: Image.Image, spec: LabelsSpec, index: int, number: int) -> 
         return Crop(top, left, height, width, random.random() < spec.hflip)
 
 
-def hash_images(source: Source, dataset: str) -> str:
-    """The SHA-256 of the list of images and of the classes, wherever they lie.
-
-    It has the names of files in folders and tar files; of other kinds what tells one set of images
-    from another without reading all of them, as `readers.identify` has it.
-
-    Raises:
-        SretError: the file of an image cannot be read.
-    """
-    digest = hashlib.sha256("\n".join(source.classes).encode(errors="surrogateescape"))
-    if dataset.startswith(("hfds", "torch/")):
-        for part in identify(source):
-            digest.update(part)
-        return digest.hexdigest()
-    for index in range(len(source)):
-        name = source.images.filename(index) or f"image {index}"
-        digest.update(f"\n{name.removeprefix(source.name)}".encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
 class StoredLabels:
     """The soft labels in a directory.
 
@@ -163,7 +141,7 @@ class StoredLabels:
         return np.memmap(self.path, self.spec.record, "r", shape=shape)
 
     def refuse_other(self, train: TrainSpec, model: Spec, source: Source) -> None:
-        """Makes sure that the labels are of a run's images, and of how it takes them.
+        """Makes sure that the labels are of images as a run takes them.
 
         Raises:
             SretError: they are not; the message names the value that differs.
@@ -187,14 +165,6 @@ class StoredLabels:
                     f"{self.directory}; {stored_list.remedy}",
                     DATA,
                 )
-        same = self.spec.images == len(source)
-        if not same or self.spec.images_sha256 != hash_images(source, train.dataset):
-            raise SretError(
-                f"the labels in {self.directory} are of {self.spec.images:,} other images than "
-                f"the {len(source):,} of {source.name}; write some for these by "
-                "`sret distill-labels`",
-                DATA,
-            )
 
     def sample(self, source: Source, index: int, number: int) -> tuple[Tensor, Tensor]:
         """An image's crop of that number, which starts over after the last, and what is said of it.

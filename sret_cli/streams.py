@@ -1,6 +1,5 @@
 """WebDataset shards, read in a row: batches whose order depends on the ranks and the workers."""
 
-import hashlib
 import io
 import json
 import random
@@ -35,13 +34,6 @@ class Shards:
     samples: tuple[int, ...]
     classes: int | None
     names: tuple[str, ...] | None = None
-
-    @property
-    def sha256(self) -> str:
-        """That of the shards' names and of how many samples and classes they have."""
-        names = [Path(path).name for path in self.paths]
-        text = json.dumps([names, self.samples, self.classes])
-        return hashlib.sha256(text.encode()).hexdigest()
 
 
 @cache

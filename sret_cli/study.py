@@ -6,6 +6,7 @@ A study file has tables `[model]` and `[train]`, whose product with `[grid]` (al
 a list `baselines` adds untouched models of timm's.
 """
 
+import json
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from sret_cli.backbone import BackboneSpec
 from sret_cli.cost import TWIN_KINDS, twin
 from sret_cli.errors import USAGE, SretError, nearest
 from sret_cli.recipe import TrainSpec
-from sret_cli.records import MEASUREMENTS
+from sret_cli.records import HANDLING, MEASUREMENTS
 from sret_cli.run import BACKBONE_KEYS, MODEL_KEYS, Run, Table, put, resolve
 from sret_cli.spec import ModelSpec
 from sret_cli.strict import Strict
@@ -145,14 +146,22 @@ def study_of(name: str, tables: Table) -> Study:
         for backbone in tables.get("baselines", ()):
             baseline = {**images, "backbone": backbone}
             baselines.append(resolve(name, baseline, train if trains else None))
-    by_id: dict[str, Run] = {}
+    distinct: dict[str, Run] = {}
     for run in runs:
-        same = by_id.setdefault(run.run_id, run)
+        same = distinct.setdefault(_canonical(run), run)
         if same.name != run.name:
             raise SretError(f"{same.name!r} and {run.name!r} are the same run; leave one out")
-    runs = with_twins(list(by_id.values()), tables.get("twins", []))
-    by_id = {run.run_id: run for run in [*runs, *baselines]}
-    return Study(name, tuple(by_id.values()), ReportSpec.of(tables.get("report", {})))
+    runs = with_twins(list(distinct.values()), tables.get("twins", []))
+    distinct = {_canonical(run): run for run in [*runs, *baselines]}
+    return Study(name, tuple(distinct.values()), ReportSpec.of(tables.get("report", {})))
+
+
+def _canonical(run: Run) -> str:
+    """What a run does, as text, with the places of its data for what lies there."""
+    spec = run.spec()
+    if spec["train"] is not None:
+        spec["train"] |= HANDLING
+    return json.dumps(spec, sort_keys=True)
 
 
 def with_baselines(study: Study, backbones: list[str]) -> Study:
@@ -176,7 +185,7 @@ def with_twins(runs: list[Run], kinds: list[str]) -> list[Run]:
 
     Models of timm's have none.
     """
-    found, control, added = {run.run_id for run in runs}, cache(twin), []
+    found, control, added = {_canonical(run) for run in runs}, cache(twin), []
     for run, kind in product(runs, kinds):
         if isinstance(run.model, BackboneSpec):
             continue
@@ -185,8 +194,8 @@ def with_twins(runs: list[Run], kinds: list[str]) -> list[Run]:
         except SretError as error:
             raise SretError(f"twins: {kind!r} of {run.name!r}: {error}", error.code) from None
         made = replace(run, name=f"{run.name} twin {kind}", model=model)
-        if made.run_id not in found:
-            found.add(made.run_id)
+        if _canonical(made) not in found:
+            found.add(_canonical(made))
             added.append(made)
     return [*runs, *added]
 

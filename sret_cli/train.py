@@ -33,6 +33,8 @@ from sret_cli.evaluate import (
     evaluate_run,
     use_deterministic_kernels,
 )
+from sret_cli.fingerprint import write_fingerprints
+from sret_cli.identify import Identifier, refuse_others
 from sret_cli.interrupt import Interrupted, Stop, leave, listening
 from sret_cli.measure import choose_device, device_name
 from sret_cli.metrics import METRICS_FILE, Metrics
@@ -95,7 +97,7 @@ def train(
             f"({run.train.lr:g}) for weights that are trained already"
         )
     target_device = ranks.device or choose_device(device)
-    directory = directory or run.directory(Path("runs"))
+    directory = directory or Identifier().identify(run).directory(Path("runs"))
     use_deterministic_kernels(target_device)
     workers = default_workers(run.train) if workers is None else workers
     with ExitStack() as stack, ranks.ending_all():
@@ -103,12 +105,15 @@ def train(
             order = trained_classes(directory, run.continues) if ranks.leads else None
         order = ranks.broadcast(order)
         with ranks.agreeing():
+            known = run.contents is not None  # by a study, whose runs are often of the same images
             where = workers, ranks.rank, ranks.world_size
-            loaders = load_data(run.train, run.model, *where, order)
+            loaders = load_data(run.train, run.model, *where, order, known)
+            run, found = refuse_others(run, directory, [loader.found for loader in loaders])
             trainer = Trainer(run, loaders[0], target_device, gpu_memory, ranks, shards)
             if ranks.leads:
                 stack.enter_context(records.locked(directory))
                 records.write_config(directory, describe(run))
+                write_fingerprints(directory, found)
         trainer.join()
         stop = stack.enter_context(listening())
         stop.gives_up = not ranks.several
@@ -117,7 +122,7 @@ def train(
         stack.callback(session.close)
         try:
             session.resume(tensorboard)
-            for text in training_notes(run.train, loaders[0]):
+            for text in training_notes(trainer.spec, loaders[0]):
                 note_once(text)
             return session.run()
         except Interrupted as asked:

@@ -63,24 +63,28 @@ def train(
     A run that was interrupted goes on from its newest checkpoint.
     """
     from sret_cli import report
+    from sret_cli.contents import CONTENTS_OF
     from sret_cli.launch import run_study
     from sret_cli.run import continued
-    from sret_cli.study import Study
+    from sret_cli.study import Study, parse_setting
 
     options = training_options(context)
     if resume is not None:
-        flags, may_differ = (
-            ("study", *MODEL_FLAGS, *TRAIN_FLAGS, "set_"),
-            ("epochs", "on_bad_image"),
-        )
-        others = [f for f in flags if f in flags_given(context) and f not in may_differ]
+        given = flags_given(context)
+        settings = [parse_setting(text) for text in given.get("set_", ())]
+        places = {key: value for _, key, value in settings if key in CONTENTS_OF}
+        places |= {key: given[key] for key in ("dataset", "data_dir") if key in given}
+        may_differ = ("epochs", "on_bad_image", "dataset", "data_dir")
+        flags = ("study", *MODEL_FLAGS, *TRAIN_FLAGS)
+        others = [name for name in flags if name in given and name not in may_differ]
+        others += [f"{table}.{key}" for table, key, _ in settings if key not in CONTENTS_OF]
         if others:
             raise SretError(
                 f"--resume goes on with what {resume}/config.json says; leave out "
                 f"{', '.join(others)}",
                 USAGE,
             )
-        run = continued(resume, epochs, on_bad_image)
+        run = continued(resume, epochs, on_bad_image, places)
         found, runs = Study(run.study, (run,)), Path(os.path.abspath(resume)).parent.parent
     else:
         found = study_from(context, trains=True)
@@ -88,8 +92,8 @@ def train(
         raise SretError(f"{study} trains nothing: it has no [train]; use `sret profile`")
     outcome = run_study(found, runs, options, notes())
     show_rows(outcome.rows, report.RUN_TABLE, json_)
-    for run in found.runs if len(found.runs) == 1 else ():
-        notes().print(f"kept in {run.directory(runs)}")
+    for row in outcome.rows if len(outcome.rows) == 1 else ():
+        notes().print(f"kept in {runs / row['study'] / row['run_id']}")
     finish(outcome.failed)
 
 

@@ -19,9 +19,9 @@ from sret_cli import __version__
 from sret_cli.checkpoint import Checkpoint, State, random_states, set_random_states
 from sret_cli.compilation import compile_model
 from sret_cli.data import Batches, Loader
-from sret_cli.distill import create_distillation, teacher_source
+from sret_cli.distill import create_distillation
 from sret_cli.distributed import ALONE, Ranks
-from sret_cli.errors import CHECKPOINT, SOME_FAILED, SretError, note
+from sret_cli.errors import SOME_FAILED, SretError, note
 from sret_cli.evaluate import autocast
 from sret_cli.measure import device_name
 from sret_cli.memory import set_recompute
@@ -137,7 +137,6 @@ class Trainer:
         )
         for stage in self.stages:
             stage.generator = self.generator
-        self.sources = loader.sources | teacher_source(self.spec)
         self.progress = Progress()
         norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm)]
         self.statistics = [buffer for norm in norms for buffer in norm.buffers()]
@@ -303,7 +302,6 @@ class Trainer:
         state = {
             "config": self.run.spec(),
             "versions": self.versions(),
-            "sources": self.sources,
             "progress": asdict(self.progress),
             "model": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -318,21 +316,13 @@ class Trainer:
         The schedule follows from the step and from the epochs of this run, which may be more.
 
         Raises:
-            SretError: it is of another run, or the data have changed.
+            SretError: it is of another run, or one that read other images, weights or labels.
         """
         state = checkpoint.state
         config = self.run.spec()
         if self.run.continues is not None:
             config["train"]["epochs"] = state["config"]["train"]["epochs"]
         refuse_other_config(str(checkpoint.path), state["config"], config)
-        was, now = state["sources"], self.sources
-        differ = [name for name in was if was[name] != now.get(name)]
-        if differ:
-            raise SretError(
-                f"the {' and the '.join(differ)} are not those that {checkpoint.path} was trained "
-                f"on; put them back, or remove {checkpoint.path.parent} to start over",
-                CHECKPOINT,
-            )
         load_whole(self.module, state["model"])
         load_whole_optimizer(self.optimizer, state["optimizer"])
         if self.ema is not None:

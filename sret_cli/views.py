@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sret_cli.contents import CONTENTS_OF
 from sret_cli.records import Row
 
 FLOPS_NOTE = "FLOPs: one multiply-add counts as one."
@@ -94,9 +95,9 @@ def varying(rows: Sequence[Row]) -> list[str]:
     """
     keys = dict.fromkeys(k for row in rows for k in row if k.startswith(("model.", "train.")))
     differ = [
-        key
+        found
         for key in ("study", "name", *keys)
-        if key != "train.seed" and len({show(row.get(key)) for row in rows}) > 1
+        if (found := _telling(rows, key)) and len({show(row.get(found)) for row in rows}) > 1
     ]
     for known in ("study", "name", "model.slices", "layers"):
         if known in differ or known == "layers":
@@ -105,6 +106,24 @@ def varying(rows: Sequence[Row]) -> list[str]:
                 follows &= {"model.recursive_slices", "model.recursions"}
             differ = [field for field in differ if field not in follows]
     return differ
+
+
+def _telling(rows: Sequence[Row], key: str) -> str | None:
+    """The field that tells rows apart for a field: of a place the sum of what lies there.
+
+    The place itself is for people to read, where it tells the same rows apart. Images are told
+    apart by the bytes of a sample only where the seed, which chooses it, is the same.
+    """
+    place = key.removeprefix("train.")
+    if key == "train.seed" or place not in CONTENTS_OF:
+        return None if key == "train.seed" else key
+    sums = [name for name in CONTENTS_OF[place] if any(row.get(name) for row in rows)]
+    if place == "data_dir":
+        known = [tuple(row.get(k) for k in ("train.seed", *CONTENTS_OF[place])) for row in rows]
+        sums = sums[: 1 if len(set(known)) == len({values[:2] for values in known}) else 2]
+    if not sums or (_follows(rows, key, sums[-1]) and _follows(rows, sums[-1], key)):
+        return key
+    return sums[-1]
 
 
 def _follows(rows: Sequence[Row], known: str, field: str) -> bool:

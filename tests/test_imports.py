@@ -15,6 +15,7 @@ ORDER = (
     "registry",
     *(
         "backbone",
+        "contents",
         "records",
         "published",
         "cost",
@@ -27,7 +28,8 @@ ORDER = (
     *("streams", "run", "study", "linear", "blocks", "recompute", "stage", "model"),
     *("compilation", "layer_places", "recurse", "safe_read", "reference", "weights"),
     *("breakdown", "profiler"),
-    *("liveness", "allocations", "footprint", "memory", "measure", "soft_labels", "data"),
+    *("liveness", "allocations", "footprint", "memory", "measure", "soft_labels", "listing"),
+    *("fingerprint", "identify", "data"),
     *("distributed", "evaluate", "checkpoint", "distill", "parallel", "metrics", "optimizer"),
     *(
         "trainer",

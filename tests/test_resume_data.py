@@ -1,6 +1,7 @@
 """What a training was done on is what it goes on with."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from sret_cli.checkpoint import read
 from sret_cli.errors import SretError
 from sret_cli.evaluate import evaluate_run
+from sret_cli.identify import Identifier
 from sret_cli.recipe import TrainSpec
 from sret_cli.run import Run, continued
 from sret_cli.train import train
@@ -34,26 +36,43 @@ def remove_an_image(folder):
     (folder / "train" / "dog" / "7.jpg").unlink()
 
 
+def change_pixels(folder):
+    """Puts other pixels into a file, which has as many bytes as before."""
+    path = folder / "test" / "dog" / "7.jpg"
+    data = bytearray(path.read_bytes())
+    data[-10] ^= 1
+    path.write_bytes(data)
+
+
+def add_an_image(folder):
+    shutil.copy(folder / "test" / "dog" / "7.jpg", folder / "test" / "dog" / "8.jpg")
+
+
 def rename_a_class(folder):
     for split in ("train", "test"):
         (folder / split / "cat").rename(folder / split / "zebra")
 
 
-CHANGES = {
-    remove_an_image: "the images are not those that .*checkpoint-3 was",
-    rename_a_class: "different classes: 'cat' is only in the first, 'zebra' is only in the second",
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (remove_an_image, "images are not those that .* on .train/dog/7.jpg is missing"),
+        (
+            rename_a_class,
+            "different classes: 'cat' is only in the first, 'zebra' is only in the second",
+        ),
+        (change_pixels, "images are not those that .* on .test/dog/7.jpg has other bytes"),
+        (add_an_image, "images are not those that .* on .test/dog has 9 images, not 8"),
+    ],
+)
 def test_a_run_whose_images_have_changed_is_refused_and_nothing_is_lost(
-    tiny, folder, tmp_path_factory, change
+    tiny, folder, tmp_path_factory, change, message
 ):
     run, directory = run_of(tiny, folder), tmp_path_factory.mktemp("run")
     stopped(run, directory)
     config = (directory / "config.json").read_bytes()
     change(folder)
-    with pytest.raises(SretError, match=CHANGES[change]) as told:
+    with pytest.raises(SretError, match=message) as told:
         train(run, directory)
     assert told.value.code == 5
     assert (directory / "config.json").read_bytes() == config
@@ -69,7 +88,7 @@ def test_a_run_whose_teacher_has_other_weights_is_refused(tiny, folder, tmp_path
     stopped(run, directory)
     (teachers / "now").unlink()
     (teachers / "now").symlink_to("1")
-    with pytest.raises(SretError, match="the teacher's weights are not those that .*checkpoint-3"):
+    with pytest.raises(SretError, match="the teacher's weights are not those that .*run"):
         train(run, directory)
 
 
@@ -77,9 +96,9 @@ def test_a_bad_image_loses_no_step_and_can_then_be_left_out(tiny, folder, tmp_pa
     image = folder / "train" / "dog" / "7.jpg"
     good = image.read_bytes()
     root = tmp_path_factory.mktemp("runs")
-    run = run_of(tiny, folder)
-    directory = run.directory(root)
     image.write_bytes(good[:200])
+    run = Identifier().identify(run_of(tiny, folder))
+    directory = run.directory(root)
     with pytest.raises(SretError, match=r"dog/7.jpg.*leave it out by --on-bad-image skip"):
         train(run, directory)
     (kept,) = directory.glob("checkpoint-*")
@@ -88,11 +107,20 @@ def test_a_bad_image_loses_no_step_and_can_then_be_left_out(tiny, folder, tmp_pa
     assert skipping.train.on_bad_image == "skip"
     assert skipping.run_id == run.run_id
     assert train(skipping, directory)["bad_images"] == 1
-    fresh = run.directory(tmp_path_factory.mktemp("mended"))
-    with pytest.raises(SretError):
-        train(run, fresh)
     image.write_bytes(good)
-    assert train(run, fresh)["epochs_trained"] == 2
+    with pytest.raises(SretError, match=r"train/dog/7\.jpg has [,\d]+ bytes, not 200"):
+        train(skipping, directory)
+
+
+def test_an_image_that_was_damaged_meanwhile_is_named_and_put_back(tiny, folder, tmp_path_factory):
+    image, directory = folder / "train" / "dog" / "7.jpg", tmp_path_factory.mktemp("run")
+    good, run = image.read_bytes(), run_of(tiny, folder)
+    stopped(run, directory)
+    image.write_bytes(good[:200])
+    with pytest.raises(SretError, match=r"train/dog/7\.jpg has 200 bytes, not [,\d]+"):
+        train(run, directory)
+    image.write_bytes(good)
+    assert train(run, directory)["epochs_trained"] == 2
 
 
 def test_other_images_can_be_left_out_of_a_batch_that_is_mixed(tiny, folder, tmp_path_factory):

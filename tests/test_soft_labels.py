@@ -15,10 +15,8 @@ from sret_cli.distill import Teacher, create_distillation
 from sret_cli.errors import SretError
 from sret_cli.label_writer import IMAGENET_IMAGES, write_labels
 from sret_cli.model import build_model
-from sret_cli.readers import named_source
 from sret_cli.run import Run
-from sret_cli.soft_labels import LabelsSpec, StoredLabels, draw_crop, hash_images, spread
-from sret_cli.sources import Indexed, Source
+from sret_cli.soft_labels import LabelsSpec, StoredLabels, draw_crop, spread
 from sret_cli.spec import TrainSpec
 from sret_cli.train import train
 from sret_cli.trainer import Trainer
@@ -258,63 +256,17 @@ def test_labels_of_another_model_or_other_images_are_refused(folder, pets, label
     (folder.parent / "moved" / "train" / "cat" / "3.png").rename(
         folder.parent / "moved" / "train" / "cat" / "33.png"
     )
-    with pytest.raises(SretError, match="are of 16 other images than the 16 of .*train"):
+    message = "are of 16 other images than the 16 to train on: train/cat/3.png is missing"
+    with pytest.raises(SretError, match=message):
         load_data(spec_of(folder.parent / "moved", soft_labels=str(labels)), pets)
 
 
-def test_the_images_of_parquet_files_are_told_from_others_wherever_they_lie(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
-    )
-
-    def hashed(name, images, targets=(0, 1)):
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / f"cache of {name}")
-        (tmp_path / name).mkdir()
-        columns = {"image": [{"bytes": b, "path": None} for b in images], "label": targets}
-        found = datasets.Dataset.from_dict(columns, features)
-        found.to_parquet(tmp_path / name / "train-00000.parquet")
-        return hash_images(named_source("hfds", str(tmp_path / name), True), "hfds")
-
-    mine = hashed("mine", (b"one", b"two"))
-    (tmp_path / "moved").mkdir()
-    shutil.move(tmp_path / "mine" / "train-00000.parquet", tmp_path / "moved")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache of moved")
-    assert hash_images(named_source("hfds", str(tmp_path / "moved"), True), "hfds") == mine
-    others = [
-        hashed("of other bytes", (b"one", b"owt")),
-        hashed("of other sizes", (b"one", b"twice")),
-        hashed("of other classes", (b"one", b"two"), (1, 0)),
-    ]
-    assert len({mine, *others}) == 4
-
-
-def test_torchvisions_images_are_told_from_others_by_their_pixels_or_names():
-    def hashed(**values):
-        dataset = Two()
-        dataset.__dict__ |= values
-        return hash_images(Source("torch/x train", Indexed(dataset), ("cat", "dog")), "torch/x")
-
-    class Two:
-        def __len__(self):
-            return 2
-
-    pixels, other = np.zeros((2, 4, 4), np.uint8), np.ones((2, 4, 4), np.uint8)
-    mine = hashed(data=pixels, targets=[0, 1])
-    assert hashed(data=torch.from_numpy(pixels), targets=[0, 1]) == mine
-    files = hashed(imgs=[("/here/a.png", 0), ("/here/b.png", 1)])
-    assert hashed(imgs=[("/there/a.png", 0), ("/there/b.png", 1)]) == files
-    others = [
-        hashed(data=other, targets=[0, 1]),
-        hashed(data=pixels, targets=[1, 0]),
-        hashed(imgs=[("/here/a.png", 0), ("/here/c.png", 1)]),
-    ]
-    assert len({mine, files, *others}) == 5
-
-
 def test_an_image_that_is_smaller_than_its_crop_is_named(folder, pets, labels):
+    spec = spec_of(folder, soft_labels=str(labels))
+    loader, _ = load_data(spec, pets)
     Image.new("RGB", (4, 4)).save(folder / "train" / "cat" / "0.png")
-    loader, _ = load_data(spec_of(folder, soft_labels=str(labels)), pets)
+    with pytest.raises(SretError, match=r"train/cat/0\.png has \d+ bytes, not \d+"):
+        load_data(spec, pets)
     with pytest.raises(SretError, match=r"cat/0\.png has no label .* or is another image"):
         list(loader.epoch(0))
 

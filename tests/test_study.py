@@ -1,5 +1,8 @@
+from dataclasses import replace
+
 import pytest
 
+from sret_cli.contents import Contents
 from sret_cli.cost import count, twin
 from sret_cli.errors import SretError
 from sret_cli.recipe import TrainSpec, read_train
@@ -88,6 +91,12 @@ def test_run_ids_stay_what_they_are():
     assert resolve("a", {"preset": "nano"}, None).run_id == "e7ee5c964c"
     assert resolve("a", {}, {}).run_id == "9647993dc4"
     assert resolve("a", {}, {"recipe": "small"}).run_id == "e06b0e99e5"
+    assert resolve("a", {}, {"seed": 3, "epochs": 2}).run_id == "96ddeef3e7"
+    synthetic = resolve("a", {"preset": "nano", "num_classes": 10}, {"dataset": "synthetic"})
+    assert synthetic.run_id == "8629205494"
+    assert replace(resolve("a", {}, {}), continues="abc").run_id == "fb2429d9d9"
+    taught = resolve("a", {"preset": "nano"}, {"teacher": "vit_tiny_patch16_224"})
+    assert replace(taught, contents=Contents()).run_id == "077aa20f9a"
 
 
 def test_a_run_from_before_a_recipe_had_more_fields_keeps_its_id_and_its_schedule():
@@ -225,7 +234,7 @@ def test_the_spelling_of_a_folder_does_not_change_the_run(tmp_path, monkeypatch)
         (tmp_path / "images" / "train" / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     runs = [resolve("s", {}, {"dataset": "folder", "data_dir": d}) for d in ("images", "./images/")]
-    assert runs[0].run_id == runs[1].run_id
+    assert runs[0].spec() == runs[1].spec()
     assert runs[0].model.num_classes == 2
 
 
