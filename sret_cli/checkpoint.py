@@ -2,8 +2,10 @@
 
 `checkpoint-<step>/` holds `tensors.safetensors`, `values.json` and, written last, `manifest.json`,
 which has the size and the SHA-256 of both and of itself. A folder without a manifest was never
-finished, and counts as nothing. A state is a tree of dicts, lists and tuples whose leaves are
-tensors and plain values; tensors that are one in memory are one in the file.
+finished, and counts as nothing. The last checkpoint of a finished run has no copy of the weights
+that are in the run's `model.safetensors` and `ema/`: its manifest has the size and the SHA-256 of
+these files, too. A state is a tree of dicts, lists and tuples whose leaves are tensors and plain
+values; tensors that are one in memory are one in the file.
 """
 
 import hashlib
@@ -35,6 +37,8 @@ from sret_cli.records import (
 TENSORS_FILE, VALUES_FILE, MANIFEST_FILE = "tensors.safetensors", "values.json", "manifest.json"
 PREFIX = "checkpoint-"
 KEEP = 2
+# Parts of a state whose tensors a finished run has in files of weights, seen from a checkpoint.
+WEIGHTS = {"model": "../model.safetensors", "ema": "../ema/model.safetensors"}
 
 State = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -62,13 +66,17 @@ class Writer:
         self.kept = [p for p in finished(directory) if step_of(p) <= step]
         self.step = step
 
-    def write(self, step: int, state: State, sync: Callable[[], None]) -> None:
+    def write(
+        self, step: int, state: State, sync: Callable[[], None], finished: bool = False
+    ) -> None:
         """Copies a state and has it written in the background; waits for the one before.
 
         Args:
             step: the number of the checkpoint; one that was the last to be written is left alone.
             state: the tree; it may change as soon as this returns.
             sync: called before the manifest is written, to make durable what it stands for.
+            finished: whether it is the last one of a run whose weights are written: it takes them
+                from their files, and is then the only one that is kept.
 
         Raises:
             SretError: the checkpoint before could not be written.
@@ -76,8 +84,10 @@ class Writer:
         self.wait()
         if step != self.step:
             tensors, values = flatten(state)
-            self.pending = self.thread.submit(self._write, step, tensors, values, sync)
+            self.pending = self.thread.submit(self._write, step, tensors, values, sync, finished)
             self.step = step
+        elif finished:
+            self._keep(1)
 
     def check(self) -> None:
         """Raises what the writing of a checkpoint failed with, if it has."""
@@ -98,22 +108,33 @@ class Writer:
         """Ends the thread, when it has written what is under way."""
         self.thread.shutdown()
 
-    def _write(self, step: int, tensors: Tensors, values: Any, sync: Callable[[], None]) -> None:
+    def _write(
+        self, step: int, tensors: Tensors, values: Any, sync: Callable[[], None], finished: bool
+    ) -> None:
         path = self.directory / f"{PREFIX}{step}"
         try:
-            write(path, tensors, values, sync)
+            write(path, tensors, values, sync, finished)
         except SretError as error:
             shutil.rmtree(path, ignore_errors=True)
             intact = f"; {self.kept[-1]} is intact" if self.kept else ""
             raise SretError(f"{error}{intact}", error.code, status=error.status) from None
-        self.kept = [*(p for p in self.kept if p != path), path][-KEEP:]
+        self.kept = [*(p for p in self.kept if p != path), path]
+        self._keep(1 if finished else KEEP)
+
+    def _keep(self, count: int) -> None:
+        """Removes all but so many checkpoints, the newest."""
+        self.kept = self.kept[-count:]
         for other in folders(self.directory):
             if other not in self.kept:
-                # Without its manifest a folder counts as nothing, whatever else is still in it.
-                (other / MANIFEST_FILE).unlink(missing_ok=True)
-                reached("old manifest removed")
-                shutil.rmtree(other)
-                reached("old checkpoint removed")
+                remove_checkpoint(other)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Removes a checkpoint: without its manifest it counts as nothing, whatever else is left."""
+    (path / MANIFEST_FILE).unlink(missing_ok=True)
+    reached("old manifest removed")
+    shutil.rmtree(path)
+    reached("old checkpoint removed")
 
 
 def flatten(state: State) -> tuple[Tensors, Any]:
@@ -160,22 +181,43 @@ def unflatten(tensors: Tensors, value: Any) -> Any:
     return {key: unflatten(tensors, item) for key, item in items}
 
 
-def write(path: Path, tensors: Tensors, values: Any, sync: Callable[[], None]) -> None:
-    """Writes one checkpoint's folder, the manifest last; one that is there is written anew."""
+def write(
+    path: Path, tensors: Tensors, values: Any, sync: Callable[[], None], finished: bool = False
+) -> None:
+    """Writes one checkpoint's folder, the manifest last; one that is there is written anew.
+
+    Where the run is `finished`, tensors that its files of weights have are left to these.
+    """
     (path / MANIFEST_FILE).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
     make_directory(path)
+    tensors, weights = _without_weights(path, tensors) if finished else (tensors, {})
     contents = {
         TENSORS_FILE: save(tensors),
         VALUES_FILE: json.dumps(values, allow_nan=False).encode(),
     }
     for name, data in contents.items():
         write_atomically(path / name, data)
+    contents |= weights
     sync_directory(path.parent)
     sync()
     reached("checkpoint without its manifest")
     write_atomically(path / MANIFEST_FILE, manifest({k: describe(v) for k, v in contents.items()}))
     reached("checkpoint durable")
+
+
+def _without_weights(path: Path, tensors: Tensors) -> tuple[Tensors, dict[str, bytes]]:
+    """The tensors that are not in the run's files of weights, and what is in these files."""
+    files = {}
+    for part, name in WEIGHTS.items():
+        own = {key: value for key, value in tensors.items() if key.startswith(f"{part}/")}
+        if own and (path / name).is_file():
+            data = (path / name).read_bytes()
+            stored = {f"{part}/{key}": value for key, value in load(data).items()}
+            if all(key in stored and torch.equal(stored[key], own[key]) for key in own):
+                files[name] = data
+                tensors = {key: value for key, value in tensors.items() if key not in own}
+    return tensors, files
 
 
 def describe(data: bytes) -> dict[str, Any]:
@@ -199,21 +241,22 @@ def read(path: Path) -> State:
     def damaged(name: str, reason: str) -> SretError:
         return SretError(f"{path} is damaged ({name} {reason})", CHECKPOINT)
 
-    contents = {}
-    for name in (MANIFEST_FILE, TENSORS_FILE, VALUES_FILE):
+    def bytes_of(name: str) -> bytes:
         try:
-            contents[name] = (path / name).read_bytes()
+            return (path / name).read_bytes()
         except OSError as error:
             raise damaged(name, f"cannot be read: {error.strerror}") from None
+
+    whole = bytes_of(MANIFEST_FILE)
+    own = {TENSORS_FILE, VALUES_FILE}
     try:
-        files = json.loads(contents[MANIFEST_FILE])["files"]
-        sound = manifest(files) == contents[MANIFEST_FILE] and set(files) == set(contents) - {
-            MANIFEST_FILE
-        }
+        files = json.loads(whole)["files"]
+        sound = manifest(files) == whole and own <= set(files) <= own | set(WEIGHTS.values())
     except (ValueError, LookupError, TypeError):
         sound = False
     if not sound:
         raise damaged(MANIFEST_FILE, "is not what was written")
+    contents = {name: bytes_of(name) for name in files}
     for name, expected in files.items():
         if len(contents[name]) != expected["bytes"]:
             raise damaged(name, f"has {len(contents[name]):,} bytes of {expected['bytes']:,}")
@@ -222,6 +265,9 @@ def read(path: Path) -> State:
     try:
         # Copies lie where torch aligns them, so that no kernel sums in another order.
         tensors = {k: v.clone() for k, v in load(contents[TENSORS_FILE]).items()}
+        for part, name in WEIGHTS.items():
+            weights = load(contents[name]) if name in contents else {}
+            tensors |= {f"{part}/{key}": value.clone() for key, value in weights.items()}
         return unflatten(tensors, json.loads(contents[VALUES_FILE]))
     except (SafetensorError, ValueError, LookupError, TypeError) as error:
         raise damaged(TENSORS_FILE, f"is of another version: {error}") from None

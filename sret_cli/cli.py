@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from sret_cli import __version__
+from sret_cli.clean_commands import clean
 from sret_cli.data_commands import data_app
 from sret_cli.distill_commands import distill_labels
 from sret_cli.errors import RESOURCES, USAGE, SretError, lost_loader, out_of_memory
@@ -237,6 +238,7 @@ def report_command(
 
 
 app.command()(run)
+app.command()(clean)
 app.command()(export)
 app.command()(distill_labels)
 app.add_typer(data_app)

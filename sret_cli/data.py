@@ -19,6 +19,7 @@ from sret_cli.backbone import Spec
 from sret_cli.classes import ClassList, match_classes
 from sret_cli.errors import DATA, SretError, note, note_once
 from sret_cli.fingerprint import Images, refuse_other_labels
+from sret_cli.image_notes import Noted, noted, tell_warnings, without_notes
 from sret_cli.processes import share
 from sret_cli.readers import known_source, stored_source
 from sret_cli.recipe import TrainSpec
@@ -53,9 +54,11 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: Key) -> Sample:
+    def __getitem__(self, key: Key) -> Sample | Noted:
         """A sample, or the error of its image: a worker's exceptions would lose their type."""
-        epoch, index, repeat = key
+        return noted(lambda: self._sample(*key), lambda: self.source.filename(key[1]))
+
+    def _sample(self, epoch: int, index: int, repeat: int) -> Sample:
         try:
             if self.labels is not None:  # each epoch has the next crop of every image
                 return self.labels.sample(self.source, index, epoch + repeat)
@@ -180,7 +183,8 @@ class Loader:
             SretError: an image cannot be decoded; where they are to be skipped, none of a batch.
         """
         self.batches.epoch, self.batches.start = epoch, start
-        for images, targets, errors in self._loaded():
+        for images, targets, errors, warnings in self._loaded():
+            tell_warnings(warnings)
             if errors and (self.on_bad_image == "stop" or not len(targets)):
                 # Held by the traceback, the workers would end late, and keep their end waiting for
                 # 10 seconds; and raising the error itself would tie it and its traceback in a knot.
@@ -193,7 +197,7 @@ class Loader:
                     note(f"{text}; it is left out")
             yield images, targets
 
-    def _loaded(self) -> Iterator[tuple[Tensor, Tensor, list[SretError]]]:
+    def _loaded(self) -> Iterator[tuple[Tensor, Tensor, list[SretError], list[str]]]:
         """What the DataLoader gives; a killed process of it is one kind of error, torch's own.
 
         torch asks whether its processes are alive as soon as a pipe breaks, and gives the pipe's
@@ -224,14 +228,15 @@ class Loader:
         return x.float().sub_(self.mean).div_(self.std)
 
 
-def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[SretError]]:
-    """Stacks the samples that are good, beside the errors of the others."""
+def collate(batch: list[Any]) -> tuple[Tensor, Tensor, list[SretError], list[str]]:
+    """Stacks the samples that are good, beside the errors of the others and Pillow's warnings."""
+    samples, warnings = without_notes(batch)
     errors = [sample for sample in samples if isinstance(sample, SretError)]
     good = [sample for sample in samples if not isinstance(sample, SretError)]
     images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
     soft = [target for _, target in good if isinstance(target, Tensor)]
     targets = torch.stack(soft) if soft else torch.tensor([target for _, target in good])
-    return images, targets, errors
+    return images, targets, errors, warnings
 
 
 def load_data(

@@ -15,6 +15,7 @@ from PIL import Image
 
 from sret_cli.errors import DATA, USAGE, SretError
 from sret_cli.folders import TEST_NAMES, class_folders, image_root
+from sret_cli.image_notes import pillow_warnings
 from sret_cli.records import write_atomically
 from sret_cli.sources import (
     UNREADABLE,
@@ -27,6 +28,8 @@ from sret_cli.sources import (
 )
 
 FILES_A_TASK = 16
+FAR_APART = 10  # times as many images of one class as of another
+ORIENTATION = 0x0112  # the tag, TIFF 6.0 and EXIF 2.3; 1 is upright
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,9 @@ class Checked:
     """One line of the manifest: a file, and what it holds where it can be decoded.
 
     `bits` are those of a sample where a PNG or TIFF file says so; `pixels_sha256` is of the decoded
-    pixels as RGB: equal for copies in another format.
+    pixels as RGB: equal for copies in another format. `orientation` is that of EXIF, 1 to 8, where
+    Pillow leaves it to others to turn the image (it turns those in TIFF files itself); `warnings`
+    are Pillow's.
     """
 
     path: str
@@ -50,6 +55,8 @@ class Checked:
     sha256: str | None = None
     pixels_sha256: str | None = None
     error: str | None = None
+    orientation: int | None = None
+    warnings: str | None = None
 
     def oddities(self) -> list[str]:
         """What about it may surprise: training converts such images to RGB or grey."""
@@ -66,6 +73,7 @@ class Checked:
 
 
 COLUMNS = [field.name for field in fields(Checked)]
+COLUMNS_OF_FIRST_VERSION = 13  # later ones were added at the end
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,39 @@ class Findings:
             }
         return table
 
+    def images_by_class(self) -> dict[str, dict[str, int]]:
+        """Images of each class in each split, also of classes that have none there."""
+        names = sorted({name for own in self.class_folders.values() for name in own})
+        counts = Counter((file.split, file.class_name) for file in self.files)
+        return {
+            split: {name: counts[split, name] for name in names}
+            for split, own in self.class_folders.items()
+            if own
+        }
+
+    def imbalanced(self) -> dict[str, dict[str, list[Any]]]:
+        """Of splits whose classes are far apart, the largest and the smallest, as [name, images].
+
+        Classes without images do not count: they are among the `missing_classes`.
+        """
+        found = {}
+        for split, counts in self.images_by_class().items():
+            present = [(name, images) for name, images in counts.items() if images]
+            if present:
+                largest = max(present, key=lambda item: item[1])
+                smallest = min(present, key=lambda item: item[1])
+                if largest[1] > FAR_APART * smallest[1]:
+                    found[split] = {"largest": list(largest), "smallest": list(smallest)}
+        return found
+
+    def orientations(self) -> dict[str, list[str]]:
+        """The paths of images with EXIF orientations other than 1, by the orientation."""
+        found: dict[str, list[str]] = {}
+        for file in sorted(self.files, key=lambda file: file.orientation or 1):
+            if file.orientation is not None and file.orientation != 1:
+                found.setdefault(str(file.orientation), []).append(file.path)
+        return found
+
     def missing_classes(self) -> dict[str, list[str]]:
         """The classes that a split has no image of, and another, or a folder of it, has."""
         classes: dict[str, set[str]] = {
@@ -129,10 +170,14 @@ class Findings:
         return {
             "images": len(self.files),
             "splits": self.splits(),
+            "images_by_class": self.images_by_class(),
+            "imbalanced": self.imbalanced(),
             "unreadable": {file.path: file.error for file in self.unreadable},
             "duplicates": self.duplicates(),
             "missing_classes": self.missing_classes(),
             "odd": self.odd(),
+            "orientations": self.orientations(),
+            "warnings": {file.path: file.warnings for file in self.files if file.warnings},
             "ignored": self.ignored,
         }
 
@@ -194,19 +239,48 @@ def check_file(job: Checked) -> Checked:
     except OSError as error:
         return Checked(job.path, job.split, job.class_name, error=str(error))
     known: dict[str, Any] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    try:
-        pixels = decode(io.BytesIO(data), "RGB")
-        with pillow_decodes(), Image.open(io.BytesIO(data)) as image:
-            known |= {"width": image.width, "height": image.height, "mode": image.mode}
-            known["bits"] = bits_per_sample(image, data)
-            known["frames"] = getattr(image, "n_frames", 1)
-            known["alpha"] = "A" in image.getbands() or "transparency" in image.info
-        known["pixels_sha256"] = hashlib.sha256(
-            f"{pixels.size}".encode() + pixels.tobytes()
-        ).hexdigest()
-    except UNREADABLE as error:
-        known["error"] = str(unreadable(job.path, error))
+    with pillow_warnings() as warnings:
+        try:
+            known |= _decoded(data)
+        except UNREADABLE as error:
+            known["error"] = str(unreadable(job.path, error))
+        else:
+            known["orientation"] = orientation(data)
+    known["warnings"] = "; ".join(warnings) or None
     return Checked(job.path, job.split, job.class_name, **known)
+
+
+def _decoded(data: bytes) -> dict[str, Any]:
+    """What an image's file holds."""
+    pixels = decode(io.BytesIO(data), "RGB")
+    with pillow_decodes(), Image.open(io.BytesIO(data)) as image:
+        return {
+            "width": image.width,
+            "height": image.height,
+            "mode": image.mode,
+            "bits": bits_per_sample(image, data),
+            "frames": getattr(image, "n_frames", 1),
+            "alpha": "A" in image.getbands() or "transparency" in image.info,
+            "pixels_sha256": hashlib.sha256(
+                f"{pixels.size}".encode() + pixels.tobytes()
+            ).hexdigest(),
+        }
+
+
+def orientation(data: bytes) -> int | None:
+    """The orientation that EXIF data of an image says it has, from 1 to 8; None if it says none.
+
+    None as well for TIFF files, which Pillow turns as it decodes them, and for damaged EXIF data,
+    which keep no image from being trained on.
+    """
+    try:
+        with pillow_decodes(), Image.open(io.BytesIO(data)) as image:
+            # Pillow would decode a whole PNG file to look for EXIF data at its end.
+            none = image.format == "PNG" and b"exif" not in data.lower()
+            value = None if none or image.format == "TIFF" else image.getexif().get(ORIENTATION)
+    except UNREADABLE:
+        return None
+    return value if isinstance(value, int) and 1 <= value <= 8 else None
 
 
 def refuse_to_overwrite(path: Path) -> None:
@@ -224,7 +298,8 @@ def refuse_to_overwrite(path: Path) -> None:
         raise SretError(
             f"cannot read {path}: {error.strerror}; choose another --manifest", USAGE
         ) from None
-    if first.rstrip() != ",".join(COLUMNS).encode():
+    columns = first.decode(errors="replace").rstrip().split(",")
+    if columns != COLUMNS[: max(len(columns), COLUMNS_OF_FIRST_VERSION)]:
         raise SretError(
             f"{path} is there and is no manifest of `sret data check`; choose another --manifest",
             USAGE,

@@ -71,7 +71,7 @@ def distill_labels(
     told first, and that for ImageNet. What was interrupted goes on; training needs no teacher then.
     """
     from sret_cli.label_writer import write_labels
-    from sret_cli.launch import Display
+    from sret_cli.progress import Display
 
     check_device(device)
     if teacher is None:
@@ -91,10 +91,11 @@ def distill_labels(
         soft_labels=None,
         distill_temperature=temperature,
     )
-    with Display(notes(), f"label {train.dataset}", 1).showing() as on_step:
+    display = Display(notes(), f"label {train.dataset}", 1)
+    with display.showing() as on_step:
         spec = write_labels(
             *(train, run.model, Path(directory), crops, top_k, crops_a_step, device, workers),
-            *(on_step, notes().print),
+            *(on_step, display.note),
         )
     if json_:
         return print_json(spec.model_dump(mode="json"))

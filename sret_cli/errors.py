@@ -1,7 +1,8 @@
 """What a user can mend: one error of one line, and the exit codes of the process."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cache
 
@@ -70,13 +71,34 @@ def nearest(word: str, choices: list[str]) -> str:
     return f"did you mean {match[0]!r}?" if match else f"choose from {', '.join(choices)}"
 
 
-def note(text: str) -> None:
-    """Tells the user, on stderr, what is no error."""
+def print_note(text: str) -> None:
+    """Prints a line on stderr."""
     print(f"sret: {text}", file=sys.stderr, flush=True)
+
+
+_shown_by: list[Callable[[str], None]] = [print_note]
+
+
+@contextmanager
+def notes_shown_by(show: Callable[[str], None]) -> Iterator[None]:
+    """Has `show` called with the text of every note within, in place of what showed them before.
+
+    A bar of progress shows them above itself; a training hands them to the caller's function.
+    """
+    _shown_by.append(show)
+    try:
+        yield
+    finally:
+        _shown_by.pop()
+
+
+def note(text: str) -> None:
+    """Tells the user, in one line, what is no error: on stderr, or as `notes_shown_by` has it."""
+    _shown_by[-1](text)
 
 
 @cache
 def note_once(text: str) -> None:
-    """Tells the user, on stderr, what need not be told again, or by another process."""
+    """Tells the user what need not be told again, or by another process."""
     if leads():
         note(text)

@@ -1,7 +1,7 @@
 """Evaluation of a model on every test image."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,11 @@ from sret_cli.errors import DATA, SretError
 from sret_cli.interrupt import Stop
 from sret_cli.measure import choose_device, device_name
 from sret_cli.model import SReT
+from sret_cli.progress import OnStep
 from sret_cli.recipe import WITH_COLUMNS, TrainSpec
 from sret_cli.records import Row
 from sret_cli.recurse import count_layers
 from sret_cli.weights import load_config, load_model
-
-OnStep = Callable[[int, int, str], None]  # steps done, steps in all, what to show
 
 
 @dataclass(frozen=True)

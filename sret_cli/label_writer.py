@@ -16,11 +16,13 @@ from sret_cli.augment import MODES, Pixels
 from sret_cli.backbone import Spec
 from sret_cli.data import find_source
 from sret_cli.distill import Teacher
-from sret_cli.errors import CHECKPOINT, USAGE, SretError, note
-from sret_cli.evaluate import OnStep, default_workers, use_deterministic_kernels
+from sret_cli.errors import CHECKPOINT, USAGE, SretError, note, notes_shown_by, print_note
+from sret_cli.evaluate import default_workers, use_deterministic_kernels
 from sret_cli.fingerprint import Images, write_fingerprints
 from sret_cli.identify import teacher_sums
+from sret_cli.image_notes import Noted, noted, tell_warnings, without_notes
 from sret_cli.measure import choose_device
+from sret_cli.progress import OnStep
 from sret_cli.recipe import TrainSpec
 from sret_cli.records import cannot_write, locked, read_json, sync_directory, write_json
 from sret_cli.soft_labels import (
@@ -49,8 +51,11 @@ class ImageCrops(Dataset):
     def __init__(self, source: Source, spec: LabelsSpec) -> None:
         self.source, self.spec = source, spec
 
-    def __getitem__(self, index: int) -> Crops:
+    def __getitem__(self, index: int) -> Crops | Noted:
         """The crops, or the error of the image: a worker's exceptions would lose their type."""
+        return noted(lambda: self._crops(index), lambda: self.source.filename(index))
+
+    def _crops(self, index: int) -> Crops:
         try:
             image, _ = self.source.open(index, MODES[self.spec.in_chans])
         except SretError as error:
@@ -74,7 +79,7 @@ def write_labels(
     device: str = "auto",
     workers: int | None = None,
     on_step: OnStep = lambda done, total, text: None,
-    note: Callable[[str], None] = note,
+    note: Callable[[str], None] = print_note,
 ) -> LabelsSpec:
     """Writes what a training's teacher says of its images; goes on where it was interrupted.
 
@@ -91,12 +96,29 @@ def write_labels(
         device: auto, cpu or cuda.
         workers: processes that load images.
         on_step: is told of the progress.
-        note: is told the size of the labels, before they are written.
+        note: is told the size of the labels, before they are written, and of bad images.
 
     Raises:
         SretError: the data or the teacher are not there, an image cannot be decoded, the directory
             has other labels, or the disk has no room for these.
     """
+    with notes_shown_by(note):
+        return _write_labels(
+            *(train, student, directory, crops, top_k, batch_size, device, workers, on_step)
+        )
+
+
+def _write_labels(
+    train: TrainSpec,
+    student: Spec,
+    directory: Path,
+    crops: int,
+    top_k: int,
+    batch_size: int,
+    device: str,
+    workers: int | None,
+    on_step: OnStep,
+) -> LabelsSpec:
     if train.dataset in ("synthetic", "wds"):
         raise SretError(
             f"dataset = {train.dataset!r} has no images that stay and have a number, to keep "
@@ -184,12 +206,16 @@ def _batches(
 ) -> Generator[list[Crops]]:
     """The crops of all images from one on, so many images at a time."""
     indices = range(start, len(source))
-    yield from DataLoader(
+    loader = DataLoader(
         ImageCrops(source, spec),
         batch_sampler=[list(indices[n : n + images]) for n in range(0, len(indices), images)],
         num_workers=workers,
         collate_fn=list,
     )
+    for batch in loader:
+        crops, warnings = without_notes(batch)
+        tell_warnings(warnings)
+        yield crops
 
 
 def _write(

@@ -1,22 +1,20 @@
 """The runs of a study, one after another on this machine; what is there stays."""
 
 import shutil
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sret_cli import records
+from sret_cli.axes import run_labels
 from sret_cli.backbone import BackboneSpec
 from sret_cli.contents import Contents
-from sret_cli.errors import RESOURCES, SOME_FAILED, SretError, out_of_memory
+from sret_cli.errors import RESOURCES, SOME_FAILED, SretError, note, out_of_memory
+from sret_cli.progress import Display
 from sret_cli.published import published_columns
 from sret_cli.recipe import TrainSpec
 from sret_cli.records import Row
@@ -26,13 +24,11 @@ from sret_cli.team import Options, Team
 
 if TYPE_CHECKING:
     from sret_cli.breakdown import Profile
-    from sret_cli.evaluate import OnStep
 
 INFERENCE_NOTE = (
     "Inference is of the model as `sret eval` runs it. Its fused copy, which `sret profile "
     "--device` times, needs less."
 )
-SECONDS_A_LINE = 30  # between lines of progress where there is no terminal
 
 
 @dataclass
@@ -42,60 +38,6 @@ class Outcome:
     rows: list[Row] = field(default_factory=list)
     skipped: int = 0
     failed: list[tuple[Run, SretError]] = field(default_factory=list)
-
-
-class Display:
-    """Progress on stderr: bars on a terminal; elsewhere a line now and then, and for each run."""
-
-    def __init__(self, console: Console, title: str, total: int) -> None:
-        self.console = console
-        self.line_at = time.monotonic() + SECONDS_A_LINE
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self.overall = self.progress.add_task(title, total=total, text="", visible=total > 1)
-        self.current = self.progress.add_task("", total=None, text="", visible=False)
-
-    def start(self, run: Run) -> None:
-        """Shows which run is under way."""
-        self.progress.reset(self.current, visible=True, text="", total=None)
-        self.progress.update(self.current, description=f"{run.name} {run.run_id}")
-
-    def on_step(self, done: int, total: int, text: str) -> None:
-        """Moves the bar of the run under way."""
-        self.progress.update(self.current, completed=done, total=total, text=text)
-        if not self.console.is_terminal and time.monotonic() >= self.line_at:
-            self.line_at = time.monotonic() + SECONDS_A_LINE
-            task = next(task for task in self.progress.tasks if task.id == self.current)
-            left = timedelta(seconds=round(task.time_remaining or 0))
-            self.note(f"{task.description}: step {done:,} of {total:,}, {text}, {left} left")
-
-    def note(self, line: str) -> None:
-        """Leaves a line, over the bars where there are any."""
-        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-    @contextmanager
-    def showing(self) -> "Iterator[OnStep]":
-        """Shows one task without runs: hands out what it is to be told of its progress."""
-        with self.progress:
-            self.progress.update(self.overall, visible=True)
-
-            def on_step(done: int, total: int, text: str) -> None:
-                self.progress.update(self.overall, completed=done, total=total, text=text)
-
-            yield on_step
-
-    def finish(self, line: str) -> None:
-        """Ticks a run off and leaves one line about it."""
-        self.progress.advance(self.overall)
-        self.note(line)
 
 
 def profile_run(run: Run, options: Options) -> tuple[Row, "Profile"]:
@@ -130,7 +72,7 @@ def _speed(run: Run, options: Options) -> Row:
             options.measure_batch_size,
             options.precision,
             options.compiles,
-            lambda reason: print(f"not compiled: {reason}", file=sys.stderr),
+            lambda reason: note(f"not compiled: {reason}"),
         )
 
 
@@ -208,8 +150,9 @@ def _run_study(
     display = Display(console, study.name, len(study.runs))
     study = replace(study, runs=tuple(_identified(study, trains, display)))
     _check_backbones(study, root)
-    with _says_what_was_kept(study, root, outcome, console), display.progress:
-        for number, run in enumerate(study.runs, 1):
+    labels = run_labels([run.row() for run in study.runs])
+    with _says_what_was_kept(study, root, outcome, console), display.live():
+        for number, (run, label) in enumerate(zip(study.runs, labels, strict=True), 1):
             if not run.is_identified:
                 outcome.rows.append(profile_run(run, options)[0])
                 display.finish(f"[{number}/{len(study.runs)}] {run.name}: measured, not kept")
@@ -220,7 +163,7 @@ def _run_study(
             if not missing:
                 outcome.skipped += 1
             else:
-                display.start(run)
+                display.start(label)
                 if run.train is None or "training" in missing:
                     row |= {"status": None, "error": None, **records.provenance()}
                     row |= {k: v for k, v in run.row().items() if k.startswith("train.")}
@@ -238,7 +181,7 @@ def _run_study(
                     row |= {"status": row["status"] or "busy", "error": str(error)}
                     outcome.failed.append((run, error))
             outcome.rows.append(row)
-            display.finish(f"[{number}/{len(study.runs)}] {_summary(run, row, bool(missing))}")
+            display.finish(f"[{number}/{len(study.runs)}] {_summary(label, row, bool(missing))}")
     return outcome
 
 
@@ -395,13 +338,9 @@ def _out_of_memory_is_an_error() -> Iterator[None]:
         raise found from None
 
 
-def _summary(run: Run, row: Row, done: bool) -> str:
-    parts = [f"{run.run_id} {run.name}"]
-    parts += [f"{row['layers']} layers"] if row["layers"] is not None else []
-    if run.train is not None:
-        parts.append(f"seed {run.train.seed}")
+def _summary(label: str, row: Row, done: bool) -> str:
     if row["error"]:
-        return ", ".join(parts) + f": failed: {row['error']}"
-    if row["top1_percent"] is not None:
-        parts.append(f"top-1 {row['top1_percent']:.2f} %")
-    return ", ".join(parts) + ("" if done else ": there already")
+        return f"{label}: failed: {row['error']}"
+    top1 = row["top1_percent"]
+    accuracy = "" if top1 is None else f", top-1 {top1:.2f} %"
+    return f"{label}{accuracy}" + ("" if done else ": there already")

@@ -1,4 +1,4 @@
-"""How a training treats its memory, and what to say where that was not enough."""
+"""How a training treats its memory, what it shows of that, and what to say if it is too little."""
 
 import gc
 import resource
@@ -44,6 +44,16 @@ def peak_gigabytes(device: torch.device) -> str:
     else:
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return f"{used / 1e9:.1f} GB"
+
+
+def describe_step(trainer: Trainer, loss: float, lr: float) -> str:
+    """What is shown of a training after a step; the accuracy is that of the last evaluation."""
+    p, top1 = trainer.progress, trainer.progress.results.get("top1_percent")
+    accuracy = "" if top1 is None else f", top-1 {top1:.2f} %"
+    return (
+        f"epoch {p.epoch + 1}/{trainer.spec.epochs}{accuracy}, loss {loss:.3f}, lr {lr:.2g}, "
+        f"{p.images / p.seconds:.0f} images/s, {peak_gigabytes(trainer.device)}"
+    )
 
 
 def not_enough(error: BaseException, trainer: Trainer) -> SretError:

@@ -18,6 +18,7 @@ from sret_cli.augment import seeded
 from sret_cli.classes import order_classes
 from sret_cli.errors import DATA, SretError
 from sret_cli.folders import TEST_NAMES, refuse_cut
+from sret_cli.image_notes import noted
 from sret_cli.sources import EXTENSIONS, UNREADABLE, decode, unreadable
 
 BUFFERED_SAMPLES = 2_048  # of which the next is drawn
@@ -236,7 +237,7 @@ class Stream(IterableDataset):
                 if not batch:
                     return
                 if self.seed is None or number >= self.start:
-                    yield [self._transformed(sample) for sample in batch]
+                    yield [self._noted(sample) for sample in batch]
         except (OSError, EOFError, tarfile.TarError) as error:
             yield [SretError(f"cannot read a shard: {error}; mend or remove it", DATA)]
 
@@ -265,8 +266,11 @@ class Stream(IterableDataset):
             if not read:
                 raise tarfile.ReadError(f"no samples in {', '.join(paths)}")
 
-    def _transformed(self, sample: dict[str, Any]) -> tuple[Any, int] | SretError:
+    def _noted(self, sample: dict[str, Any]) -> Any:
         name = f"{sample['__url__']}, {sample['__key__']}"
+        return noted(lambda: self._transformed(sample, name), lambda: name)
+
+    def _transformed(self, sample: dict[str, Any], name: str) -> tuple[Any, int] | SretError:
         extensions = [key for key in sample if f".{key.lower()}" in EXTENSIONS]
         try:
             label = read_label(sample, self.label_column)

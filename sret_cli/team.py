@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from sret_cli.errors import USAGE, SretError
+from sret_cli.errors import USAGE, SretError, print_note
 from sret_cli.processes import started_as
+from sret_cli.progress import OnStep
 from sret_cli.records import Row
 from sret_cli.run import Run
 
 if TYPE_CHECKING:
     from sret_cli.distributed import Ranks
-    from sret_cli.evaluate import OnStep
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class Team:
         self,
         run: Run,
         directory: Path,
-        on_step: "OnStep" = lambda done, total, text: None,
-        note: Callable[[str], None] = lambda line: None,
+        on_step: OnStep = lambda done, total, text: None,
+        note: Callable[[str], None] = print_note,
     ) -> Row:
         """Trains a run, with all processes; called by the leading one, and by those that follow."""
         from sret_cli.distributed import ALONE

@@ -21,13 +21,13 @@ from sret_cli.errors import (
     LoaderLost,
     SretError,
     lost_loader,
-    note,
     note_once,
+    notes_shown_by,
     out_of_memory,
+    print_note,
 )
 from sret_cli.evaluate import (
     Evaluation,
-    OnStep,
     default_workers,
     evaluate,
     evaluate_run,
@@ -40,8 +40,9 @@ from sret_cli.measure import choose_device, device_name
 from sret_cli.metrics import METRICS_FILE, Metrics
 from sret_cli.optimizer import drawn_recursions
 from sret_cli.parallel import gathered, whole
+from sret_cli.progress import OnStep
 from sret_cli.records import CONFIG_FILE, Row
-from sret_cli.room import collecting_rarely, not_enough, peak_gigabytes
+from sret_cli.room import collecting_rarely, describe_step, not_enough
 from sret_cli.run import Run
 from sret_cli.trainer import Diverged, Trainer
 from sret_cli.training_notes import training_notes
@@ -67,7 +68,7 @@ def train(
     device: str = "auto",
     workers: int | None = None,
     on_step: OnStep = lambda done, total, text: None,
-    note: Callable[[str], None] = note,
+    note: Callable[[str], None] = print_note,
     saving: Saving = Saving(),
     tensorboard: bool = False,
     gpu_memory: int | None = None,
@@ -91,16 +92,16 @@ def train(
     """
     if run.train is None:
         raise SretError("this run has no [train] table; add one, or use `sret profile`")
-    if run.train.recipe == "finetune" and run.train.init is None:
-        note_once(
-            "recipe finetune without train.init: this trains from scratch, at a learning rate "
-            f"({run.train.lr:g}) for weights that are trained already"
-        )
     target_device = ranks.device or choose_device(device)
     directory = directory or Identifier().identify(run).directory(Path("runs"))
     use_deterministic_kernels(target_device)
     workers = default_workers(run.train) if workers is None else workers
-    with ExitStack() as stack, ranks.ending_all():
+    with notes_shown_by(note), ExitStack() as stack, ranks.ending_all():
+        if run.train.recipe == "finetune" and run.train.init is None:
+            note_once(
+                "recipe finetune without train.init: this trains from scratch, at a learning rate "
+                f"({run.train.lr:g}) for weights that are trained already"
+            )
         with ranks.agreeing():
             order = trained_classes(directory, run.continues) if ranks.leads else None
         order = ranks.broadcast(order)
@@ -192,7 +193,12 @@ class Session:
             source = self.directory.parent / continues
             found = newest(source, self.note)
             if found is None:
-                raise SretError(f"{source} has no checkpoint to continue", CHECKPOINT)
+                raise SretError(
+                    f"{source} has no checkpoint to go on from (`sret clean` removes them); train "
+                    f"all {self.trainer.spec.epochs} epochs anew, or begin with its weights by "
+                    f"--set train.init={source}",
+                    CHECKPOINT,
+                )
         return found
 
     def _open_metrics(self, found: Checkpoint | None, tensorboard: bool) -> None:
@@ -218,7 +224,10 @@ class Session:
             while p.epoch < spec.epochs:
                 self._train_epoch()
                 self._evaluate_epoch()
-                self._save()
+                if p.epoch < spec.epochs:
+                    self._save()
+            self._save_weights()
+            self._save(finished=True)
             self._wait()
         except (SretError, Interrupted, RuntimeError) as error:
             if isinstance(error, SretError) and not self._is_between_steps(error):
@@ -235,7 +244,6 @@ class Session:
             raise error from None
         bad = {*trainer.loader.bad_images, *self.test_loader.bad_images}
         bad_images = len(set().union(*self.ranks.gather_objects(bad)))
-        self._save_weights()
         with self.ranks.agreeing():
             self.stop.check()
         return {
@@ -323,12 +331,8 @@ class Session:
                 self.metrics.write(p.step, step=p.step, epoch=p.epoch + 1, loss=loss, lr=lr)
             p.seconds = seconds + time.perf_counter() - before
             trainer.whole = True
-            speed = f"{p.images / p.seconds:.0f} images/s"
-            self.on_step(
-                p.step,
-                trainer.spec.epochs * len(trainer.loader),
-                f"loss {loss:.3f}, lr {lr:.2g}, {speed}, {peak_gigabytes(trainer.device)}",
-            )
+            steps = trainer.spec.epochs * len(trainer.loader)
+            self.on_step(p.step, steps, describe_step(trainer, loss, lr))
             if self.writer is not None:
                 self.writer.check()
 
@@ -371,8 +375,11 @@ class Session:
             minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
         )
 
-    def _save(self) -> None:
-        """Saves the state; all ranks are at the same step, and know the same bad images."""
+    def _save(self, finished: bool = False) -> None:
+        """Saves the state; all ranks are at the same step, and know the same bad images.
+
+        Of a `finished` run the weights are written, and one checkpoint is kept.
+        """
         self.saved_at = time.monotonic()
         p, known = self.trainer.progress, self.trainer.loader.bad_images
         if any(count for (count,) in self.ranks.gather(len(known))):
@@ -383,7 +390,7 @@ class Session:
                 self.trainer.state()
             return
         p.metrics_bytes = self.metrics.position
-        self.writer.write(p.step, self.trainer.state(), self.metrics.sync)
+        self.writer.write(p.step, self.trainer.state(), self.metrics.sync, finished)
 
     def _wait(self) -> None:
         """Waits until the last checkpoint is durable, on all ranks."""

@@ -1,13 +1,14 @@
-"""How rows are read by people: headings, units, the fields that vary, and groups of seeds."""
+"""How rows are read by people: headings, units, and groups of seeds."""
 
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from sret_cli.contents import CONTENTS_OF
+from sret_cli.axes import show, varying
 from sret_cli.records import Row
+
+__all__ = ["COLUMNS", "FLOPS_NOTE", "group", "heading", "mean_and_deviation", "show", "varying"]
 
 FLOPS_NOTE = "FLOPs: one multiply-add counts as one."
 
@@ -76,59 +77,6 @@ def heading(column: str) -> str:
     if column == "name":
         return "Model"
     return COLUMNS[column].heading if column in COLUMNS else column.partition(".")[2] or column
-
-
-def show(value: Any) -> str:
-    """A spec field's value as a short text: tuples as 8-4-1, none as a dash."""
-    if value is None:
-        return "–"
-    if isinstance(value, list | tuple):
-        return "-".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def varying(rows: Sequence[Row]) -> list[str]:
-    """The fields, beside the seed, that tell rows apart: spec fields, `study` and `name`.
-
-    A field that follows from the name or, like the recursions from the layers, from what every
-    table shows anyway, is left out.
-    """
-    keys = dict.fromkeys(k for row in rows for k in row if k.startswith(("model.", "train.")))
-    differ = [
-        found
-        for key in ("study", "name", *keys)
-        if (found := _telling(rows, key)) and len({show(row.get(found)) for row in rows}) > 1
-    ]
-    for known in ("study", "name", "model.slices", "layers"):
-        if known in differ or known == "layers":
-            follows = {f for f in differ if f != known and _follows(rows, known, f)}
-            if known in ("model.slices", "layers"):
-                follows &= {"model.recursive_slices", "model.recursions"}
-            differ = [field for field in differ if field not in follows]
-    return differ
-
-
-def _telling(rows: Sequence[Row], key: str) -> str | None:
-    """The field that tells rows apart for a field: of a place the sum of what lies there.
-
-    The place itself is for people to read, where it tells the same rows apart. Images are told
-    apart by the bytes of a sample only where the seed, which chooses it, is the same.
-    """
-    place = key.removeprefix("train.")
-    if key == "train.seed" or place not in CONTENTS_OF:
-        return None if key == "train.seed" else key
-    sums = [name for name in CONTENTS_OF[place] if any(row.get(name) for row in rows)]
-    if place == "data_dir":
-        known = [tuple(row.get(k) for k in ("train.seed", *CONTENTS_OF[place])) for row in rows]
-        sums = sums[: 1 if len(set(known)) == len({values[:2] for values in known}) else 2]
-    if not sums or (_follows(rows, key, sums[-1]) and _follows(rows, sums[-1], key)):
-        return key
-    return sums[-1]
-
-
-def _follows(rows: Sequence[Row], known: str, field: str) -> bool:
-    pairs = {(show(row.get(known)), show(row.get(field))) for row in rows}
-    return len(pairs) == len({first for first, _ in pairs})
 
 
 @dataclass(frozen=True)

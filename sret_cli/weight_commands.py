@@ -67,7 +67,7 @@ def evaluate(
     """Evaluate a run, or a converted model, on test images; twice the same is bitwise the same."""
     from sret_cli import report
     from sret_cli.evaluate import evaluate_run
-    from sret_cli.launch import Display
+    from sret_cli.progress import Display
     from sret_cli.records import make_directory, newest_run
 
     check_device(device)

@@ -3,8 +3,9 @@
     python tests/kill_harness.py --kills 100
 
 A kill is at a random time, or at one of the named points of writing. Each run is killed several
-times on its way; it counts as lost unless it ends with the same bytes of weights and metrics, and
-the same row but for times, as a run that was left alone. One process works at a time.
+times on its way; it counts as lost unless it ends with the same bytes of weights and metrics, the
+same checkpoint, and the same row but for times, as a run that was left alone. One process works at
+a time.
 """
 
 import argparse
@@ -45,10 +46,10 @@ POINTS = {
     "manifest.json written": 6,
     "manifest.json renamed": 6,
     "checkpoint durable": 6,
-    "old manifest removed": 4,
-    "old checkpoint removed": 4,
-    "model.safetensors written": 1,
-    "model.safetensors renamed": 1,
+    "old manifest removed": 5,
+    "old checkpoint removed": 5,
+    "model.safetensors written": 2,
+    "model.safetensors renamed": 2,
     "row.json written": 1,
     "row.json renamed": 1,
 }
@@ -79,7 +80,8 @@ def outcome(folder):
     row = json.loads((directory / "row.json").read_text())
     row = {k: v for k, v in row.items() if not any(part in k for part in UNEQUAL)}
     files = ("model.safetensors", "metrics.jsonl", "ema/model.safetensors")
-    return {**{name: (directory / name).read_bytes() for name in files}, "row": row}
+    kept = [path.name for path in directory.glob("checkpoint-*")]
+    return {**{name: (directory / name).read_bytes() for name in files}, "row": row, "kept": kept}
 
 
 def finish(folder, kill_at=None, seconds=None, workers=0):

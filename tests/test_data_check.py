@@ -180,6 +180,84 @@ def test_a_folder_without_splits_is_one_split(sret, folder):
     }
 
 
+def test_images_of_each_class_are_counted_and_classes_far_apart_are_told(sret, folder):
+    for number in range(31):
+        name = folder / "train" / "cat" / f"more-{number}.png"
+        name.write_bytes((folder / "train" / "cat" / "0.png").read_bytes())
+    (folder / "val" / "cow").mkdir()
+    found, _ = check(sret, folder)
+    assert found["images_by_class"] == {
+        "train": {"cat": 34, "cow": 0, "dog": 3},
+        "val": {"cat": 3, "cow": 0, "dog": 3},
+    }
+    assert found["imbalanced"] == {"train": {"largest": ["cat", 34], "smallest": ["dog", 3]}}
+    _, out, _ = sret("data", "check", folder)
+    assert (
+        "images of each class, the fewest first\n  cow: 0 in train, 0 in val\n"
+        "  dog: 3 in train, 3 in val\n  cat: 34 in train, 3 in val\n"
+        "train: classes are more than ten times apart: 34 images of cat, 3 of dog\n"
+    ) in out
+    for number in range(30, 26, -1):
+        (folder / "train" / "cat" / f"more-{number}.png").unlink()
+    assert check(sret, folder)[0]["imbalanced"] == {}  # 30 images are ten times as many
+
+
+def test_exif_orientations_are_listed_but_of_images_that_pillow_turns(sret, folder):
+    cat, dog = folder / "train" / "cat", folder / "val" / "dog"
+    for path, value in ((cat / "a.jpg", 6), (cat / "b.jpg", 1), (dog / "c.png", 6)):
+        exif = Image.Exif()
+        exif[0x0112] = value
+        Image.new("RGB", (8, 6)).save(path, exif=exif)
+    exif[0x0112] = 3
+    Image.new("RGB", (8, 6)).save(cat / "d.webp", exif=exif)
+    Image.new("RGB", (8, 6)).save(cat / "e.tif", tiffinfo={0x0112: 6})
+    exif[0x0112] = 77  # which is none
+    Image.new("RGB", (8, 6)).save(cat / "f.jpg", exif=exif)
+    found, _ = check(sret, folder)
+    assert found["orientations"] == {
+        "3": [str(cat / "d.webp")],
+        "6": [str(cat / "a.jpg"), str(dog / "c.png")],
+    }
+    _, out, _ = sret("data", "check", folder)
+    assert (
+        "EXIF orientation other than 1: 3 images (1 with 3, 2 with 6); training takes them as they "
+        f"are stored, not turned\n  {cat}/d.webp\n  {cat}/a.jpg\n  {dog}/c.png\n"
+    ) in out
+    with open("pets.csv", newline="") as file:
+        lines = {os.path.basename(line["path"]): line for line in csv.DictReader(file)}
+    assert lines["a.jpg"]["orientation"] == "6"
+    assert lines["e.tif"]["orientation"] == ""
+    assert train_folder(folder).open(3, "RGB")[0].size == (8, 6)  # cat/a.jpg, not turned
+
+
+def test_warnings_of_pillow_name_the_image_and_are_no_warnings_of_python(sret, folder):
+    cat = folder / "train" / "cat"
+    Image.new("P", (8, 8)).save(cat / "palette.png", transparency=bytes([99]))
+    cut = b"Exif\0\0MM\0*\0\0\0\x08\0\x09\x01"  # nine entries, of which none is there
+    Image.new("RGB", (8, 6)).save(cat / "cut.jpg", exif=cut)
+    found, _ = check(sret, folder)
+    assert list(found["warnings"]) == [str(cat / "cut.jpg"), str(cat / "palette.png")]
+    assert "Corrupt EXIF data" in found["warnings"][str(cat / "cut.jpg")]
+    assert found["warnings"][str(cat / "palette.png")].startswith("Palette images with Transp")
+    assert found["unreadable"] == {}
+    _, out, err = sret("data", "check", folder)
+    assert "Pillow warns of 2 images\n" in out
+    assert f"  {cat}/palette.png: Palette images with Transparency" in out
+    assert "Warning" not in err
+
+
+def test_a_manifest_of_fewer_columns_is_replaced(sret, folder, tmp_path):
+    sret("data", "check", folder)
+    own = tmp_path / "pets.csv"
+    heading = own.read_text().splitlines()[0]
+    assert heading.endswith(",pixels_sha256,error,orientation,warnings")
+    own.write_text(heading.removesuffix(",orientation,warnings") + "\n")
+    assert sret("data", "check", folder)[0] == 0
+    assert own.read_text().splitlines()[0] == heading
+    own.write_text("path,split\n")
+    assert sret("data", "check", folder)[0] == 2
+
+
 def test_no_folder_and_no_images_are_data_errors(sret, tmp_path):
     code, _, err = sret("data", "check", "nowhere")
     assert (code, err) == (

@@ -11,17 +11,19 @@ PACKAGE = Path(sret_cli.__file__).parent
 
 # A file imports only from files above it.
 ORDER = (
-    *("__init__", "processes", "errors", "classes", "strict", "depth", "recipe", "spec"),
-    "registry",
+    *("__init__", "processes", "errors", "classes", "progress"),
+    *("strict", "depth", "recipe", "spec", "registry"),
     *(
         "backbone",
         "contents",
         "records",
+        "axes",
         "published",
         "cost",
         "folders",
         "interrupt",
         "augment",
+        "image_notes",
         "sources",
         "readers",
     ),
@@ -31,20 +33,9 @@ ORDER = (
     *("liveness", "allocations", "footprint", "memory", "measure", "soft_labels", "listing"),
     *("fingerprint", "identify", "data"),
     *("distributed", "evaluate", "checkpoint", "distill", "parallel", "metrics", "optimizer"),
-    *(
-        "trainer",
-        "room",
-        "training_notes",
-        "train",
-        "team",
-        "launch",
-        "label_writer",
-        "views",
-        "export",
-        "figures",
-    ),
-    *("report", "data_check", "flags", "train_commands", "weight_commands", "data_commands"),
-    *("distill_commands", "cli", "__main__"),
+    *("clean", "trainer", "room", "training_notes", "train", "team", "launch", "label_writer"),
+    *("views", "export", "figures", "report", "data_check", "flags", "clean_commands"),
+    *("train_commands", "weight_commands", "data_commands", "distill_commands", "cli", "__main__"),
 )
 
 
@@ -97,6 +88,7 @@ def test_help_loads_neither_torch_nor_pandas():
         "run",
         "study",
         "records",
+        "axes",
         "published",
         "team",
         "launch",

@@ -13,6 +13,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sret_cli import interrupt, room
 from sret_cli.backbone import BackboneSpec
@@ -224,13 +225,39 @@ def test_lines_of_metrics_after_the_checkpoint_are_cut_off_and_missing_ones_refu
 
 def test_checkpoints_are_written_every_so_many_steps_or_minutes(tiny, tmp_path):
     def kept(**saving):
-        directory = tmp_path / str(saving)
-        train(run_of(tiny), directory, saving=Saving(**saving))
+        directory, stop = tmp_path / str(saving), signalled(signal.SIGTERM, 9)
+        with pytest.raises(SystemExit):
+            train(run_of(tiny), directory, on_step=stop, saving=Saving(**saving))
         return sorted(path.name for path in directory.glob("checkpoint-*"))
 
-    assert kept(minutes=None) == ["checkpoint-10", "checkpoint-5"]
-    assert kept(every_steps=4) == ["checkpoint-10", "checkpoint-8"]
-    assert kept(minutes=0.0) == ["checkpoint-10", "checkpoint-9"]
+    assert kept(minutes=None) == ["checkpoint-5", "checkpoint-9"]
+    assert kept(every_steps=4) == ["checkpoint-8", "checkpoint-9"]
+    assert kept(minutes=0.0) == ["checkpoint-8", "checkpoint-9"]
+
+
+def test_a_finished_run_keeps_one_checkpoint_without_the_weights_it_has_beside(tiny, tmp_path):
+    train(run_of(tiny, recursions_range=None), tmp_path)
+    (path,) = tmp_path.glob("checkpoint-*")
+    assert path.name == "checkpoint-10"
+    stored = load_file(path / "tensors.safetensors")
+    assert {name.partition("/")[0] for name in stored} == {"optimizer", "random"}
+    state = read(path)
+    for part, file in (("model", "model.safetensors"), ("ema", "ema/model.safetensors")):
+        weights = load_file(tmp_path / file)
+        assert state[part].keys() == weights.keys()
+        assert all(torch.equal(state[part][key], weights[key]) for key in weights)
+    averaged = tmp_path / "ema" / "model.safetensors"
+    averaged.write_bytes(averaged.read_bytes()[:-1] + b"?")
+    with pytest.raises(SretError, match=r"damaged \(../ema/model.safetensors is not what was"):
+        read(path)
+
+
+def test_a_run_stopped_in_its_last_evaluation_ends_with_one_checkpoint(tiny, tmp_path, whole):
+    with pytest.raises(SystemExit):
+        train(run_of(tiny), tmp_path, on_step=signalled(signal.SIGUSR2, 10))
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 2
+    assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-10"]
 
 
 def test_another_config_in_the_directory_is_refused_with_the_keys_that_differ(tiny, tmp_path):

@@ -230,6 +230,21 @@ def test_the_size_is_told_before_anything_is_written(folder, pets, teacher):
     ]
 
 
+def test_what_is_said_of_bad_images_goes_to_the_function_that_was_handed_in(
+    folder, pets, teacher, capfd
+):
+    bad = folder / "train" / "cat" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    odd = folder / "train" / "dog" / "0.png"
+    Image.new("P", (20, 24)).save(odd, transparency=bytes([99]))
+    said = []
+    write(folder, pets, teacher, note=said.append, on_bad_image="skip", workers=2)
+    assert len(said) == 3 and said[0].startswith("labels of 16 images")
+    assert said[1].startswith(f"cannot read {bad}: ") and said[1].endswith("; it has no label")
+    assert said[2].startswith(f"{odd}: Palette images with Transparency")
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -27,7 +27,6 @@ def test_training_writes_what_it_did_and_what_it_made(tiny, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         ".lock",
         "checkpoint-10",
-        "checkpoint-5",
         "config.json",
         "metrics.jsonl",
         "model.safetensors",
@@ -39,6 +38,29 @@ def test_training_writes_what_it_did_and_what_it_made(tiny, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model"]["embed_dims"] == [8, 16, 32]
     assert evaluate_run(tmp_path)["top1_percent"] == row["top1_percent"]
+
+
+def test_a_step_tells_the_epoch_and_the_accuracy_of_the_last_evaluation(tiny, tmp_path):
+    told = []
+    train(run_of(tiny), tmp_path, on_step=lambda done, total, text: told.append(text))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    top1, _ = [line["top1_percent"] for line in lines if "top1_percent" in line]
+    assert [text.split(", loss ")[0] for text in told] == [
+        *5 * ["epoch 1/2"],
+        *5 * [f"epoch 2/2, top-1 {top1:.2f} %"],
+    ]
+
+
+def test_notes_of_a_training_go_to_the_function_that_was_handed_in(tiny, folder, capfd):
+    for path in (folder / "train" / "cat" / "0.jpg", folder / "test" / "dog" / "7.jpg"):
+        path.write_bytes(path.read_bytes()[:300])
+    values = {"dataset": "folder", "data_dir": str(folder), "batch_size": 4, "epochs": 1}
+    said, spec = [], tiny.with_values(num_classes=2)
+    run = Run("test", "tiny", spec, TrainSpec(**{**SHORT, **values, "on_bad_image": "skip"}))
+    row = train(run, folder / "run", note=said.append)
+    assert row["bad_images"] == 2
+    assert [line.rpartition("; ")[2] for line in said] == 2 * ["it is left out"]
+    assert capfd.readouterr().err == ""
 
 
 def test_the_loss_falls(tiny, tmp_path):
