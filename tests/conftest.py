@@ -36,7 +36,8 @@ REFERENCE = [
 
 def pytest_configure():
     # Two cores; where tests go on in two processes each of these, and what it starts, has one.
-    threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+    alone = os.environ.get("OMP_NUM_THREADS", 2)
+    threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else int(alone)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
 
