@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from sret_cli.augment import MODES, Pixels
 from sret_cli.backbone import Spec
-from sret_cli.data import find_source
+from sret_cli.data import find_source, load_batches
 from sret_cli.distill import Teacher
-from sret_cli.errors import CHECKPOINT, USAGE, SretError, note
+from sret_cli.errors import CHECKPOINT, USAGE, SretError, lost_loader, note
 from sret_cli.evaluate import OnStep, default_workers, use_deterministic_kernels
 from sret_cli.measure import choose_device
 from sret_cli.recipe import TrainSpec
@@ -92,8 +92,8 @@ def write_labels(
         note: is told the size of the labels, before they are written.
 
     Raises:
-        SretError: the data or the teacher are not there, an image cannot be decoded, the directory
-            has other labels, or the disk has no room for these.
+        SretError: the data or the teacher are not there, an image cannot be decoded, a process that
+            loads images is gone, the directory has other labels, or the disk has no room for these.
     """
     if train.dataset in ("synthetic", "wds"):
         raise SretError(
@@ -179,12 +179,13 @@ def _batches(
 ) -> Generator[list[Crops]]:
     """The crops of all images from one on, so many images at a time."""
     indices = range(start, len(source))
-    yield from DataLoader(
+    loader = DataLoader(
         ImageCrops(source, spec),
         batch_sampler=[list(indices[n : n + images]) for n in range(0, len(indices), images)],
         num_workers=workers,
         collate_fn=list,
     )
+    yield from load_batches(loader)
 
 
 def _write(
@@ -217,6 +218,11 @@ def _write(
             if time.monotonic() - saved_at > SAVED_EVERY_SECONDS:
                 save()
                 saved_at = time.monotonic()
+    except RuntimeError as error:
+        lost = lost_loader(error)
+        if lost is None:
+            raise
+        raise lost from None
     finally:  # also where a signal ends it
         save()
 
