@@ -183,7 +183,7 @@ class Loader:
             SretError: an image cannot be decoded; where they are to be skipped, none of a batch.
         """
         self.batches.epoch, self.batches.start = epoch, start
-        for images, targets, errors, warnings in self._loaded():
+        for images, targets, errors, warnings in load_batches(self.loader):
             tell_warnings(warnings)
             if errors and (self.on_bad_image == "stop" or not len(targets)):
                 # Held by the traceback, the workers would end late, and keep their end waiting for
@@ -197,25 +197,6 @@ class Loader:
                     note(f"{text}; it is left out")
             yield images, targets
 
-    def _loaded(self) -> Iterator[tuple[Tensor, Tensor, list[SretError], list[str]]]:
-        """What the DataLoader gives; a killed process of it is one kind of error, torch's own.
-
-        torch asks whether its processes are alive as soon as a pipe breaks, and gives the pipe's
-        error where the one that was killed still seems to be.
-        """
-        batches = iter(self.loader)
-        while True:
-            try:
-                batch = next(batches, None)
-            except (ConnectionError, EOFError) as error:
-                if not self.workers or "in DataLoader worker process" in str(error):
-                    raise  # what reading an image met
-                reason = f"{type(error).__name__}: {error}"
-                raise RuntimeError(f"DataLoader worker (pid(s) ?) exited: {reason}") from error
-            if batch is None:
-                return
-            yield batch
-
     @property
     def found(self) -> Source | Shards:
         """Where the images come from."""
@@ -226,6 +207,29 @@ class Loader:
         if self.mean.device != x.device:
             self.mean, self.std = self.mean.to(x.device), self.std.to(x.device)
         return x.float().sub_(self.mean).div_(self.std)
+
+
+def load_batches(loader: DataLoader) -> Iterator[Any]:
+    """The batches of a loader; a process of it that is gone is always torch's `RuntimeError`.
+
+    torch itself says so only where its check finds the process dead. The pipe of a killed process
+    breaks before that, and the thread that copies to pinned memory ends without a reason.
+
+    Raises:
+        RuntimeError: a process that loads images is gone; `errors.lost_loader` knows it.
+    """
+    try:
+        yield from loader
+    except (ConnectionError, EOFError, FileNotFoundError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, RuntimeError):
+            gone = text.startswith("Pin memory thread exited")
+        else:  # not what a dataset raised: in a process of the loader, or in this one
+            gone = loader.num_workers > 0 and "in DataLoader worker process" not in text
+        if not gone:
+            raise
+        reason = f"{type(error).__name__}: {text}"
+        raise RuntimeError(f"DataLoader worker (pid unknown) is gone: {reason}") from error
 
 
 def collate(batch: list[Any]) -> tuple[Tensor, Tensor, list[SretError], list[str]]:

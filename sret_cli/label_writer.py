@@ -14,9 +14,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from sret_cli.augment import MODES, Pixels
 from sret_cli.backbone import Spec
-from sret_cli.data import find_source
+from sret_cli.data import find_source, load_batches
 from sret_cli.distill import Teacher
-from sret_cli.errors import CHECKPOINT, USAGE, SretError, note, notes_shown_by, print_note
+from sret_cli.errors import (
+    CHECKPOINT,
+    USAGE,
+    SretError,
+    lost_loader,
+    note,
+    notes_shown_by,
+    print_note,
+)
 from sret_cli.evaluate import default_workers, use_deterministic_kernels
 from sret_cli.fingerprint import Images, write_fingerprints
 from sret_cli.identify import teacher_sums
@@ -99,8 +107,8 @@ def write_labels(
         note: is told the size of the labels, before they are written, and of bad images.
 
     Raises:
-        SretError: the data or the teacher are not there, an image cannot be decoded, the directory
-            has other labels, or the disk has no room for these.
+        SretError: the data or the teacher are not there, an image cannot be decoded, a process that
+            loads images is gone, the directory has other labels, or the disk has no room for these.
     """
     with notes_shown_by(note):
         return _write_labels(
@@ -212,7 +220,7 @@ def _batches(
         num_workers=workers,
         collate_fn=list,
     )
-    for batch in loader:
+    for batch in load_batches(loader):
         crops, warnings = without_notes(batch)
         tell_warnings(warnings)
         yield crops
@@ -248,6 +256,11 @@ def _write(
             if time.monotonic() - saved_at > SAVED_EVERY_SECONDS:
                 save()
                 saved_at = time.monotonic()
+    except RuntimeError as error:
+        lost = lost_loader(error)
+        if lost is None:
+            raise
+        raise lost from None
     finally:  # also where a signal ends it
         save()
 

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from sret_cli.cli import main
 from sret_cli.spec import ModelSpec
@@ -40,6 +42,18 @@ def pytest_configure():
     threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else int(alone)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
+
+
+def torch_products(model, images):
+    """Multiply-adds of the matrix products and convolutions of a model, as torch counts them.
+
+    Attention is computed by its plain matrix products, which every release of torch counts; its
+    fused kernel for the CPU is counted as nothing by releases before 2.15.
+    """
+    counter = FlopCounterMode(display=False)  # two for a multiply-add, and nothing for norms
+    with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(images)
+    return counter.get_total_flops() / 2
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,9 @@ import time
 
 import pytest
 import torch
-from conftest import REFERENCE, UNSLICED
+from conftest import REFERENCE, UNSLICED, torch_products
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch_counter import products
 
 from sret_cli.cost import count, fit_width, parse_quantity, twin
 from sret_cli.errors import SretError
@@ -119,7 +118,7 @@ def test_any_spec_costs_what_fvcore_autograd_and_torch_say(spec):
     model = build_model(spec).eval()
     assert cost.params == sum(p.numel() for p in model.parameters())
     images = torch.zeros(1, spec.in_chans, spec.img_size, spec.img_size)
-    assert cost.products == products(model, images)
+    assert cost.products == torch_products(model, images)
 
 
 @pytest.mark.parametrize(
