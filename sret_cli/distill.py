@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from sret_cli.augment import Pixels, per_channel
 from sret_cli.backbone import BackboneSpec, Spec, read_spec
 from sret_cli.classes import ClassList, all_outputs, config_classes, match_classes
-from sret_cli.errors import CHECKPOINT, SretError
+from sret_cli.errors import CHECKPOINT, SretError, note_once
 from sret_cli.evaluate import autocast
 from sret_cli.recipe import TrainSpec
 from sret_cli.recurse import build_backbone
-from sret_cli.safe_read import read_tensors
+from sret_cli.safe_read import read_weights
 from sret_cli.soft_labels import spread
 from sret_cli.weights import load_config, load_model, load_state
 
@@ -174,7 +174,11 @@ def _timm_teacher(
         names = _imagenet_names(timm.get_pretrained_cfg(name), classes)
     else:
         model = build_backbone(spec)
-        tensors = read_tensors(Path(checkpoint))
+        own = {key.partition(".")[0] for key in model.state_dict()}
+        weights = read_weights(Path(checkpoint), own)
+        for text in weights.notes:
+            note_once(f"teacher: {text}")
+        tensors = weights.tensors
         stem, head = (tensors.get(f"{layer}.weight") for layer in _ends(model.pretrained_cfg))
         if stem is not None and head is not None and stem.ndim > 1:
             _refuse_other(checkpoint, stem.shape[1], head.shape[0], student)

@@ -20,7 +20,7 @@ from sret_cli.measure import choose_device, device_name
 from sret_cli.model import SReT
 from sret_cli.progress import OnStep
 from sret_cli.recipe import WITH_COLUMNS, TrainSpec
-from sret_cli.records import Row
+from sret_cli.records import Row, run_directory
 from sret_cli.recurse import count_layers
 from sret_cli.weights import load_config, load_model
 
@@ -49,6 +49,13 @@ class Evaluation:
             for name, images, correct in counts
             if images
         ]
+
+    @property
+    def mean_class_top1_percent(self) -> float:
+        """The mean of the classes' top-1, over the classes that images were tested of."""
+        counts = zip(self.images_by_class, self.correct_by_class, strict=True)
+        accuracies = [100 * correct / images for images, correct in counts if images]
+        return sum(accuracies) / len(accuracies)
 
 
 def default_workers(train: TrainSpec) -> int:
@@ -96,7 +103,7 @@ def evaluate_run(
         SretError: the directory holds no model, or none for so many recursions, or the data are
             not there or have other classes.
     """
-    config = load_config(directory)
+    config, home = load_config(directory), run_directory(directory)
     settings = dict(config.get("train") or {})
     own_data = data_dir is None and dataset is None
     if not settings and own_data:
@@ -141,13 +148,15 @@ def evaluate_run(
         torch.manual_seed(reference_shuffle)
     evaluation = evaluate(model, test_loader, target_device, precision, on_step)
     return {
-        "run_id": directory.name,
+        "run_id": config.get("run_id", home.name),
         "name": config.get("name"),
+        "averaged": home != Path(os.path.abspath(directory)) or config.get("averaged", False),
         "layers": layers,
         "params": sum(p.numel() for p in model.parameters()),
         "recursions": recursions,
         "bad_images": len(test_loader.bad_images),
         **evaluation.row(),
+        "mean_class_top1_percent": evaluation.mean_class_top1_percent,
         "per_class": evaluation.per_class(classes),
         "model.img_size": model.spec.img_size,
         "reference_shuffle": reference_shuffle,

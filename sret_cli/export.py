@@ -1,36 +1,42 @@
 """Models for other programs: safetensors, torch.export and ONNX files, each with a model card.
 
-In an exported program a stage loops over passes that are alike: torch's `scan`, which is `Scan` in
+In an exported SReT a stage loops over passes that are alike: torch's `scan`, which is `Scan` in
 ONNX. The shared weights and each block's operations then stand once in the file, whatever the
 depth, and a thousand layers are exported in the time of twenty. Unrolled, the graph of 1,000
 layers alone would take as much room as the weights. The loop goes over the permutations that
-evaluation uses, which are constants of the program.
+evaluation uses, which are constants of the program. The passes of a backbone are unrolled; its
+tied weights stand once in the file, too.
 
 Tensors carry their shape in their name, as in `model.py`: B batch, N tokens, C channels, Y and X
 rows and columns; and K passes of a cycle, S shuffled ones of these.
 """
 
+import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jinja2 import Environment, StrictUndefined
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.func import functional_call
 from torch.fx import GraphModule
 
-from sret_cli.errors import CHECKPOINT, USAGE, SretError, nearest
+from sret_cli.backbone import BackboneSpec, Spec
+from sret_cli.errors import CHECKPOINT, USAGE, SretError, nearest, out_of_memory
 from sret_cli.model import SReT, build_model
-from sret_cli.records import Row, cannot_write, make_directory, write_atomically
+from sret_cli.model_card import model_card
+from sret_cli.origin import Origin
+from sret_cli.records import cannot_write, make_directory, write_atomically
+from sret_cli.recurse import MISFITS
 from sret_cli.stage import Stage
 from sret_cli.weights import CONFIG_FILE, WEIGHTS_FILE, load_model, save_model
 
@@ -38,6 +44,10 @@ FILES = {"safetensors": WEIGHTS_FILE, "torch-export": "model.pt2", "onnx": "mode
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 CARD_FILE = "README.md"
 TOLERANCE = 1e-4  # between the logits of the program and of the model
+BATCH_SIZES = (1, 3)  # of random images that the logits are compared for
+METADATA_FILE = "metadata.json"  # in a program of torch.export
+METADATA_KEY = "sret"  # of safetensors, which write several keys in any order
+UNKNOWN_ORIGIN = Origin("model")
 MAX_PERIOD = 64  # of cycles that are looked for in a schedule
 
 
@@ -118,45 +128,101 @@ class LoopedStage(Stage):
         return x_BNC
 
 
-def to_program(model: SReT) -> ExportedProgram:
-    """The model's evaluation as a program of torch.export, for batches of any size."""
+def to_program(model: Any) -> ExportedProgram:
+    """The model's evaluation as a program of torch.export, for batches of any size.
+
+    Raises:
+        SretError: torch.export cannot take the backbone.
+    """
     spec = model.spec
-    looped = build_model(spec)
-    looped.stages = nn.ModuleList(LoopedStage(spec, stage) for stage in range(spec.stages))
-    looped.load_state_dict(model.state_dict())
-    for stage in looped.every_stage():  # evaluation takes the gathers that follow from them
-        del stage.permutations_PN
+    if isinstance(model, SReT):
+        return _exported(_with_loops(model), spec)
+    with _refused_backbones(spec, "as a program of torch.export"):
+        return _exported(_with_parameters_registered(model), spec)
+
+
+def _exported(module: nn.Module, spec: Spec) -> ExportedProgram:
     images = torch.zeros(2, spec.in_chans, spec.img_size, spec.img_size)
-    looped.eval().requires_grad_(False)
+    module.eval().requires_grad_(False)
     batch = Dim("batch", min=1)
-    program = torch.export.export(looped, (images,), dynamic_shapes=({0: batch},), strict=False)
+    program = torch.export.export(module, (images,), dynamic_shapes=({0: batch},), strict=False)
     for graph in (m for m in program.graph_module.modules() if isinstance(m, GraphModule)):
         for node in graph.graph.nodes:
             node.meta.pop("stack_trace", None)  # the paths of this machine
     return program
 
 
-def write_torch_export(model: SReT, path: Path) -> None:
-    """Writes the program in torch.export's format."""
-    torch.export.save(to_program(model), path)
+def _with_loops(model: SReT) -> SReT:
+    """A copy whose stages are loops."""
+    spec = model.spec
+    looped = build_model(spec)
+    looped.stages = nn.ModuleList(LoopedStage(spec, stage) for stage in range(spec.stages))
+    looped.load_state_dict(model.state_dict())
+    for stage in looped.every_stage():  # evaluation takes the gathers that follow from them
+        del stage.permutations_PN
+    return looped
 
 
-def write_onnx(model: SReT, path: Path) -> None:
-    """Writes the program in ONNX; input `images`, output `logits`."""
+def _with_parameters_registered(model: nn.Module) -> nn.Module:
+    """A copy of a backbone whose tied blocks have their parameters registered.
+
+    torch.export needs that; `recurse.Passes` keeps them as plain attributes.
+    """
+    copy = deepcopy(model)
+    for module in copy.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, nn.Parameter):
+                delattr(module, name)
+                module.register_parameter(name, value)
+    return copy
+
+
+@contextmanager
+def _refused_backbones(spec: Spec, what: str) -> Iterator[None]:
+    """Makes what exporters raise for a backbone that they cannot take a user's error."""
+    try:
+        yield
+    except MISFITS as error:
+        if out_of_memory(error) is not None or not isinstance(spec, BackboneSpec):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SretError(
+            f"{spec.backbone} cannot be written {what}: {reason}; use --to safetensors"
+        ) from None
+
+
+def write_safetensors(model: Any, path: Path, origin: Origin = UNKNOWN_ORIGIN) -> None:
+    """Writes `config.json` and the weights, whose metadata are JSON under the key "sret"."""
+    metadata = json.dumps(origin.metadata(model.spec), ensure_ascii=False)
+    save_model(model, path.parent, origin.config(), {METADATA_KEY: metadata})
+
+
+def write_torch_export(model: Any, path: Path, origin: Origin = UNKNOWN_ORIGIN) -> None:
+    """Writes the program in torch.export's format, with a file `metadata.json` in it."""
+    metadata = json.dumps(origin.metadata(model.spec), indent=2, ensure_ascii=False)
+    torch.export.save(to_program(model), path, extra_files={METADATA_FILE: metadata})
+
+
+def write_onnx(model: Any, path: Path, origin: Origin = UNKNOWN_ORIGIN) -> None:
+    """Writes the program in ONNX, with metadata; input `images`, output `logits`."""
     from onnx_ir.passes.common import DeduplicateInitializersPass
 
-    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it notes that a loop stacks no outputs
-    program = torch.onnx.export(
-        to_program(model),
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: "batch"},),
-        dynamo=True,
-        verbose=False,
-    )
+    for name in ("onnx_ir", "onnxscript"):  # they note that loops and splits are left as they are
+        logging.getLogger(name).setLevel(logging.ERROR)
+    exported = to_program(model)
+    with _refused_backbones(model.spec, "in ONNX"):
+        program = torch.onnx.export(
+            exported,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: "batch"},),
+            dynamo=True,
+            verbose=False,
+        )
     assert program is not None
     # The optimizer transposes small weights once for each loop that uses them.
     DeduplicateInitializersPass(size_limit=2**62)(program.model)
+    program.model.metadata_props.update(origin.metadata(model.spec))
     program.save(path)
 
 
@@ -214,105 +280,74 @@ def check_export(to: str, directory: Path) -> None:
         )
 
 
-def export_model(
-    model: SReT, to: str, directory: Path, name: str = "model", row: Row | None = None
-) -> Export:
+def export_model(model: Any, to: str, directory: Path, origin: Origin = UNKNOWN_ORIGIN) -> Export:
     """Writes a model in another format, checks it, and describes it in a model card.
 
-    The directory appears when all is well, and not at all otherwise. `row` is what the model's run
-    measured.
+    The directory appears when all is well, and not at all otherwise.
+
+    Args:
+        model: an SReT, or a backbone with or without recursion.
+        to: safetensors, torch-export or onnx.
+        directory: a new one.
+        origin: where the model comes from, which the file and the card say.
 
     Raises:
-        SretError: as `check_export`; or the directory cannot be written to, or the logits of the
-            file and of the model on a random image differ by more than 1e-4.
+        SretError: as `check_export`; or the directory cannot be written to, a backbone cannot be
+            exported, or the logits of the file and of the model on random images differ by more
+            than 1e-4.
     """
     check_export(to, directory)
     start = time.perf_counter()
     make_directory(directory.parent)
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    write: dict[str, Callable[[SReT, Path], None]] = {
-        "safetensors": lambda model, path: save_model(model, path.parent),
+    write: dict[str, Callable[[Any, Path, Origin], None]] = {
+        "safetensors": write_safetensors,
         "torch-export": write_torch_export,
         "onnx": write_onnx,
     }
     try:
         path = make_directory(temporary) / FILES[to]
-        write[to](model.eval(), path)
+        write[to](model.eval(), path, origin)
         seconds = time.perf_counter() - start
         difference = logits_difference(model, to, path)
         # ONNX keeps weights of more than 2 GB in a file beside the program.
         size = sum(f.stat().st_size for f in temporary.iterdir() if f.name != CONFIG_FILE)
-        export = Export(directory / FILES[to], size, difference, seconds)
-        write_atomically(temporary / CARD_FILE, model_card(model, to, export, name, row))
+        card = model_card(model, to, path, size, difference, origin)
+        write_atomically(temporary / CARD_FILE, card)
         os.replace(temporary, directory)
     except OSError as error:
         raise cannot_write(directory, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return export
+    return Export(directory / FILES[to], size, difference, seconds)
 
 
-def logits_difference(model: SReT, to: str, path: Path) -> float:
-    """The largest difference between the logits of a file and of its model on a random image.
+def logits_difference(model: Any, to: str, path: Path) -> float:
+    """The largest difference between the logits of a file and of its model on random images.
 
     Raises:
         SretError: it is more than 1e-4, or the model's logits are not finite.
     """
     spec, generator = model.spec, torch.Generator().manual_seed(0)
-    image = torch.randn(1, spec.in_chans, spec.img_size, spec.img_size, generator=generator)
-    with torch.no_grad():
-        expected = model(image)
-    if not expected.isfinite().all():
-        raise SretError(
-            "the model's logits are not finite; train it again, or choose another", CHECKPOINT
+    largest = 0.0
+    for batch in BATCH_SIZES:
+        images = torch.randn(
+            batch, spec.in_chans, spec.img_size, spec.img_size, generator=generator
         )
-    with torch.no_grad():
-        found = run_file(to, path, image)
-    difference = float((found - expected).abs().max())
-    if not difference <= TOLERANCE:
-        raise SretError(
-            f"the logits of the {to} program differ from the model's by {difference:.2g}, more "
-            f"than {TOLERANCE:g}; nothing was written; use another format",
-            CHECKPOINT,
-        )
-    return difference
-
-
-def model_card(model: SReT, to: str, export: Export, name: str, row: Row | None) -> str:
-    """What the file is, in Markdown."""
-    from sret_cli.profiler import trace
-    from sret_cli.views import COLUMNS, FLOPS_NOTE, show
-
-    spec, row = model.spec, row if row and row["final_loss"] is not None else {}
-    params, macs = sum(p.numel() for p in model.parameters()), trace(spec).macs
-    shown = ("top1_percent", "top5_percent", "test_loss", "test_images")
-    template = (files("sret_cli") / "templates" / "model_card.md").read_text(encoding="utf-8")
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(
-        name=name,
-        to=to,
-        export=export,
-        spec=spec,
-        fields={field: show(value) for field, value in spec.model_dump().items()},
-        layers=COLUMNS["layers"].text(spec.layers),
-        params=COLUMNS["params"].text(params),
-        macs=COLUMNS["macs"].text(macs),
-        flops_note=FLOPS_NOTE,
-        row=row,
-        normalised=_normalised(row),
-        results={
-            COLUMNS[column].heading: COLUMNS[column].text(row[column])
-            for column in shown
-            if row.get(column) is not None
-        },
-    )
-
-
-def _normalised(row: Row) -> str:
-    if not row:
-        return "as the data that the model is trained on"
-    if row["train.dataset"] != "digits":
-        return "by ImageNet's mean and deviation"
-    from sret_cli.augment import DIGITS_MEAN, DIGITS_STD
-
-    return f"by mean {DIGITS_MEAN} and deviation {DIGITS_STD}"
+        with torch.no_grad():
+            expected = model(images)
+        if not expected.isfinite().all():
+            raise SretError(
+                "the model's logits are not finite; train it again, or choose another", CHECKPOINT
+            )
+        with torch.no_grad():
+            found = run_file(to, path, images)
+        difference = float((found - expected).abs().max())
+        if not difference <= TOLERANCE:
+            raise SretError(
+                f"the logits of the {to} program differ from the model's by {difference:.2g} for "
+                f"{batch} images, more than {TOLERANCE:g}; nothing was written; use another format",
+                CHECKPOINT,
+            )
+        largest = max(largest, difference)
+    return largest

@@ -123,6 +123,21 @@ def print_json(value: Any) -> None:
         raise PipeClosed from None
 
 
+def run_or_newest(directory: Path | None, runs: Path) -> Path:
+    """The directory that a user named, or that of the newest run, which is then said on stderr.
+
+    While a study trains, the newest run is soon another one.
+    """
+    from sret_cli.records import newest_run, read_row
+
+    if directory is not None:
+        return directory
+    directory = newest_run(runs)
+    row = read_row(directory) or {}
+    notes().print(f"took the newest run, {directory} ({row['name']}, of {row['started_at']})")
+    return directory
+
+
 def flags_given(context: typer.Context) -> dict[str, Any]:
     """The arguments and flags of a command that are not left at nothing."""
     return {k: v for k, v in context.params.items() if v is not None and v not in ([], ())}

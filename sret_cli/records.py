@@ -76,6 +76,7 @@ LATER_FIELDS = {
 }
 PLACES = {f"train.{place}" for place in CONTENTS_OF}
 CONFIG_FILE = "config.json"
+EMA_DIRECTORY = "ema"  # of a run: its averaged weights
 LOCK_FILE, HOLDER_FILE = ".lock", ".lock.json"
 
 
@@ -368,7 +369,8 @@ def _rows_by_directory(path: Path) -> dict[Path, Row]:
     if not path.is_dir():
         raise SretError(f"no directory {path}; run a study first, or name where its runs are", DATA)
     directories = [f.parent for d in ("", "*/", "*/*/") for f in path.glob(f"{d}row.json")]
-    rows = {directory: read_row(directory) or {} for directory in directories}
+    found = {directory: read_row(directory) for directory in directories}
+    rows = {directory: row for directory, row in found.items() if row is not None}
     order = ("study", "started_at", "run_id")
     return dict(sorted(rows.items(), key=lambda item: [item[1][key] for key in order]))
 
@@ -383,6 +385,14 @@ def newest_run(root: Path) -> Path:
     if not rows:
         raise SretError(f"no trained runs in {root}; train one with `sret train`", DATA)
     return max(rows, key=lambda directory: rows[directory]["started_at"])
+
+
+def run_directory(directory: Path) -> Path:
+    """The absolute path of the run whose averaged weights a directory has, else the directory's."""
+    directory = Path(os.path.abspath(directory))  # its name is the run's, also where it is "."
+    parent = directory.parent
+    is_averaged = directory.name == EMA_DIRECTORY and (parent / CONFIG_FILE).is_file()
+    return parent if is_averaged else directory
 
 
 def provenance() -> Row:

@@ -20,6 +20,7 @@ from sret_cli.spec import PRESETS, ModelSpec
 
 OURS = re.compile(r"stages\.(\d+)\.(blocks|nlls)\.(\d+)\.(.+)")
 THEIRS = re.compile(r"transformers\.(\d{1,4})\.blocks\.(\d{1,6})\.")
+TOP_NAMES = frozenset(("patch_embed", "pos_embed", "transformers", "pools", "norm", "head"))
 COEFFICIENTS = {"blocks": 4, "nlls": 2}
 
 

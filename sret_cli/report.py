@@ -40,7 +40,13 @@ RUN_TABLE = (
     *("images_per_second", "train_seconds", "final_loss", "test_loss"),
     *("top1_percent", "top5_percent", "ema_top1_percent"),
 )
-EVAL_TABLE = ("layers", "params", "test_images", "test_loss", "top1_percent", "top5_percent")
+EVAL_TABLE = (
+    *("recursions", "layers", "params", "test_images", "test_loss", "top1_percent"),
+    *("mean_class_top1_percent", "top5_percent"),
+)
+CLASS_COLUMNS = (
+    *("run_id", "averaged", "recursions", "layers", "class", "test_images", "top1_percent"),
+)
 
 
 def cells(rows: Sequence[Row], columns: Sequence[str]) -> tuple[list[str], list[list[str]]]:
@@ -202,11 +208,29 @@ def breakdown_tables(profile: "Profile") -> list[Table]:
     ]
 
 
-def class_table(per_class: Sequence[Row]) -> Table:
-    """Top-1 of each class."""
+def class_table(row: Row) -> Table:
+    """Top-1 of each class of an evaluation, over it the model and its depth, under it the mean."""
     columns = ("test_images", "top1_percent")
-    lines = [[row["class"], *(COLUMNS[c].text(row[c]) for c in columns)] for row in per_class]
-    return terminal_table(["Class", *(COLUMNS[c].heading for c in columns)], lines)
+    lines = [
+        [line["class"], *(COLUMNS[c].text(line[c]) for c in columns)] for line in row["per_class"]
+    ]
+    depth = [f"{key} {row[key]:,}" for key in ("recursions", "layers") if row[key] is not None]
+    title = ", ".join((row["name"] or row["run_id"], *depth))
+    table = terminal_table(["Class", *(COLUMNS[c].heading for c in columns)], lines, title)
+    mean = COLUMNS["mean_class_top1_percent"]
+    table.caption = f"{mean.heading}: {mean.text(row['mean_class_top1_percent'])}"
+    return table
+
+
+def class_csv(rows: Sequence[Row]) -> str:
+    """A line of CSV for each evaluation and class: images and top-1, raw."""
+    return csv_text(
+        [
+            {column: {**row, **line}[column] for column in CLASS_COLUMNS}
+            for row in rows
+            for line in row["per_class"]
+        ]
+    )
 
 
 def write_report(rows: Sequence[Row], spec: ReportSpec, directory: Path) -> list[Path]:

@@ -9,7 +9,7 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sret_cli.errors import CHECKPOINT, SretError
+from sret_cli.state_dicts import PLAIN_NAMES, Weights, choose_weights
+
+# What torch.save writes as a zip, by whatever name: Lightning's, Hugging Face's and timm's, too.
+ZIP_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar")
 
 # Far above what models need: 2,000 layers are 48,030 tensors in the reference's layout, whose names
 # and shapes take 6 MB in a safetensors header or a pickle.
@@ -35,36 +39,53 @@ NAMES = {
 }
 TYPES = re.compile(r"torch\.(storage\.)?(\w+Storage|b?float\d+|u?int\d+)")
 
-State = Mapping[str, Tensor]
-
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The state dict of a `.pth`, `.pt` or `.safetensors` file; nothing in it is executed.
+    """The state dict of a checkpoint's file, its keys as they are; nothing in it is executed.
 
-    It may lie under "model" or "state_dict", beside anything; a prefix "module." is taken off.
+    The file is `.safetensors`, or a zip as torch.save writes it: `.pth`, `.pt`, `.ckpt`, `.bin` or
+    `.tar`. The state dict may lie under "model" or "state_dict", next to anything.
 
     Raises:
         SretError: the file cannot be read, is damaged or too large, or holds anything but tensors.
     """
+    value, size = _read(path)
+    return _checked(value, path, size)
+
+
+def read_weights(path: Path, own: Collection[str] = (), averaged: bool = False) -> Weights:
+    """The plain or the averaged weights in a checkpoint's file, as `choose_weights` finds them.
+
+    Args:
+        path: as `read_tensors` takes it.
+        own: the first parts of the model's own keys, which are not taken off as prefixes.
+        averaged: take the averaged weights.
+
+    Raises:
+        SretError: as `read_tensors`, or as `choose_weights`.
+    """
+    value, size = _read(path)
+    weights = choose_weights(value, str(path), own, averaged)
+    if weights is None:  # the check says what the file holds
+        return Weights(_checked(value, path, size), "", False)
+    return weights._replace(tensors=_checked(weights.tensors, path, size))
+
+
+def _read(path: Path) -> tuple[Any, int]:
+    """The content of a file, and its size."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
             start = file.read(64)
     except OSError as error:
         raise SretError(f"cannot read {path}: {error.strerror}", CHECKPOINT) from None
-    if path.suffix not in (".pth", ".pt", ".safetensors"):
-        raise SretError(f"{path}: a checkpoint ends in .pth, .pt or .safetensors", CHECKPOINT)
+    if path.suffix not in (*ZIP_SUFFIXES, ".safetensors"):
+        raise SretError(
+            f"{path}: a checkpoint ends in {', '.join(ZIP_SUFFIXES)} or .safetensors", CHECKPOINT
+        )
     if path.suffix == ".safetensors":
-        tensors: Any = _read_safetensors(path, start, size)
-    else:
-        tensors = _read_zip(path, start, size)
-    return without_prefix(_checked(tensors, path, size))
-
-
-def without_prefix(tensors: State) -> dict[str, Tensor]:
-    """The state dict without the "module." that data-parallel training puts before every key."""
-    prefixed = bool(tensors) and all(key.startswith("module.") for key in tensors)
-    return {k.removeprefix("module.") if prefixed else k: v for k, v in tensors.items()}
+        return _read_safetensors(path, start, size), size
+    return _read_zip(path, start, size), size
 
 
 def _looks_like(start: bytes) -> str:
@@ -137,7 +158,7 @@ def _names(path: Path, size: int) -> set[str]:
 
 def _checked(value: Any, path: Path, size: int) -> dict[str, Tensor]:
     """The state dict in what a file held, if it is plain tensors that the file has room for."""
-    for key in ("model", "state_dict"):
+    for key in PLAIN_NAMES:
         if isinstance(value, dict) and isinstance(value.get(key), dict):
             value = value[key]
             break

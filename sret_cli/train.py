@@ -41,7 +41,7 @@ from sret_cli.metrics import METRICS_FILE, Metrics
 from sret_cli.optimizer import drawn_recursions
 from sret_cli.parallel import gathered, whole
 from sret_cli.progress import OnStep
-from sret_cli.records import CONFIG_FILE, Row
+from sret_cli.records import CONFIG_FILE, EMA_DIRECTORY, Row
 from sret_cli.room import collecting_rarely, describe_step, not_enough
 from sret_cli.run import Run
 from sret_cli.trainer import Diverged, Trainer
@@ -51,7 +51,6 @@ from sret_cli.weights import save_weights
 __all__ = ["METRICS_FILE", "Saving", "drawn_recursions", "evaluate", "evaluate_run", "train"]
 
 DIVERGED_FILE = "diverged.json"
-EMA_DIRECTORY = "ema"
 
 
 @dataclass(frozen=True)

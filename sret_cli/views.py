@@ -31,6 +31,7 @@ class Column:
 
 
 COLUMNS = {
+    "recursions": Column("Recursions", 1, 0),
     "layers": Column("Layers", 1, 0),
     "params": Column("Params (M)", 1e6, 2),
     "macs": Column("FLOPs (G)", 1e9, 3),
@@ -58,6 +59,7 @@ COLUMNS = {
     "test_loss": Column("Test loss", 1, 3),
     "top1_percent": Column("Top-1 (%)", 1, 2),
     "top5_percent": Column("Top-5 (%)", 1, 2),
+    "mean_class_top1_percent": Column("Mean per-class top-1 (%)", 1, 2),
     "best_top1_percent": Column("Best top-1 of all epochs (%)", 1, 2),
     "ema_test_loss": Column("Test loss, averaged weights", 1, 3),
     "ema_top1_percent": Column("Top-1, averaged weights (%)", 1, 2),

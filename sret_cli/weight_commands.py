@@ -21,6 +21,7 @@ from sret_cli.flags import (
     flags_given,
     notes,
     print_json,
+    run_or_newest,
     show_rows,
     study_from,
     takes,
@@ -57,6 +58,9 @@ def evaluate(
         ),
     ] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="Top-1 of each class.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="A file for the top-1 of each class.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 256,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     device: Device = "auto",
@@ -68,10 +72,12 @@ def evaluate(
     from sret_cli import report
     from sret_cli.evaluate import evaluate_run
     from sret_cli.progress import Display
-    from sret_cli.records import make_directory, newest_run
+    from sret_cli.records import make_directory, write_atomically
 
     check_device(device)
-    directory = directory or newest_run(runs)
+    if out is not None:
+        refuse_other_file(out, ",".join(report.CLASS_COLUMNS))
+    directory = run_or_newest(directory, runs)
     given = {"img_size": img_size, "slices": slices, "recursive_slices": recursive_slices}
     changes = {key: value for key, value in given.items() if value is not None}
     counts = recursion_counts(recursions)
@@ -86,7 +92,10 @@ def evaluate(
     notes().print(f"evaluated {directory} on {rows[0]['device_name']}")
     show_rows(rows, report.EVAL_TABLE, json_)
     for row in rows if per_class and not json_ else ():
-        Output().print(report.class_table(row["per_class"]))
+        Output().print(report.class_table(row))
+    if out is not None:
+        write_atomically(out, report.class_csv(rows))
+        notes().print(f"wrote {out}")
     if len(rows) > 1:
         from sret_cli.figures import plot, save_figure
 
@@ -94,6 +103,30 @@ def evaluate(
         stem = make_directory(directory / "report") / "recursions"
         files = save_figure(figure, stem)
         notes().print(f"wrote {', '.join(map(str, files))}")
+
+
+def refuse_other_file(path: Path, header: str) -> None:
+    """Makes sure that a CSV can be written: only one with the same header is replaced.
+
+    Raises:
+        SretError: the path is no `.csv`, its directory cannot be written to, or it is another file.
+    """
+    from sret_cli.records import make_directory
+
+    if path.suffix != ".csv":
+        raise SretError(f"--out {path}: name a file that ends in .csv", USAGE)
+    make_directory(path.parent)
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            first = file.readline(10_000).rstrip("\n")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise SretError(
+            f"cannot read {path}: {error.strerror}; choose another --out", USAGE
+        ) from None
+    if first != header:
+        raise SretError(f"{path} is another file; choose another --out", USAGE)
 
 
 def recursion_counts(text: str | None) -> list[int | None]:
@@ -111,7 +144,8 @@ def recursion_counts(text: str | None) -> list[int | None]:
 
 def convert(
     file: Annotated[
-        Path, typer.Argument(help="A .pth, .pt or .safetensors file, in the reference's layout.")
+        Path,
+        typer.Argument(help="A .pth, .pt, .ckpt, .bin, .tar or .safetensors file (reference)."),
     ],
     out: Annotated[Path, typer.Option(help="Write config.json and model.safetensors there.")],
     preset: Annotated[str | None, typer.Option(help="The design, if not to be recognised.")] = None,
@@ -124,6 +158,9 @@ def convert(
         bool, typer.Option("--reset-head", help="A fresh head, with --num-classes.")
     ] = False,
     num_classes: Annotated[int | None, typer.Option(help="Classes of the fresh head.")] = None,
+    ema: Annotated[
+        bool, typer.Option("--ema", help="The averaged weights, where FILE has plain ones, too.")
+    ] = False,
     set_: Set = None,
     to_reference: Annotated[
         bool, typer.Option("--to-reference", help="Read our directory FILE, and write model.pth.")
@@ -143,17 +180,19 @@ def convert(
     given |= {"img_size": img_size, "num_classes": num_classes, **model_settings(set_ or [])}
     changes = {key: value for key, value in given.items() if value is not None}
     if to_reference:
-        if changes or preset or reset_head:
+        if changes or preset or reset_head or ema:
             raise SretError("--to-reference writes a model as it is; leave out the rest", USAGE)
         model, name = load_model(file), file.name
-        refuse_backbone(model, "the reference's layout of")
+        refuse_backbone(model)
         notes().print(f"wrote {save_reference(model, out)}")
     else:
         torch.manual_seed(0)  # of a fresh head
-        model, name, remarks = read_reference(file, preset, changes, reset_head)
-        source = {"file": file.name, "sha256": sha256(file)}
+        found = read_reference(file, preset, changes, reset_head, ema)
+        model, name = found.model, found.name
+        source: dict[str, Any] = {"file": file.name, "sha256": sha256(file)}
+        source |= {"weights": found.place, "averaged": found.averaged}
         save_model(model, out, {"name": name, "source": source})
-        for remark in (*remarks, f"wrote {out}/config.json and {out}/model.safetensors"):
+        for remark in (*found.notes, f"wrote {out}/config.json and {out}/model.safetensors"):
             notes().print(remark)
     params = sum(p.numel() for p in model.parameters())
     row = {"name": name, "layers": model.spec.layers, "params": params}
@@ -172,7 +211,7 @@ def export(
     to: Annotated[str, typer.Option(help="safetensors, torch-export or onnx.")] = "safetensors",
     seed: Annotated[int, typer.Option(help="Of the weights, where flags say the model.")] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="A new directory; exports/NAME-FORMAT if not given.")
+        Path | None, typer.Option(help="A new directory; exports/NAME-RUN-FORMAT if not given.")
     ] = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
@@ -186,7 +225,7 @@ def export(
     import torch
 
     from sret_cli.export import check_export, export_model
-    from sret_cli.records import newest_run, read_row
+    from sret_cli.origin import Origin, read_origin
     from sret_cli.recurse import build_any
     from sret_cli.weights import load_model
 
@@ -196,26 +235,25 @@ def export(
     if flags:
         run = study_from(context, trains=False).runs[0]
         torch.manual_seed(seed)
-        name, model, row = run.name, build_any(run.model), None
+        model, origin = build_any(run.model), Origin(run.name)
     else:
-        directory = directory or newest_run(runs)
-        model, row = load_model(directory), read_row(directory)
-        name = row["name"] if row else directory.name
-    refuse_backbone(model, f"{to} of")
-    out = out or Path("exports") / f"{name}-{to}"
+        directory = run_or_newest(directory, runs)
+        model = load_model(directory)
+        origin = read_origin(directory, model.spec)
+    out = out or Path("exports") / f"{origin.directory_name}-{to}"
     check_export(to, out)
-    with notes().status(f"exporting {name} to {to}"):
-        written = export_model(model, to, out, name, row)
+    with notes().status(f"exporting {origin.name} to {to}"):
+        written = export_model(model, to, out, origin)
     if json_:
         return print_json({**vars(written), "file": str(written.file)})
     print(written)
     notes().print(f"wrote {out}/README.md, the model card")
 
 
-def refuse_backbone(model: Any, what: str) -> None:
-    """Refuses a model of timm's where only ours can be written."""
+def refuse_backbone(model: Any) -> None:
+    """Refuses a timm model where only an SReT can be written."""
     if hasattr(model.spec, "backbone"):
         raise SretError(
-            f"{what} {model.spec.backbone} cannot be written: it is a timm model, not an SReT; "
-            "its weights are in model.safetensors of its directory"
+            f"{model.spec.backbone} cannot be written in the reference's layout: it is a timm "
+            "model, not an SReT; its weights are in model.safetensors of its directory"
         )

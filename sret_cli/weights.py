@@ -1,7 +1,7 @@
 """Models on disk, in and out: ours, and checkpoints in the reference's layout.
 
-Ours are `config.json` and `model.safetensors`. A reference checkpoint is a `.pth` or `.pt` zip, as
-torch.save writes it, or `.safetensors`.
+Ours are `config.json` and `model.safetensors`. A reference checkpoint is a zip as torch.save writes
+it (`.pth`, `.pt`, `.ckpt`, `.bin`, `.tar`), or `.safetensors`.
 """
 
 import hashlib
@@ -20,10 +20,11 @@ from sret_cli.errors import CHECKPOINT, USAGE, SretError, note_once
 from sret_cli.model import SReT, build_model
 from sret_cli.records import CONFIG_FILE, make_directory, read_json, write_atomically, write_json
 from sret_cli.recurse import build_any
-from sret_cli.reference import from_reference, layout, recognise, to_reference
+from sret_cli.reference import TOP_NAMES, from_reference, layout, recognise, to_reference
 from sret_cli.run import resolve_sret
-from sret_cli.safe_read import State, read_tensors, without_prefix
+from sret_cli.safe_read import read_tensors, read_weights
 from sret_cli.spec import ModelSpec, preset
+from sret_cli.state_dicts import State, without_prefix
 
 WEIGHTS_FILE = "model.safetensors"
 REFERENCE_FILE = "model.pth"
@@ -31,11 +32,13 @@ REFERENCE_FILE = "model.pth"
 MAX_TABLE_LINES = 20
 
 
-def save_weights(state: Mapping[str, Tensor], directory: Path) -> Path:
+def save_weights(
+    state: Mapping[str, Tensor], directory: Path, metadata: dict[str, str] | None = None
+) -> Path:
     """Writes a model's state dict, atomically; returns the file."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     path = directory / WEIGHTS_FILE
-    write_atomically(path, save(tensors))
+    write_atomically(path, save(tensors, metadata))
     return path
 
 
@@ -50,19 +53,25 @@ def check_no_model(directory: Path) -> None:
         raise SretError(f"{directory} holds a model already; choose another directory", USAGE)
 
 
-def save_model(model: Any, directory: Path, about: Mapping[str, Any] | None = None) -> None:
+def save_model(
+    model: Any,
+    directory: Path,
+    about: Mapping[str, Any] | None = None,
+    metadata: dict[str, str] | None = None,
+) -> None:
     """Writes `config.json` and `model.safetensors` of a model that is not a run's.
 
     Args:
         model: the model.
         directory: where; made where it is missing.
         about: what `config.json` says beside the spec.
+        metadata: what the file of weights says of itself.
 
     Raises:
         SretError: the directory cannot be written to, or holds a model already.
     """
     check_no_model(directory)
-    save_weights(model.state_dict(), directory)
+    save_weights(model.state_dict(), directory, metadata)
     spec = model.spec.model_dump(mode="json")
     write_json(directory / CONFIG_FILE, {**(about or {}), "model": spec})
 
@@ -192,11 +201,12 @@ def changed(spec: ModelSpec, changes: Mapping[str, Any]) -> ModelSpec:
 def load_reference(model: SReT, source: str | Path | State, reset_head: bool = False) -> None:
     """Loads weights in the reference's layout into a model.
 
-    Position embeddings of another image size are resampled.
+    Position embeddings of another image size are resampled. A prefix that all keys share is taken
+    off.
 
     Args:
         model: the model, of the same design.
-        source: a `.pth`, `.pt` or `.safetensors` file, or a state dict.
+        source: a file that `read_reference` takes, or a state dict.
         reset_head: leave the model's own head, as for another number of classes.
 
     Raises:
@@ -204,9 +214,10 @@ def load_reference(model: SReT, source: str | Path | State, reset_head: bool = F
             model; the error's `table` names keys that are missing, unexpected or misshapen.
     """
     if isinstance(source, Mapping):
-        _load_reference(model, without_prefix(source), "the state dict", reset_head)
+        _load_reference(model, without_prefix(source, TOP_NAMES), "the state dict", reset_head)
     else:
-        _load_reference(model, read_tensors(Path(source)), str(source), reset_head)
+        tensors = read_weights(Path(source), TOP_NAMES).tensors
+        _load_reference(model, tensors, str(source), reset_head)
 
 
 def _load_reference(model: SReT, tensors: dict[str, Tensor], where: str, reset_head: bool) -> None:
@@ -241,11 +252,17 @@ def _fitted(tensors: dict[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
 
 
 class Converted(NamedTuple):
-    """A model read from a reference checkpoint, the preset's name, and what was assumed."""
+    """A model read from a reference checkpoint, the preset's name, and what was assumed.
+
+    `place` are the names in the file that lead to its weights, and `averaged` whether these are
+    averaged ones.
+    """
 
     model: SReT
     name: str
     notes: list[str]
+    place: str
+    averaged: bool
 
 
 def read_reference(
@@ -253,19 +270,23 @@ def read_reference(
     preset_name: str | None = None,
     changes: Mapping[str, Any] | None = None,
     reset_head: bool = False,
+    averaged: bool = False,
 ) -> Converted:
     """The model that a reference checkpoint holds; its design is recognised from the shapes.
 
     Args:
-        path: a `.pth`, `.pt` or `.safetensors` file.
+        path: a `.pth`, `.pt`, `.ckpt`, `.bin`, `.tar` or `.safetensors` file.
         preset_name: the design, where it is not to be recognised.
         changes: fields of the spec that stand before those recognised.
         reset_head: give the model a fresh head.
+        averaged: take the averaged weights of a file that has plain ones, too.
 
     Raises:
-        SretError: as `load_reference`, or the design cannot be recognised.
+        SretError: as `load_reference`, the design cannot be recognised, or the file has no averaged
+            weights.
     """
-    tensors, changes = read_tensors(path), dict(changes or {})
+    weights, changes = read_weights(path, TOP_NAMES, averaged), dict(changes or {})
+    tensors = weights.tensors
     if preset_name is not None:
         name: str | None = preset_name
         table = preset(preset_name).model_dump()
@@ -276,13 +297,16 @@ def read_reference(
     if "slices" in changes and "recursive_slices" not in changes:
         table["recursive_slices"] = changes["slices"]
     spec = resolve_sret({**table, **changes})
-    notes = []
+    notes = list(weights.notes)
+    if weights.has_other:
+        notes[0] += "; --ema takes the averaged ones"
     if preset_name is None:
-        notes.append(f"recognised {name or 'no preset'} from the shapes")
+        note = f"recognised {name or 'no preset'} from the shapes"
         if not {"slices", "recursive_slices"} & changes.keys():
             slices, later = ("-".join(map(str, s)) for s in (spec.slices, spec.recursive_slices))
-            notes[0] += f"; they do not tell slices: took {slices}, then {later}"
-            notes[0] += " (--slices or --preset say otherwise)"
+            note += f"; they do not tell slices: took {slices}, then {later}"
+            note += " (--slices or --preset say otherwise)"
+        notes.append(note)
     model = build_model(spec)
     _load_reference(model, tensors, str(path), reset_head)
     side, found = spec.sides[0], tensors["pos_embed"].shape[-1]
@@ -290,7 +314,7 @@ def read_reference(
         notes.append(f"resampled position embeddings from {found}x{found} to {side}x{side}")
     if reset_head:
         notes.append(f"fresh head for {spec.num_classes} classes")
-    return Converted(model, name or "converted", notes)
+    return Converted(model, name or "converted", notes, weights.place, weights.averaged)
 
 
 def save_reference(model: SReT, directory: Path) -> Path:

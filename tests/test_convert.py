@@ -1,5 +1,6 @@
 """`sret convert` and `sret eval` on what it writes, as a user types them."""
 
+import csv
 import json
 import os
 
@@ -10,6 +11,7 @@ from PIL import Image
 from test_weights import assert_same, filled, saved, small
 
 from sret_cli.errors import SretError
+from sret_cli.evaluate import Evaluation
 from sret_cli.sources import test_folder as read_test_folder
 from sret_cli.train import evaluate_run
 from sret_cli.weights import load_model, save_model
@@ -205,3 +207,59 @@ def test_classes_of_test_images_are_those_of_train_where_there_is_one(images):
     (images / "val" / "n99").mkdir()
     with pytest.raises(SretError, match="has the class 'n99', which train/ has not"):
         read_test_folder(images)
+
+
+def test_per_class_tables_say_what_they_are_of_and_go_to_a_file(sret, images, tmp_path):
+    directory = converted(filled(small(num_classes=3, nll="per_block")), tmp_path)
+    options = ("--data-dir", images, "--workers", 0, "--recursions", "1,2")
+    code, out, err = sret("eval", directory, *options, "--per-class", "--out", "new/classes.csv")
+    assert code == 0
+    assert "wrote new/classes.csv" in err
+    titles = [line.strip() for line in out.splitlines() if "recursions" in line]
+    assert titles == ["small, recursions 1, layers 3", "small, recursions 2, layers 6"]
+    code, out, _ = sret("eval", directory, *options, "--json", "--out", "new/classes.csv")
+    rows = json.loads(out)
+    with open("new/classes.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 6
+    assert list(lines[0]) == [
+        *("run_id", "averaged", "recursions", "layers", "class", "test_images", "top1_percent"),
+    ]
+    assert [(line["recursions"], line["class"]) for line in lines] == [
+        *(("1", "n01"), ("1", "n02"), ("1", "n03"), ("2", "n01"), ("2", "n02"), ("2", "n03")),
+    ]
+    for row, start in zip(rows, (0, 3), strict=True):
+        found = [float(line["top1_percent"]) for line in lines[start : start + 3]]
+        assert found == [entry["top1_percent"] for entry in row["per_class"]]
+
+
+def test_the_mean_of_the_classes_differs_from_top_1_where_their_sizes_differ():
+    evaluation = Evaluation(1.0, 75.0, 100.0, 12, (8, 4, 0), (8, 1, 0))
+    # The mean of 8 of 8 and 1 of 4; the third class has no images.
+    assert evaluation.mean_class_top1_percent == 62.5
+
+
+def test_the_mean_of_the_classes_is_printed(sret, images, tmp_path):
+    directory = converted(filled(small(num_classes=3)), tmp_path)
+    for number in range(3):
+        os.remove(images / "val" / "n03" / f"{number}.jpeg")
+    options = ("--data-dir", images, "--workers", 0)
+    code, out, _ = sret("eval", directory, *options, "--json")
+    (row,) = json.loads(out)
+    mean = sum(entry["top1_percent"] for entry in row["per_class"]) / 3
+    assert row["mean_class_top1_percent"] == pytest.approx(mean)
+    code, out, _ = sret("eval", directory, *options, "--per-class")
+    assert f"Mean per-class top-1 (%): {mean:.2f}" in out
+    assert "small, layers 6" in out
+
+
+def test_only_a_file_of_the_same_kind_is_replaced(sret, images, tmp_path):
+    directory = converted(filled(small(num_classes=3)), tmp_path)
+    (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
+    for name, text in (
+        ("mine.csv", "mine.csv is another file; choose another --out"),
+        ("table.txt", "--out table.txt: name a file that ends in .csv"),
+    ):
+        code, out, err = sret("eval", directory, "--data-dir", images, "--out", name)
+        assert (code, out, err) == (2, "", f"sret: {text}\n")
+    assert (tmp_path / "mine.csv").read_text() == "a,b\n1,2\n"

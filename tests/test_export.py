@@ -10,11 +10,13 @@ from sret_cli import export
 from sret_cli.errors import SretError
 from sret_cli.export import Cycle, LoopedStage, export_model, find_cycles
 from sret_cli.model import build_model
+from sret_cli.origin import Origin, Preparation
 from sret_cli.spec import PRESETS
 from sret_cli.stage import Stage
 from sret_cli.weights import save_model
 
 FORMATS = ("safetensors", "torch-export", "onnx")
+CLASSES = ("cat", "vieux chien | x", "3")
 
 
 def random_model(spec):
@@ -146,16 +148,21 @@ def test_a_model_that_is_not_finite_is_refused(tiny, tmp_path):
 
 
 def test_the_card_says_what_the_model_is_and_how_well_it_does(recursive, tmp_path):
+    digits = Preparation((0.305,) * 3, (0.376,) * 3, "bicubic", 0.875)
     row = {
         **{"train.dataset": "digits", "train.seed": 3, "epochs_trained": 15, "final_loss": 0.5},
         **{"top1_percent": 98.6111, "top5_percent": 100.0, "test_loss": 0.15, "test_images": 360},
     }
-    export_model(recursive, "safetensors", tmp_path / "out", "tiny", row)
+    origin = Origin("tiny", "depths", "0123456789", classes=CLASSES, preparation=digits, row=row)
+    export_model(recursive, "safetensors", tmp_path / "out", origin)
     card = (tmp_path / "out" / "README.md").read_text()
     for line in (
         *("# tiny", "license: mit", "| Layers | 26 |", "| Data | digits |", "| Seed | 3 |"),
         *("| Top-1 (%) | 98.61 |", "| `recursions` | 8-6-6 |", "| `embed_dims` | 8-16-32 |"),
-        *("FLOPs: one multiply-add counts as one.", "mean 0.305 and deviation 0.376", "2111.05297"),
+        *("FLOPs: one multiply-add counts as one.", "2111.05297"),
+        "normalised by mean 0.305, 0.305, 0.305 and deviation 0.376, 0.376, 0.376",
+        "These are the weights of the run `0123456789` of the study `depths`.",
+        '["cat", "vieux chien | x", "3"]',
     ):
         assert line in card
 

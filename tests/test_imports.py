@@ -28,13 +28,14 @@ ORDER = (
         "readers",
     ),
     *("streams", "run", "study", "linear", "blocks", "recompute", "stage", "model"),
-    *("compilation", "layer_places", "recurse", "safe_read", "reference", "weights"),
-    *("breakdown", "profiler"),
+    *("compilation", "layer_places", "recurse", "state_dicts", "safe_read", "reference"),
+    *("weights", "breakdown", "profiler"),
     *("liveness", "allocations", "footprint", "memory", "measure", "soft_labels", "listing"),
     *("fingerprint", "identify", "data"),
     *("distributed", "evaluate", "checkpoint", "distill", "parallel", "metrics", "optimizer"),
     *("clean", "trainer", "room", "training_notes", "train", "team", "launch", "label_writer"),
-    *("views", "export", "figures", "report", "data_check", "flags", "clean_commands"),
+    *("views", "origin", "model_card", "export", "figures"),
+    *("report", "data_check", "flags", "clean_commands"),
     *("train_commands", "weight_commands", "data_commands", "distill_commands", "cli", "__main__"),
 )
 

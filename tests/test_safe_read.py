@@ -57,6 +57,9 @@ def test_a_pickle_that_would_execute_something_is_refused(here, value):
     assert "it is a bare pickle, no zip" in refused(here / "bare.pth")
     torch.save(value, "old.pt", _use_new_zipfile_serialization=False)
     assert "it is a bare pickle, no zip" in refused(here / "old.pt")
+    for name in ("lightning.ckpt", "pytorch_model.bin", "model_best.pth.tar"):
+        torch.save(value, name)
+        assert "refused: its pickle would call posix.system" in refused(here / name)
     assert not (here / "executed").exists()
 
 
@@ -88,7 +91,7 @@ def test_a_file_that_is_no_checkpoint_says_what_it_is(here):
         "empty.pth": (b"", "it is empty"),
         "empty.safetensors": (b"", "it is empty"),
         "noise.pth": (bytes(range(200, 256)) * 9, "it is unknown data"),
-        "table.csv": (b"a,b\n", "ends in .pth, .pt or .safetensors"),
+        "table.csv": (b"a,b\n", "ends in .pth, .pt, .ckpt, .bin, .tar or .safetensors"),
     }
     for name, (content, message) in files.items():
         (here / name).write_bytes(content)
@@ -185,13 +188,6 @@ def test_tensors_that_claim_more_than_the_file_holds_are_refused(here):
 def test_what_is_not_named_plain_tensors_is_refused(here, value, message):
     torch.save(value, "odd.pth")
     assert message in refused(here / "odd.pth")
-
-
-def test_the_prefix_of_data_parallel_training_is_taken_off_where_all_keys_have_it(here):
-    torch.save({"module.a": torch.zeros(1), "module.b": torch.ones(1)}, "a.pth")
-    assert list(read_tensors(here / "a.pth")) == ["a", "b"]
-    torch.save({"module.a": torch.zeros(1), "b": torch.ones(1)}, "b.pth")
-    assert list(read_tensors(here / "b.pth")) == ["module.a", "b"]
 
 
 def test_reading_leaves_torchs_list_of_safe_classes_as_it_was(here):
