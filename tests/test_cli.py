@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sret_cli import launch
+from sret_cli import launch, progress
 from sret_cli.records import cannot_write, locked
 from sret_cli.study import load_study
 
@@ -270,13 +270,14 @@ def test_a_run_goes_on_from_within_its_own_directory_or_its_studys(sret, monkeyp
 
 
 def test_without_a_terminal_there_is_a_line_of_progress_now_and_then(sret, monkeypatch):
-    monkeypatch.setattr(launch, "SECONDS_A_LINE", 0)
+    monkeypatch.setattr(progress, "SECONDS_A_LINE", 0)
     code, _, err = sret("train", *QUICK)
     assert code == 0
     line = err.splitlines()[-3]
-    assert "step 5 of 5, loss " in line
-    for part in (", lr ", " images/s, ", " GB, ", " left"):
+    assert " nano, 8 layers, seed 0: step 5 of 5, epoch 1/1, loss " in line
+    for part in (", lr ", " images/s, ", " GB, "):
         assert part in line
+    assert line.endswith(", – left")
 
 
 def test_a_model_that_does_not_fit_the_device_is_a_row_and_the_others_go_on(sret, monkeypatch):

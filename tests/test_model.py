@@ -372,7 +372,7 @@ def test_features_of_the_stages_are_timms():
         assert torch.equal(maps[2].flatten(2).mT, tokens)
         (second,) = model.forward_intermediates(x, [1], stop_early=True, intermediates_only=True)
         assert torch.equal(second, maps[1])
-        third, first = model.forward_intermediates(x, [-1, 0], intermediates_only=True)
+        first, third = model.forward_intermediates(x, [-1, 0], intermediates_only=True)
         assert torch.equal(third, maps[2]) and torch.equal(first, maps[0])
         assert len(model.forward_intermediates(x, 2, intermediates_only=True)) == 2
 

@@ -115,7 +115,7 @@ def test_a_run_on_digits_and_a_converted_model_say_how_images_are_prepared(sret,
     assert sret("export", "--out", "digits")[0] == 0
     found = metadata(tmp_path / "digits")
     assert json.loads(found["classes"]) == list("0123456789")
-    assert json.loads(found["mean"]) == [0.305]
+    assert json.loads(found["mean"]) == [0.305, 0.305, 0.305]
     saved(filled(small()), tmp_path / "x.pth")
     heads = ("--set", "model.num_heads=[1, 2, 4]")
     assert sret("convert", "x.pth", "--out", "ours", *heads)[0] == 0

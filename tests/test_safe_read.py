@@ -27,14 +27,14 @@ class Evil:
 
 def refused(path):
     """The message with which a file is refused, quickly and without memory to speak of."""
-    start = time.monotonic()
+    start = time.process_time()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(SretError) as error:
         read_tensors(path)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # in kB
     assert error.value.code == 5
     assert "\n" not in str(error.value)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     assert grown < 300_000
     return str(error.value)
 
