@@ -51,16 +51,23 @@ def _listing(found: Source | Shards) -> Iterator[tuple[str, str, int, int]]:
         for index, (member, *outer) in enumerate(reader.samples):
             inside = (getattr(part, "name", part) for part in outer if part)
             name = "/".join([*inside, member.name])
-            yield found.classes[reader.targets[index]], name, member.size, index
+            yield _class_name(found, reader.targets[index]), name, member.size, index
+
+
+def _class_name(found: Source, label: int | str) -> str:
+    """The class of a label as the data have it: a name, or a number before it is renumbered."""
+    if isinstance(label, str):
+        return label
+    return found.classes[found.numbers[label] if found.numbers else label]
 
 
 def _listing_of_files(found: Source, images: Listed) -> Iterator[tuple[str, str, int, int]]:
     root = f"{found.name}{os.sep}"
     for index, (image, target) in enumerate(zip(images.images, images.targets, strict=True)):
         if isinstance(image, str):
-            yield found.classes[target], image.removeprefix(root), _size(image), index
+            yield _class_name(found, target), image.removeprefix(root), _size(image), index
         else:
-            yield found.classes[target], str(index), image.nbytes, index
+            yield _class_name(found, target), str(index), image.nbytes, index
 
 
 def _listing_of_torchvision(found: Source, dataset: Any) -> Iterator[tuple[str, str, int, int]]:
@@ -69,7 +76,8 @@ def _listing_of_torchvision(found: Source, dataset: Any) -> Iterator[tuple[str, 
     root = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
     for index in range(len(found)):
         target = targets[index] if targets is not None else -1
-        class_name = found.classes[target] if 0 <= target < len(found.classes) else str(target)
+        known = 0 <= target < len(found.classes)
+        class_name = _class_name(found, target) if known else str(target)
         if paths:
             yield class_name, os.path.relpath(paths[index], root or "."), _size(paths[index]), index
         else:
@@ -105,7 +113,7 @@ def _listing_of_hugging_face(found: Source, reader: Any) -> Iterator[tuple[str, 
         targets = table[reader.label_key].to_pylist()
         for path, size, target in zip(paths, sizes, targets, strict=True):
             size = size if size is not None else _size(path or "")
-            yield found.classes[target], f"{index} {os.path.basename(path or '')}", size, index
+            yield _class_name(found, target), f"{index} {os.path.basename(path or '')}", size, index
             index += 1
 
 
