@@ -14,6 +14,8 @@ import typer
 
 from sret_cli import __version__
 from sret_cli.clean_commands import clean
+from sret_cli.command import Command
+from sret_cli.completion import DEVICES, PRECISIONS, studies
 from sret_cli.data_commands import data_app
 from sret_cli.distill_commands import distill_labels
 from sret_cli.errors import RESOURCES, USAGE, SretError, lost_loader, out_of_memory
@@ -44,6 +46,7 @@ from sret_cli.flags import (
 )
 from sret_cli.interrupt import CODES
 from sret_cli.processes import leads
+from sret_cli.signs import prepare_streams
 from sret_cli.train_commands import run, train
 from sret_cli.weight_commands import convert, evaluate, export
 
@@ -52,7 +55,6 @@ LEADER_SECONDS = 5.0  # in which the first of several processes fails where this
 app = typer.Typer(
     name="sret",
     help="Scaling studies of deep vision transformers with shared weights.",
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -125,14 +127,23 @@ def profile(
     *,
     data_dir: DataDir = None,
     device: Annotated[
-        str | None, typer.Option(help="Measure time and memory there: cpu or cuda.")
+        str | None,
+        typer.Option(
+            help="Measure time and memory there: cpu, cuda or cuda:N.", autocompletion=DEVICES
+        ),
     ] = None,
     measure_batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Images a step, for measuring.")
-    ] = 8,
+        int | None,
+        typer.Option("--batch-size", min=1, help="Images a step: 8, with --memory the study's."),
+    ] = None,
     measure_precision: Annotated[
-        str, typer.Option("--precision", help="fp32 or bf16, for measuring.")
-    ] = "fp32",
+        str | None,
+        typer.Option(
+            "--precision",
+            help="fp32 or bf16: fp32, with --memory the study's.",
+            autocompletion=PRECISIONS,
+        ),
+    ] = None,
     trace: Annotated[
         str, typer.Option(help="Each kind of pass (passes), or all, to check (full).")
     ] = "passes",
@@ -159,19 +170,19 @@ def profile(
     the GPU, or where there is none on the CPU, unless --device says where.
     """
     from sret_cli import report
-    from sret_cli.launch import Options, profile_run, run_study
+    from sret_cli.launch import MEASURED_IMAGES, Options, profile_run, run_study
     from sret_cli.recipe import check_compile_mode
     from sret_cli.run import Run
     from sret_cli.study import Study, with_baselines
 
     if trace not in ("passes", "full"):
         raise SretError(f"unknown trace {trace!r}; use passes or full", USAGE)
-    if measure_precision not in ("fp32", "bf16"):
+    if measure_precision not in (None, "fp32", "bf16"):
         raise SretError(f"unknown precision {measure_precision!r}; use fp32 or bf16", USAGE)
     options = Options(
         device=device or "auto",
-        measure_batch_size=measure_batch_size if device or against else None,
-        precision=measure_precision,
+        measure_batch_size=(measure_batch_size or MEASURED_IMAGES) if device or against else None,
+        precision=measure_precision or "fp32",
         compiles=check_compile_mode(compile_ or "off"),
         full_trace=trace == "full",
     )
@@ -180,7 +191,7 @@ def profile(
             options, measure_batch_size=measure_batch_size, gpu_memory=gpu_memory_of(gpu_memory)
         )
         found = study_from(context, trains=False)
-        return show_memory(found.runs, predicted, recompute_of(recompute), json_)
+        return show_memory(found.runs, predicted, recompute_of(recompute), measure_precision, json_)
     if recompute is not None or gpu_memory is not None:
         raise SretError("--recompute and --gpu-memory go with --memory here", USAGE)
     check_device(device)
@@ -220,7 +231,11 @@ app.command()(convert)
 def report_command(
     path: Annotated[
         Path | None,
-        typer.Argument(metavar="[STUDY | RUN | DIR]", help="A study file, or where rows are."),
+        typer.Argument(
+            metavar="[STUDY | RUN | DIR]",
+            help="A study file, or where rows are.",
+            autocompletion=studies,
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Where to write; beside the rows if not given.")
@@ -242,16 +257,20 @@ app.command()(clean)
 app.command()(export)
 app.command()(distill_labels)
 app.add_typer(data_app)
+for info in (*app.registered_commands, *data_app.registered_commands):
+    info.cls = Command
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs `sret` and exits with the code of the outcome."""
+    prepare_streams()
     arguments = spell_out(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     for number in CODES.keys() - {signal.SIGINT}:
         signal.signal(number, _terminated)
     try:
-        code = app(args=[a for a in arguments if a != "--debug"], standalone_mode=False)
+        rest = [argument for argument in arguments if argument != "--debug"]
+        code = app(args=rest, prog_name="sret", standalone_mode=False)
         sys.stdout.flush()
     except SretError as error:
         if error.table:

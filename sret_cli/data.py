@@ -20,6 +20,7 @@ from sret_cli.classes import ClassList, match_classes
 from sret_cli.errors import DATA, SretError, note, note_once
 from sret_cli.fingerprint import Images, refuse_other_labels
 from sret_cli.image_notes import Noted, noted, tell_warnings, without_notes
+from sret_cli.interrupt import ignore_ended_processes
 from sret_cli.processes import share
 from sret_cli.readers import known_source, stored_source
 from sret_cli.recipe import TrainSpec
@@ -210,21 +211,23 @@ class Loader:
 
 
 def load_batches(loader: DataLoader) -> Iterator[Any]:
-    """The batches of a loader; a process of it that is gone is always torch's `RuntimeError`.
+    """Yields the batches of a loader; a dead process of it always gives the same `RuntimeError`.
 
-    torch itself says so only where its check finds the process dead. The pipe of a killed process
-    breaks before that, and the thread that copies to pinned memory ends without a reason.
+    torch raises that only if it finds the process dead. But the pipes of a killed process break
+    first, which raises an `OSError`; and on CUDA they end the thread that pins memory.
 
     Raises:
         RuntimeError: a process that loads images is gone; `errors.lost_loader` knows it.
     """
     try:
-        yield from loader
+        batches = iter(loader)
+        ignore_ended_processes()
+        yield from batches
     except (ConnectionError, EOFError, FileNotFoundError, RuntimeError) as error:
         text = str(error)
         if isinstance(error, RuntimeError):
             gone = text.startswith("Pin memory thread exited")
-        else:  # not what a dataset raised: in a process of the loader, or in this one
+        else:  # an error of the dataset itself is raised here, or has the name of its process
             gone = loader.num_workers > 0 and "in DataLoader worker process" not in text
         if not gone:
             raise

@@ -119,5 +119,4 @@ def _list(title: str, lines: list[str]) -> None:
 
 
 def _print(line: str) -> None:
-    """Prints a line, in which names of files need not be UTF-8."""
-    Output().print(line.encode(errors="backslashreplace").decode())
+    Output().print(line)

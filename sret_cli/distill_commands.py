@@ -1,7 +1,7 @@
 """The command that stores a teacher's soft labels."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -72,10 +72,24 @@ def distill_labels(
     """
     from sret_cli.label_writer import write_labels
     from sret_cli.progress import Display
+    from sret_cli.study import parse_setting
 
     check_device(device)
     if teacher is None:
         raise SretError("name the model that is to teach by --teacher", USAGE)
+    flags: dict[str, Any] = {
+        "teacher": teacher,
+        "teacher_checkpoint": teacher_checkpoint,
+        "soft_labels": out,
+    }
+    flags |= {"teacher_img_size": teacher_img_size, "distill_temperature": temperature}
+    for table, field, value in map(parse_setting, set_ or []):
+        if table == "train" and flags.get(field) is not None:
+            raise SretError(
+                f"--set train.{field}={value} is the second value of train.{field}, after "
+                f"{str(flags[field])!r}; leave one of the two out",
+                USAGE,
+            )
     run = next((r for r in study_from(context, trains=True).runs if r.train is not None), None)
     if run is None:
         raise SretError(f"{study} trains nothing: it has no [train]", USAGE)

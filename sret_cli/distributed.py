@@ -255,6 +255,12 @@ def start(device: str) -> Ranks:
     """
     if started_as()[1] < 2:
         return ALONE
+    if ":" in device:
+        raise SretError(
+            f"--device {device} is one GPU, and each of {started_as()[1]} processes takes its own; "
+            "use --device cuda",
+            USAGE,
+        )
     target = choose_device(device)
     local_rank, rank, world_size = world_info_from_env()
     if target.type == "cuda" and local_rank >= torch.cuda.device_count():

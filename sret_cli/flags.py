@@ -10,12 +10,29 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
+from sret_cli.completion import (
+    DEVICES,
+    PRECISIONS,
+    choices,
+    datasets,
+    presets,
+    recipes,
+    studies,
+)
 from sret_cli.errors import DATA, USAGE, SretError
 from sret_cli.processes import leads
+from sret_cli.signs import fit_to_encoding
 
-StudyFile = Annotated[Path | None, typer.Argument(metavar="[STUDY]", help="A study file (TOML).")]
-Preset = Annotated[str | None, typer.Option(help="sret_t, sret_lt, sret_s, deep, nano …")]
+StudyFile = Annotated[
+    Path | None,
+    typer.Argument(metavar="[STUDY]", help="A study file (TOML).", autocompletion=studies),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="sret_t, sret_lt, sret_s, deep, nano …", autocompletion=presets),
+]
 Layers = Annotated[int | None, typer.Option(help="Layers (passes) in all: sets the recursions.")]
 Backbone = Annotated[str | None, typer.Option(help="A model of timm's, in the preset's place.")]
 Recursions = Annotated[int | None, typer.Option(help="Passes through each block.")]
@@ -24,30 +41,59 @@ Share = Annotated[
 ]
 Slices = Annotated[int | None, typer.Option(help="Slices of all passes; each stage takes the gcd.")]
 LaterSlices = Annotated[int | None, typer.Option(help="Slices of the later passes alone.")]
-Nll = Annotated[str | None, typer.Option(help="per_pass, per_block or none.")]
+Nll = Annotated[
+    str | None,
+    typer.Option(
+        help="per_pass, per_block or none.",
+        autocompletion=choices("per_pass", "per_block", "none"),
+    ),
+]
 ImgSize = Annotated[int | None, typer.Option(help="Height and width of the images.")]
 NumClasses = Annotated[int | None, typer.Option(help="Classes; those of the data if not given.")]
 Params = Annotated[str | None, typer.Option(help="Parameters, by the width: 14M (within 1 %).")]
 Macs = Annotated[str | None, typer.Option(help="FLOPs, by the width: 4.2G (within 1 %).")]
-Twin = Annotated[str | None, typer.Option(help="The untied control: layers, params or macs.")]
+Twin = Annotated[
+    str | None,
+    typer.Option(
+        help="The untied control: layers, params or macs.",
+        autocompletion=choices("layers", "params", "macs"),
+    ),
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Any other field: model.mlp_ratio=4.")]
 Dataset = Annotated[
-    str | None, typer.Option(help="digits, folder, tar, hfds, hfds/NAME, wds or torch/NAME.")
+    str | None,
+    typer.Option(
+        help="digits, folder, tar, hfds, hfds/NAME, wds or torch/NAME.", autocompletion=datasets
+    ),
 ]
 DataDir = Annotated[str | None, typer.Option(help="A folder with train/ and test/ or val/.")]
 Synthetic = Annotated[bool, typer.Option("--synthetic", help="Random images, for measuring speed.")]
 OnBadImage = Annotated[
-    str | None, typer.Option(help="An image that cannot be read: stop, or skip and count it.")
+    str | None,
+    typer.Option(
+        help="An image that cannot be read: stop, or skip and count it.",
+        autocompletion=choices("stop", "skip"),
+    ),
 ]
 Epochs = Annotated[int | None, typer.Option(help="Epochs of training.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images a step.")]
 Seed = Annotated[int | None, typer.Option(help="Of the weights, the order and the augmentation.")]
-Precision = Annotated[str | None, typer.Option(help="fp32 or bf16.")]
+LearningRate = Annotated[float | None, typer.Option(help="The highest learning rate.")]
+WeightDecay = Annotated[float | None, typer.Option(help="Of the optimiser.")]
+Recipe = Annotated[
+    str | None,
+    typer.Option(help="A published recipe: sret, deit, finetune, small.", autocompletion=recipes),
+]
+Precision = Annotated[str | None, typer.Option(help="fp32 or bf16.", autocompletion=PRECISIONS)]
 Compile = Annotated[
     str | None,
-    typer.Option("--compile", help="Compile passes: on, off or auto (where it can be)."),
+    typer.Option(
+        "--compile",
+        help="Compile passes: on, off or auto (where it can be).",
+        autocompletion=choices("on", "off", "auto"),
+    ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", autocompletion=DEVICES)]
 Workers = Annotated[int | None, typer.Option(min=0, help="Processes that load images.")]
 Recompute = Annotated[str | None, typer.Option(help="none, pass, auto, or passes a segment.")]
 GpuMemory = Annotated[str | None, typer.Option(help="A budget: 80G is 80e9 bytes.")]
@@ -70,7 +116,8 @@ TRAINING = {
     **{"tensorboard": Tensorboard, "shard": Shard},
 }
 TRAIN_FLAGS = (
-    *("dataset", "data_dir", "on_bad_image", "epochs", "batch_size", "seed", "precision"),
+    *("dataset", "data_dir", "on_bad_image", "recipe", "epochs", "batch_size", "lr"),
+    *("weight_decay", "seed", "precision"),
 )
 DEFAULTS: dict[str, Any] = {
     **{"device": "auto", "checkpoint_minutes": 10.0, "tensorboard": False, "shard": False},
@@ -95,7 +142,17 @@ def takes(flags: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[...
 
 def notes() -> Console:
     """Where progress and notes go: stderr, of the first of several processes."""
-    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=not leads())
+    return Console(
+        stderr=True,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        soft_wrap=True,
+        quiet=not leads(),
+    )
+
+
+NARROWEST = 20  # columns of a terminal that tables are fitted to
 
 
 class PipeClosed(Exception):
@@ -107,8 +164,19 @@ class Output(Console):
 
     def __init__(self, stderr: bool = False) -> None:
         terminal = (sys.stderr if stderr else sys.stdout).isatty()
-        wide = None if terminal or "COLUMNS" in os.environ else 200
-        super().__init__(width=wide, highlight=False, markup=False, stderr=stderr)
+        columns = os.environ.get("COLUMNS", "")
+        known = terminal and not columns or columns.isdecimal() and int(columns) >= NARROWEST
+        super().__init__(
+            width=None if known else 200, highlight=False, markup=False, emoji=False, stderr=stderr
+        )
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """The text in signs that the terminal has, so that columns are as wide as they look."""
+        return super().render_str(fit_to_encoding(text, self.encoding), **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Prints what a terminal that is too narrow breaks into lines; nothing is cut off."""
+        super().print(*objects, **{"crop": False, **options})
 
     def on_broken_pipe(self) -> None:
         """Lets `main` end quietly, where rich would exit with 1."""
@@ -225,12 +293,14 @@ def show_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: boo
     Output().print(report.terminal_table(*report.cells(rows, columns)))
 
 
-def show_memory(runs: Any, options: Any, recompute: Any, as_json: bool) -> None:
+def show_memory(
+    runs: Any, options: Any, recompute: Any, precision: str | None, as_json: bool
+) -> None:
     """Predicts the memory of runs, and prints it with what it comes to."""
     from sret_cli import report
     from sret_cli.launch import INFERENCE_NOTE, memory_verdict, predict_memory
 
-    rows = [{**run.row(), **predict_memory(run, options, recompute)} for run in runs]
+    rows = [{**run.row(), **predict_memory(run, options, recompute, precision)} for run in runs]
     show_rows(rows, report.MEMORY_TABLE, as_json)
     for row in () if as_json else rows:
         Output().print(memory_verdict(row))

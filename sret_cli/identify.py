@@ -57,7 +57,7 @@ def find_contents(train: TrainSpec, found: dict[str, Fingerprint]) -> Contents:
     """
     sums = data_sums(found)
     if train.init is not None:
-        sums["init_sha256"] = _sum_of_weights(Path(train.init) / WEIGHTS_FILE)
+        sums["init_sha256"] = _sum_of_model(Path(train.init), "classes")
     if train.soft_labels is not None:
         sums["soft_labels_sha256"] = read_labels_spec(Path(train.soft_labels)).sha256
     return Contents(**sums, **teacher_sums(train))
@@ -72,7 +72,7 @@ def data_sums(found: dict[str, Fingerprint]) -> dict[str, str]:
 
 
 def teacher_sums(train: TrainSpec) -> dict[str, str]:
-    """The sum of a teacher's weights where they are in a file; of a directory, and of its design.
+    """The sum of a teacher's weights where they are in a file; none of timm's own.
 
     Raises:
         SretError: the file cannot be read.
@@ -81,10 +81,19 @@ def teacher_sums(train: TrainSpec) -> dict[str, str]:
         return {"teacher_checkpoint_sha256": _sum_of_weights(Path(train.teacher_checkpoint))}
     if train.teacher is None or not Path(train.teacher).is_dir():
         return {}
-    config = read_json(Path(train.teacher) / CONFIG_FILE)
-    design = json.dumps(config.get("model") if isinstance(config, dict) else None, sort_keys=True)
-    weights = _sum_of_weights(Path(train.teacher) / WEIGHTS_FILE)
-    return {"teacher_sha256": sha256(f"{weights} {design}".encode()).hexdigest()}
+    return {"teacher_sha256": _sum_of_model(Path(train.teacher), "model", "classes")}
+
+
+def _sum_of_model(directory: Path, *keys: str) -> str:
+    """The sum of the weights in a directory, and of these keys of its `config.json`.
+
+    What is taken of a teacher depends on its design and on the names of its classes, of `init` on
+    the names.
+    """
+    weights = _sum_of_weights(directory / WEIGHTS_FILE)
+    config = read_json(directory / CONFIG_FILE) if (directory / CONFIG_FILE).exists() else None
+    known = {key: config.get(key) for key in keys} if isinstance(config, dict) else {}
+    return sha256(f"{weights} {json.dumps(known, sort_keys=True)}".encode()).hexdigest()
 
 
 def _sum_of_weights(path: Path) -> str:

@@ -59,14 +59,6 @@ class Stop:
             time.sleep(1)
         return self.code is not None
 
-    def keep_steps_whole(self) -> None:
-        """Takes torch's handler away, which raises where a step is when a loader's process ends.
-
-        A signal to all processes ends those, too; that one is gone is found when its batch is due.
-        """
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
     def be_patient(self) -> None:
         """Gives what follows, the saving, the time that it takes."""
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -79,6 +71,15 @@ class Stop:
         """
         assert self.code is not None
         raise Interrupted(self.code)
+
+
+def ignore_ended_processes() -> None:
+    """Removes torch's handler, which raises wherever the code is when a loader's process ends.
+
+    So steps and checkpoints are always completed. The next batch then raises the error.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def leave(code: int) -> NoReturn:

@@ -14,6 +14,7 @@ from sret_cli.axes import run_labels
 from sret_cli.backbone import BackboneSpec
 from sret_cli.contents import Contents
 from sret_cli.errors import RESOURCES, SOME_FAILED, SretError, note, out_of_memory
+from sret_cli.paths import PATH_FIELDS, check_path
 from sret_cli.progress import Display
 from sret_cli.published import published_columns
 from sret_cli.recipe import TrainSpec
@@ -29,6 +30,7 @@ INFERENCE_NOTE = (
     "Inference is of the model as `sret eval` runs it. Its fused copy, which `sret profile "
     "--device` times, needs less."
 )
+MEASURED_IMAGES = 8  # a step, of models that are only measured
 
 
 @dataclass
@@ -76,19 +78,28 @@ def _speed(run: Run, options: Options) -> Row:
         )
 
 
-def predict_memory(run: Run, options: Options, recompute: str | int | None = None) -> Row:
+def predict_memory(
+    run: Run,
+    options: Options,
+    recompute: str | int | None = None,
+    precision: str | None = None,
+) -> Row:
     """The columns of a row about the memory of a training step and of inference, in bytes.
 
     They are null for models of timm's. Inference is of the model as it is evaluated, not of its
-    fused copy. `recompute` is the training's own if None.
+    fused copy. Where `recompute`, `precision` or the batch size of the options is None, it is the
+    training's own; its batch is the images of one step, or of one of its `accumulation` parts.
     """
+    from sret_cli.measure import device_type
     from sret_cli.memory import Setting, largest_batch, predict
 
-    assert options.measure_batch_size is not None
-    device = "cpu" if options.device == "cpu" else "cuda"
+    device = "cpu" if device_type(options.device) == "cpu" else "cuda"
     train = run.train or TrainSpec()
     chosen = train.recompute if recompute is None else recompute
-    setting = Setting(options.measure_batch_size, options.precision, device, train.opt)
+    at_once = -(-train.batch_size // train.accumulation) if run.train else MEASURED_IMAGES
+    setting = Setting(
+        options.measure_batch_size or at_once, precision or train.precision, device, train.opt
+    )
     row: Row = {
         "memory_device": device,
         "memory_batch_size": setting.batch_size,
@@ -146,6 +157,8 @@ def run_study(
 def _run_study(
     study: Study, root: Path, options: Options, console: Console, trains: bool, team: Team | None
 ) -> Outcome:
+    if trains:
+        _check_paths(study)
     outcome = Outcome()
     display = Display(console, study.name, len(study.runs))
     study = replace(study, runs=tuple(_identified(study, trains, display)))
@@ -278,11 +291,18 @@ def _check_backbones(study: Study, root: Path) -> None:
             build_backbone(spec)
 
 
+def _check_paths(study: Study) -> None:
+    for run in study.runs:
+        if run.train is not None and run.contents is None:
+            for field in PATH_FIELDS:
+                check_path(field, getattr(run.train, field), study.folder)
+
+
 def _missing(row: Row, run: Run, options: Options, trains: bool) -> list[str]:
     missing = ["cost"] if row["macs"] is None else []
     if options.measure_batch_size is not None and (
         row["forward_seconds"] is None
-        or options.device not in ("auto", row["measured_device"])
+        or options.device.partition(":")[0] not in ("auto", row["measured_device"])
         or row["measured_batch_size"] != options.measure_batch_size
         or row["measured_precision"] != options.precision
         or row["measured_compile"] != options.compiles

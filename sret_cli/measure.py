@@ -23,8 +23,21 @@ from sret_cli.recurse import build_any
 from sret_cli.spec import ModelSpec
 
 
+def device_type(name: str) -> str:
+    """What kind of device a name such as "cuda:1" means: auto, cpu or cuda.
+
+    Raises:
+        SretError: it means none.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", name):
+        raise SretError(f"unknown device {name!r}; choose auto, cpu, cuda or cuda:N", USAGE)
+    return name.partition(":")[0]
+
+
 def choose_device(name: str) -> torch.device:
     """The device of that name; "auto" is CUDA where there is one.
+
+    A GPU that is named by its number ("cuda:1") becomes torch's current one.
 
     On a CPU the calling thread, and those that it starts, take denormal numbers (below 1e-38) for
     zero from then on: they change no result that is seen, and slow deep random networks down.
@@ -34,13 +47,19 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise SretError(f"unknown device {name!r}; choose auto, cpu or cuda", USAGE)
-    if name == "cuda" and not torch.cuda.is_available():
+    kind, number = device_type(name), name.partition(":")[2]
+    if kind == "cuda" and not torch.cuda.is_available():
         raise SretError("no CUDA device on this machine; use --device cpu", USAGE)
-    if name == "cpu":
+    if kind == "cpu":
         torch.set_flush_denormal(True)
-    return torch.device(name)
+    if not number:
+        return torch.device(name)
+    index, count = int(number), torch.cuda.device_count()
+    if index >= count:
+        there = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+        raise SretError(f"no device {name} on this machine; it has {there}", USAGE)
+    torch.cuda.set_device(index)  # what torch draws or allocates without a device goes there, too
+    return torch.device("cuda", index)
 
 
 def device_name(device: torch.device) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import Field, field_validator, model_validator
 
 from sret_cli.errors import USAGE, SretError, nearest
-from sret_cli.strict import Count, Rate, Share, Strict, as_tuples
+from sret_cli.strict import Count, Rate, Share, Strict, as_tuples, without_none
 
 COMPILE_MODES = ("off", "on", "auto")
 
@@ -125,6 +125,7 @@ class TrainSpec(Strict):
     `reset_head` the head starts anew. `recompute` has the backward pass recompute each pass
     ("pass"), segments of so many passes (a number), or what takes least memory ("auto"); `compile`
     has each kind of pass compiled ("auto": where there is a compiler).
+    A field that is None where it is not given takes "none" for that.
     The defaults train the preset `nano` on `digits`; on other images, `hflip` is 0.5 and `crop_pct`
     0.875 where they are not given. With a `data_dir` and no other word, the dataset is a folder of
     images. `label_column` names the column of `hfds` that has the classes, or of `wds` the files
@@ -197,6 +198,7 @@ class TrainSpec(Strict):
     def _fill(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        data = given = without_none(data, cls)
         if "dataset" not in data and data.get("data_dir") is not None:
             data = {"dataset": "folder", **data}
         if data.get("dataset", "digits") != "digits":
@@ -211,7 +213,25 @@ class TrainSpec(Strict):
         for rate in ("min_lr", "warmup_lr"):
             if rate in RECIPES[name] and rate not in given and isinstance(data.get("lr"), float):
                 data[rate] = min(data[rate], data["lr"])
-        return data
+        return data | cls.fitted(given)
+
+    @classmethod
+    def fitted(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Fields that are not given and whose usual values do not fit those that are.
+
+        A warm-up as long as the training is cut to its usual part of it, and a `min_lr` above the
+        `lr` to that.
+        """
+        fields = ("epochs", "warmup_epochs", "min_lr")
+        usual = {name: cls.model_fields[name].default for name in fields}
+        usual |= RECIPES.get(given.get("recipe", "none"), {})
+        fitted: dict[str, Any] = {}
+        epochs, lr, warmup = given.get("epochs"), given.get("lr"), usual["warmup_epochs"]
+        if "warmup_epochs" not in given and isinstance(epochs, int) and 0 < epochs <= warmup:
+            fitted["warmup_epochs"] = warmup * epochs // usual["epochs"]
+        if "min_lr" not in given and isinstance(lr, int | float) and 0 < lr < usual["min_lr"]:
+            fitted["min_lr"] = lr
+        return fitted
 
     @field_validator("scale", "recursions_range", "decay_milestones", mode="before")
     @classmethod
@@ -221,7 +241,7 @@ class TrainSpec(Strict):
     @field_validator("data_dir", "init", "teacher", "teacher_checkpoint", "soft_labels")
     @classmethod
     def _one_spelling(cls, value: str | None) -> str | None:
-        return None if value is None else os.path.normpath(value)
+        return None if value is None else os.path.normpath(os.path.expanduser(value))
 
     @field_validator("dataset", mode="before")
     @classmethod

@@ -126,7 +126,8 @@ def write_atomically(path: Path, data: str | bytes) -> None:
         SretError: the directory cannot be written to, or the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    data = data.encode() if isinstance(data, str) else data
+    # Names of files need not be UTF-8; a report has their odd bytes as \udcff.
+    data = data.encode(errors="backslashreplace") if isinstance(data, str) else data
     try:
         with open(temporary, "wb") as file:
             file.write(data)

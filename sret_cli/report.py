@@ -83,10 +83,20 @@ def terminal_table(headings: list[str], lines: list[list[str]], title: str = "")
     table = Table(title=title or None, caption=note, caption_justify="left", title_justify="left")
     for index, text in enumerate(headings):
         numeric = all(_is_number(line[index]) for line in lines)
-        table.add_column(text, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(
+            text,
+            justify="right" if numeric else "left",
+            overflow="fold",
+            min_width=_least_width([line[index] for line in lines]),
+        )
     for line in lines:
         table.add_row(*line)
     return table
+
+
+def _least_width(texts: Sequence[str]) -> int:
+    """A column's width on a terminal that is too narrow for the table: numbers are not broken."""
+    return min(max((len(word) for text in texts for word in text.split()), default=1), 12)
 
 
 def _is_number(text: str) -> bool:
@@ -166,21 +176,26 @@ def build_table(summary: dict[str, Any]) -> Table:
     layers = "–" if summary["layers"] is None else f"{summary['layers']:,}"
     total = {"Stage": "total", "Layers": layers}
     total["Params (M)"] = COLUMNS["params"].text(summary["params"])
-    for column in columns:
-        table.add_column(column, footer=total.get(column, ""), justify="right")
     outside = COLUMNS["params"].text(summary["params_outside_stages"])
+    lines: list[list[str]] = []
     if backbone:
         for stage in summary["stages"]:
             line = [stage["name"], str(stage["blocks"]), f"{stage['layers']:,}"]
-            table.add_row(*line, COLUMNS["params"].text(stage["params"]))
-        table.add_row("all else", "", "", outside)
-        return table
-    for number, stage in enumerate(summary["stages"], 1):
+            lines.append([*line, COLUMNS["params"].text(stage["params"])])
+        lines.append(["all else", "", "", outside])
+    for number, stage in enumerate(() if backbone else summary["stages"], 1):
         blocks, recursions = stage["blocks"], stage["recursions"]
         line = [number, stage["tokens"], stage["embed_dims"], f"{blocks} x {recursions}"]
         line += [f"{blocks * recursions:,}", stage["slices"], stage["recursive_slices"]]
-        table.add_row(*map(str, line), COLUMNS["params"].text(stage["params"]))
-    table.add_row("stem, pools, head", "", "", "", "", "", "", outside)
+        lines.append([*map(str, line), COLUMNS["params"].text(stage["params"])])
+    if not backbone:
+        lines.append(["stem, pools, head", *[""] * 6, outside])
+    for index, column in enumerate(columns):
+        footer = total.get(column, "")
+        least = _least_width([*(line[index] for line in lines), footer])
+        table.add_column(column, footer=footer, justify="right", min_width=least)
+    for line in lines:
+        table.add_row(*line)
     return table
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from sret_cli.backbone import BackboneSpec, Spec, read_spec
 from sret_cli.contents import Contents, are_known, without_places
 from sret_cli.cost import fit_width, parse_quantity, twin
-from sret_cli.errors import CHECKPOINT, DATA, USAGE, SretError, nearest
+from sret_cli.errors import CHECKPOINT, DATA, USAGE, SretError, nearest, note_once
 from sret_cli.folders import folder_classes
 from sret_cli.recipe import TrainSpec, model_fields, read_train
 from sret_cli.records import (
@@ -131,6 +131,9 @@ def resolve(study: str, model: Table, train: Table | None, name: str | None = No
             train_spec: TrainSpec | None = TrainSpec(**train)
         except SretError as error:
             raise SretError(f"[train] {error}", error.code) from None
+        for field, value in TrainSpec.fitted(train).items():
+            given = "epochs" if field == "warmup_epochs" else "lr"
+            note_once(f"{field} is set to {value:g} to fit {given} = {train[given]:g}")
     else:
         train_spec = None
     trains_digits = train_spec is not None and train_spec.dataset == "digits"

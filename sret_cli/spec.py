@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from sret_cli.depth import MAX_LAYERS, divisors, recursions_for
 from sret_cli.errors import SretError, nearest
 from sret_cli.recipe import TrainSpec as TrainSpec
-from sret_cli.strict import Count, Rate, Strict, as_tuples
+from sret_cli.strict import Count, Rate, Strict, as_tuples, without_none
 
 PER_STAGE = ("embed_dims", "num_heads", "blocks", "recursions", "slices", "recursive_slices")
 
@@ -98,7 +98,7 @@ class ModelSpec(Strict):
     def _one_value_for_all_stages(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             raise SretError(f"a model is a table of fields, not {data!r}")
-        lists = {k: as_tuples(v) for k, v in data.items()}
+        lists = {k: as_tuples(v) for k, v in without_none(data, cls).items()}
         dims = lists.get("embed_dims", cls.model_fields["embed_dims"].default)
         stages = len(dims) if isinstance(dims, tuple) else 3
         order = lists.get("order")

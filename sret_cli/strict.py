@@ -25,6 +25,17 @@ def as_tuples(value: Any) -> Any:
     return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
+def without_none(data: dict[str, Any], cls: type[BaseModel]) -> dict[str, Any]:
+    """The values, with None for a "none" in a field that is None where it is not given."""
+    off = {
+        key
+        for key, value in data.items()
+        if isinstance(value, str) and value == "none" and key in cls.model_fields
+    }
+    off = {key for key in off if cls.model_fields[key].default is None}
+    return {**data, **dict.fromkeys(off)}
+
+
 def explain(error: ValidationError, cls: type[BaseModel]) -> str:
     """One line for the first thing that pydantic found wrong in a spec."""
     first = error.errors(include_url=False)[0]

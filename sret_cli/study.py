@@ -3,24 +3,25 @@
 A study file has tables `[model]` and `[train]`, whose product with `[grid]` (all combinations),
 `[zip]` (axes that move together) and `[[runs]]` (an explicit list) is the list of runs, and
 `[report]`. A list `twins` above the tables adds the controls of every run, of the kinds it names;
-a list `baselines` adds untouched models of timm's.
+a list `baselines` adds untouched models of timm's. No two points of a study are the same run.
 """
 
 import json
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sret_cli.backbone import BackboneSpec
 from sret_cli.cost import TWIN_KINDS, twin
 from sret_cli.errors import USAGE, SretError, nearest
+from sret_cli.paths import check_path, place_paths
+from sret_cli.points import check_key, is_timm_argument, named_list, places, points, shown, written
 from sret_cli.recipe import TrainSpec
 from sret_cli.records import HANDLING, MEASUREMENTS
-from sret_cli.run import BACKBONE_KEYS, MODEL_KEYS, Run, Table, put, resolve
+from sret_cli.run import BACKBONE_KEYS, Run, Table, put, resolve
 from sret_cli.spec import ModelSpec
 from sret_cli.strict import Strict
 
@@ -65,11 +66,12 @@ class ReportSpec(Strict):
 
 @dataclass(frozen=True)
 class Study:
-    """A named list of runs and how to report them."""
+    """A named list of runs and how to report them; `folder` is where its file is, if it has one."""
 
     name: str
     runs: tuple[Run, ...]
     report: ReportSpec = field(default_factory=ReportSpec)
+    folder: Path | None = None
 
 
 def load_study(path: Path, train: Table | None = None) -> Study:
@@ -81,10 +83,8 @@ def load_study(path: Path, train: Table | None = None) -> Study:
     tables = read_study(path)
     if path.stem in RESERVED:
         raise SretError(f"{path}: runs/{path.stem} has another use; give the study another name")
-    if train:
-        tables["train"] = {**tables.get("train", {}), **train}
     try:
-        return study_of(path.stem, tables)
+        return study_of(path.stem, tables, path.parent, train or {})
     except SretError as error:
         raise SretError(f"{path}: {error}", error.code) from None
 
@@ -115,45 +115,66 @@ def read_study(path: Path) -> Table:
         raise SretError(f"{path} is not a study, which is a TOML file: {reason}") from None
 
 
-def study_of(name: str, tables: Table) -> Study:
-    """A study of the tables of its file."""
+def study_of(
+    name: str, tables: Table, folder: Path | None = None, flags: Table | None = None
+) -> Study:
+    """A study of the tables of its file.
+
+    Args:
+        name: the study's.
+        tables: what stands in the file.
+        folder: where the file is, if there is one.
+        flags: values that stand before those of `[train]`.
+    """
+    flags = flags or {}
     for key, value in tables.items():
         if key not in TABLES:
             raise SretError(f"unknown table [{key}]; {nearest(key, list(TABLES))}")
         if key == "twins":
-            _check_twins(value)
+            for kind in named_list(key, value, ", ".join(TWIN_KINDS)):
+                if kind not in TWIN_KINDS:
+                    raise SretError(f"twins: unknown kind {kind!r}; {nearest(kind, [*TWIN_KINDS])}")
         elif key == "baselines":
-            if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-                raise SretError(f"baselines = {value!r}: give a list of timm's names of models")
+            named_list(key, value, "timm's names of models")
         elif not isinstance(value, list if key == "runs" else dict):
-            written = f"[[{key}]]" if key == "runs" else f"[{key}]"
-            raise SretError(f"{key} = {value!r}: write {key} as {written}")
+            raise SretError(f"{key} = {value!r}: write {key} as {written(key)}")
         if key == "runs" and not value:
             raise SretError("runs is an empty list; write each run as [[runs]], or leave it out")
     if not any(key in tables for key in TABLES if key != "report"):
         raise SretError(f"a study has at least one of the tables {', '.join(TABLES[:-1])}")
-    runs, baselines = [], []
-    for point in _points(tables):
+    for key, place in places(tables).items():
+        if key.removeprefix("train.") in flags and key.startswith("train."):
+            raise SretError(f"{written(place)} has values of {key}; leave out the flag", USAGE)
+    distinct: dict[str, Run] = {}
+    baselines = []
+    texts: dict[str, str] = {}
+    for point in points(tables):
+        text = shown(point)
         model, train = dict(tables.get("model", {})), dict(tables.get("train", {}))
         label = point.pop("name", None)
         for key, value in point.items():
             table, _, name_in_table = key.partition(".")
             put(model if table == "model" else train, name_in_table, value)
-        trains = "train" in tables or any(key.startswith("train.") for key in point)
+        trains = bool(train or flags) or "train" in tables
+        if folder is not None:
+            train = place_paths(train, folder)
+            if "data_dir" not in flags:
+                check_path("data_dir", train.get("data_dir"), folder)
+        train |= flags
         if "model" in tables or "runs" in tables or model or "baselines" not in tables:
-            runs.append(resolve(name, model, train if trains else None, label))
+            run = resolve(name, model, train if trains else None, label)
+            known = _canonical(run)
+            if known in distinct:
+                _refuse_same(distinct[known], run, texts[known], text)
+            distinct[known], texts[known] = run, text
         images = {k: model[k] for k in ("img_size", "in_chans", "num_classes") if k in model}
         for backbone in tables.get("baselines", ()):
             baseline = {**images, "backbone": backbone}
             baselines.append(resolve(name, baseline, train if trains else None))
-    distinct: dict[str, Run] = {}
-    for run in runs:
-        same = distinct.setdefault(_canonical(run), run)
-        if same.name != run.name:
-            raise SretError(f"{same.name!r} and {run.name!r} are the same run; leave one out")
     runs = with_twins(list(distinct.values()), tables.get("twins", []))
     distinct = {_canonical(run): run for run in [*runs, *baselines]}
-    return Study(name, tuple(distinct.values()), ReportSpec.of(tables.get("report", {})))
+    report = ReportSpec.of(tables.get("report", {}))
+    return Study(name, tuple(distinct.values()), report, folder)
 
 
 def _canonical(run: Run) -> str:
@@ -172,12 +193,10 @@ def with_baselines(study: Study, backbones: list[str]) -> Study:
     return replace(study, runs=(*study.runs, *baselines))
 
 
-def _check_twins(kinds: Any) -> None:
-    if not isinstance(kinds, list):
-        raise SretError(f"twins = {kinds!r}: give a list of {', '.join(TWIN_KINDS)}")
-    for kind in kinds:
-        if kind not in TWIN_KINDS:
-            raise SretError(f"twins: unknown kind {kind!r}; {nearest(str(kind), list(TWIN_KINDS))}")
+def _refuse_same(first: Run, second: Run, first_point: str, second_point: str) -> NoReturn:
+    if first.name != second.name:
+        first_point, second_point = repr(first.name), repr(second.name)
+    raise SretError(f"{first_point} and {second_point} are the same run; leave one out")
 
 
 def with_twins(runs: list[Run], kinds: list[str]) -> list[Run]:
@@ -200,49 +219,6 @@ def with_twins(runs: list[Run], kinds: list[str]) -> list[Run]:
     return [*runs, *added]
 
 
-def _points(tables: Table) -> Iterator[Table]:
-    """Every point of the study: values of the grid's product, the zip's row, and the listed run."""
-    grid, together = tables.get("grid", {}), tables.get("zip", {})
-    for name, axes in (("grid", grid), ("zip", together)):
-        for key, values in axes.items():
-            _check_key(f"[{name}]", key)
-            if not isinstance(values, list) or not values:
-                raise SretError(f"[{name}] {key!r} = {values!r}: give a list of values")
-    lengths = {key: len(values) for key, values in together.items()}
-    if len(set(lengths.values())) > 1:
-        raise SretError(f"[zip] axes move together and must be as long as each other: {lengths}")
-    listed = tables.get("runs", [{}])
-    for number, entry in enumerate(listed):
-        if not isinstance(entry, dict):
-            raise SretError(f"runs = {listed!r}: write each run as a table, [[runs]]")
-        for key in entry:
-            if key != "name":
-                _check_key(f"[[runs]] {number + 1}:", key)
-            elif not isinstance(entry[key], str):
-                raise SretError(f"[[runs]] {number + 1}: name = {entry[key]!r}: give a text")
-    rows = [
-        dict(zip(together, values, strict=True)) for values in zip(*together.values(), strict=True)
-    ]
-    rows = rows or [{}]
-    combinations = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
-    for entry, row, combination in product(listed, rows, combinations):
-        yield {**row, **combination, **entry}
-
-
-def is_timm_argument(key: str) -> bool:
-    """Whether a key is `model.timm_args.NAME`; timm's model says whether it takes the argument."""
-    start, _, name = key.rpartition(".")
-    return start == "model.timm_args" and name.isidentifier()
-
-
-def _check_key(place: str, key: str) -> None:
-    keys = [f"model.{k}" for k in dict.fromkeys((*MODEL_KEYS, *BACKBONE_KEYS))]
-    keys += [f"train.{k}" for k in TrainSpec.model_fields]
-    if key not in keys and not is_timm_argument(key):
-        hint = f'; write it in quotes, "{key}.…"' if key in ("model", "train") else ""
-        raise SretError(f"{place} unknown key {key!r}{hint}; {nearest(key, keys)}")
-
-
 def parse_setting(text: str) -> tuple[str, str, Any]:
     """Table, key and value of a `--set model.mlp_ratio=4`.
 
@@ -253,25 +229,42 @@ def parse_setting(text: str) -> tuple[str, str, Any]:
     table, _, name = key.strip().partition(".")
     if not equals or table not in ("model", "train") or not name:
         raise SretError(f"--set {text}: write it as model.FIELD=VALUE or train.FIELD=VALUE")
-    _check_key("--set", key.strip())
+    check_key("--set", key.strip())
     try:
         return table, name, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return table, name, value.strip()
 
 
-def model_settings(settings: list[str]) -> Table:
-    """The fields of a model that texts such as "model.mlp_ratio=4" set, where nothing is trained.
+def model_settings(settings: list[str], given: Table | None = None) -> Table:
+    """Given fields of a model, and those that texts such as "model.mlp_ratio=4" set.
 
     Raises:
         SretError: a text has another form, or names no field of the model.
     """
-    values: Table = {}
+    tables: dict[str, Table] = {"model": dict(given or {})}
+    apply_settings(tables, settings, trains=False)
+    return tables["model"]
+
+
+def apply_settings(tables: dict[str, Table], settings: list[str], trains: bool) -> None:
+    """Adds the values of texts such as "train.lr=1e-3" to tables of flags.
+
+    Raises:
+        SretError: a text has another form, names no field, or one that has a value already.
+    """
     for table, key, value in map(parse_setting, settings):
-        if table == "train":
+        if table == "train" and not trains:
             raise SretError(f"--set train.{key}: nothing is trained here; use it with `sret train`")
-        put(values, key, value)
-    return values
+        outer, _, inner = key.partition(".")
+        known = tables[table].get(outer, {}) if inner else tables[table]
+        if isinstance(known, dict) and (inner or outer) in known:
+            raise SretError(
+                f"--set {table}.{key}={value} is the second value of {table}.{key}, after "
+                f"{known[inner or outer]!r}; leave one of the two out",
+                USAGE,
+            )
+        put(tables[table], key, value)
 
 
 def from_flags(path: Path | None, model: Table, train: Table | None, settings: list[str]) -> Study:
@@ -286,10 +279,7 @@ def from_flags(path: Path | None, model: Table, train: Table | None, settings: l
         settings: texts such as "model.mlp_ratio=4".
     """
     tables = {"model": dict(model), "train": dict(train or {})}
-    for table, key, value in map(parse_setting, settings):
-        if table == "train" and train is None:
-            raise SretError(f"--set train.{key}: nothing is trained here; use it with `sret train`")
-        put(tables[table], key, value)
+    apply_settings(tables, settings, trains=train is not None)
     if path is None:
         name = "profile" if train is None else "train"
         run = resolve(name, tables["model"], None if train is None else tables["train"])

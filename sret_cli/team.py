@@ -97,6 +97,7 @@ class Team:
             gpu_memory=options.gpu_memory,
             ranks=ranks,
             shards=options.shard,
+            known=True,
         )
 
     def follow(self) -> NoReturn:

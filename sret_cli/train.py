@@ -73,6 +73,7 @@ def train(
     gpu_memory: int | None = None,
     ranks: Ranks = ALONE,
     shards: bool = False,
+    known: bool = False,
 ) -> Row:
     """Trains a run and returns its measurements; goes on from its newest checkpoint, if it has one.
 
@@ -81,7 +82,8 @@ def train(
     seed on the same machine gives bitwise the same losses, also where it was interrupted: on a CPU
     always, on CUDA as far as torch has deterministic kernels. `gpu_memory` is a
     budget in bytes for `recompute = "auto"`. Of several `ranks`, which all have to call this, the
-    first one alone writes files; `shards` leaves each its share of the weights.
+    first one alone writes files; `shards` leaves each its share of the weights. With `known` images
+    are taken as this process has listed them before, which a study does once for all its runs.
 
     Raises:
         SretError: data or device are not there, the loss is not finite, memory or disk are full,
@@ -105,7 +107,6 @@ def train(
             order = trained_classes(directory, run.continues) if ranks.leads else None
         order = ranks.broadcast(order)
         with ranks.agreeing():
-            known = run.contents is not None  # by a study, whose runs are often of the same images
             where = workers, ranks.rank, ranks.world_size
             loaders = load_data(run.train, run.model, *where, order, known)
             run, found = refuse_others(run, directory, [loader.found for loader in loaders])
@@ -319,7 +320,6 @@ class Session:
         trainer.module.train()
         before, seconds = time.perf_counter(), p.seconds
         for images, target, counts in self._batches():
-            self.stop.keep_steps_whole()
             lr = trainer.lr
             try:
                 loss = trainer.step(images, target, counts)

@@ -18,13 +18,17 @@ from sret_cli.flags import (
     Dataset,
     Epochs,
     Json,
+    LearningRate,
     OnBadImage,
     Precision,
+    Recipe,
     Recompute,
     Runs,
     Seed,
+    Set,
     StudyFile,
     Synthetic,
+    WeightDecay,
     finish,
     flags_given,
     notes,
@@ -45,8 +49,11 @@ def train(
     data_dir: DataDir = None,
     synthetic: Synthetic = False,
     on_bad_image: OnBadImage = None,
+    recipe: Recipe = None,
     epochs: Epochs = None,
     batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    weight_decay: WeightDecay = None,
     seed: Seed = None,
     precision: Precision = None,
     compile_: Compile = None,
@@ -75,9 +82,10 @@ def train(
         places = {key: value for _, key, value in settings if key in CONTENTS_OF}
         places |= {key: given[key] for key in ("dataset", "data_dir") if key in given}
         may_differ = ("epochs", "on_bad_image", "dataset", "data_dir")
-        flags = ("study", *MODEL_FLAGS, *TRAIN_FLAGS)
-        others = [name for name in flags if name in given and name not in may_differ]
+        flags = ("study", *MODEL_FLAGS, *TRAIN_FLAGS, "compile_", "recompute")
+        others = [name.strip("_") for name in flags if name in given and name not in may_differ]
         others += [f"{table}.{key}" for table, key, _ in settings if key not in CONTENTS_OF]
+        others += ["synthetic"] if synthetic else []
         if others:
             raise SretError(
                 f"--resume goes on with what {resume}/config.json says; leave out "
@@ -97,7 +105,7 @@ def train(
     finish(outcome.failed)
 
 
-@takes(TRAINING)
+@takes({"set_": Set, **TRAINING})
 def run(
     context: typer.Context,
     study: StudyFile = None,

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sret_cli.completion import PRECISIONS, choices, datasets, presets
 from sret_cli.errors import USAGE, SretError
 from sret_cli.flags import (
     MODEL,
@@ -38,7 +39,10 @@ def evaluate(
         typer.Option(help="A folder with val/ or test/, and the classes of the model."),
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="Its kind, where it is no folder: tar, hfds, wds …")
+        str | None,
+        typer.Option(
+            help="Its kind, where it is no folder: tar, hfds, wds …", autocompletion=datasets
+        ),
     ] = None,
     label_column: Annotated[
         str | None, typer.Option(help="The column of classes, where hfds or wds have several.")
@@ -62,7 +66,9 @@ def evaluate(
         Path | None, typer.Option(metavar="CSV", help="A file for the top-1 of each class.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 256,
-    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="fp32 or bf16.", autocompletion=PRECISIONS)
+    ] = "fp32",
     device: Device = "auto",
     workers: Workers = None,
     runs: Runs = Path("runs"),
@@ -148,7 +154,10 @@ def convert(
         typer.Argument(help="A .pth, .pt, .ckpt, .bin, .tar or .safetensors file (reference)."),
     ],
     out: Annotated[Path, typer.Option(help="Write config.json and model.safetensors there.")],
-    preset: Annotated[str | None, typer.Option(help="The design, if not to be recognised.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="The design, if not to be recognised.", autocompletion=presets),
+    ] = None,
     slices: Slices = None,
     recursive_slices: LaterSlices = None,
     img_size: Annotated[
@@ -177,8 +186,9 @@ def convert(
     from sret_cli.weights import load_model, read_reference, save_model, save_reference, sha256
 
     given = {"slices": slices, "recursive_slices": recursive_slices}
-    given |= {"img_size": img_size, "num_classes": num_classes, **model_settings(set_ or [])}
-    changes = {key: value for key, value in given.items() if value is not None}
+    given |= {"img_size": img_size, "num_classes": num_classes}
+    flags = {key: value for key, value in given.items() if value is not None}
+    changes = model_settings(set_ or [], flags)
     if to_reference:
         if changes or preset or reset_head or ema:
             raise SretError("--to-reference writes a model as it is; leave out the rest", USAGE)
@@ -208,7 +218,13 @@ def export(
         typer.Argument(metavar="[DIR]", help="A run, or what `sret build --out` wrote."),
     ] = None,
     *,
-    to: Annotated[str, typer.Option(help="safetensors, torch-export or onnx.")] = "safetensors",
+    to: Annotated[
+        str,
+        typer.Option(
+            help="safetensors, torch-export or onnx.",
+            autocompletion=choices("safetensors", "torch-export", "onnx"),
+        ),
+    ] = "safetensors",
     seed: Annotated[int, typer.Option(help="Of the weights, where flags say the model.")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="A new directory; exports/NAME-RUN-FORMAT if not given.")
@@ -242,7 +258,7 @@ def export(
         origin = read_origin(directory, model.spec)
     out = out or Path("exports") / f"{origin.directory_name}-{to}"
     check_export(to, out)
-    with notes().status(f"exporting {origin.name} to {to}"):
+    with notes().status(f"exporting {origin.name} to {to}", spinner="line"):
         written = export_model(model, to, out, origin)
     if json_:
         return print_json({**vars(written), "file": str(written.file)})

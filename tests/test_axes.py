@@ -8,8 +8,9 @@ TRAIN = {"dataset": "digits", "epochs": 2}
 def labels(tables):
     rows = [run.row() for run in study_of("depth", tables).runs]
     found = run_labels(rows)
-    assert [label[:11] for label in found] == [f"{row['run_id']} " for row in rows]
-    return [label[11:] for label in found]
+    starts = [f"{row['run_id']} " if row["run_id"] else "" for row in rows]
+    assert all(label.startswith(start) for label, start in zip(found, starts, strict=True))
+    return [label.removeprefix(start) for label, start in zip(found, starts, strict=True)]
 
 
 def test_a_run_is_told_by_all_axes_of_its_study():

@@ -409,8 +409,8 @@ def test_a_closed_pipe_ends_quietly(tmp_path):
 def test_a_stopped_study_says_what_it_kept_and_goes_on(study, number, code):
     study.write_text(STUDY.replace("[1, 2]", "[1, 30]").replace("epochs = 1\n", "epochs = 4\n"))
     process = start("train", study, cwd=study.parent)
-    first = process.stderr.readline()
-    assert first.startswith("[1/2] ")
+    # On a busy machine, lines of progress come before.
+    assert any(line.startswith("[1/2] ") for line in process.stderr)
     deadline = time.monotonic() + 300
     while len(list(study.parent.glob("runs/depth/*/metrics.jsonl"))) < 2:
         assert time.monotonic() < deadline

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from sret_cli.augment import Erasing, seeded
-from sret_cli.data import Batches, load_data
-from sret_cli.errors import SretError
+from sret_cli.data import Batches, load_batches, load_data
+from sret_cli.errors import LoaderLost, SretError, lost_loader
 from sret_cli.sources import digits, eight_bits
 from sret_cli.sources import test_folder as read_test_folder
 from sret_cli.sources import train_folder as read_train_folder
@@ -51,6 +51,53 @@ def test_batches_do_not_depend_on_the_number_of_workers(folder):
     for (x, target), (y, other) in zip(*batches, strict=True):
         assert torch.equal(x, y)
         assert torch.equal(target, other)
+
+
+class Breaks:
+    """A loader with some processes that gives one batch, and then an error."""
+
+    def __init__(self, error, workers):
+        self.error, self.num_workers = error, workers
+
+    def __iter__(self):
+        yield "a batch"
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(ConnectionResetError(104, "Connection reset by peer"), BrokenPipeError(32, "Broken")),
+        *(ConnectionRefusedError(111, "Connection refused"), FileNotFoundError(2, "No such file")),
+        *(EOFError(), RuntimeError("Pin memory thread exited unexpectedly")),
+        RuntimeError("DataLoader worker (pid(s) 42) exited unexpectedly"),
+    ],
+)
+def test_whatever_breaks_as_a_process_of_the_loader_dies_is_known_as_its_death(error):
+    batches = load_batches(Breaks(error, workers=2))
+    assert next(batches) == "a batch"
+    with pytest.raises(RuntimeError) as broken:
+        next(batches)
+    found = lost_loader(broken.value)
+    assert isinstance(found, LoaderLost)
+    assert (found.code, found.status) == (7, "loader_lost")
+
+
+@pytest.mark.parametrize(
+    ("error", "workers"),
+    [
+        (EOFError("Caught EOFError in DataLoader worker process 0."), 2),
+        (FileNotFoundError("Caught FileNotFoundError in DataLoader worker process 1."), 2),
+        (ConnectionResetError(104, "Connection reset by peer"), 0),
+        (PermissionError(13, "Permission denied"), 2),
+        (RuntimeError("shapes differ"), 2),
+    ],
+)
+def test_errors_of_the_data_set_itself_are_no_death_of_a_process(error, workers):
+    with pytest.raises(type(error)) as raised:
+        list(load_batches(Breaks(error, workers)))
+    assert raised.value is error
+    assert lost_loader(error) is None
 
 
 def test_every_epoch_has_an_order_of_its_own_and_takes_each_image_once(folder):

@@ -367,6 +367,10 @@ def test_weights_and_labels_count_by_what_is_in_them(tiny, tmp_path):
     assert len({one, unsliced, other}) == 3
     one, same, unsliced, other = ids("init")
     assert one == same == unsliced != other
+    config = tmp_path / "same" / "config.json"
+    names = {"classes": [str(number) for number in range(10)]}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **names}))
+    assert ids("init")[1] != one  # the rows of its head have names
     for name, digest in (("labels", "a" * 64), ("moved", "a" * 64), ("others", "b" * 64)):
         header = {"teacher": "t", "teacher_img_size": 16, "distill_temperature": 1.0, "seed": 0}
         header |= {"precision": "fp32", "images": 1, "images_sha256": "", "num_classes": 10}

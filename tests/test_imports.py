@@ -11,7 +11,7 @@ PACKAGE = Path(sret_cli.__file__).parent
 
 # A file imports only from files above it.
 ORDER = (
-    *("__init__", "processes", "errors", "classes", "progress"),
+    *("__init__", "processes", "signs", "errors", "classes", "paths", "progress"),
     *("strict", "depth", "recipe", "spec", "registry"),
     *(
         "backbone",
@@ -27,7 +27,7 @@ ORDER = (
         "sources",
         "readers",
     ),
-    *("streams", "run", "study", "linear", "blocks", "recompute", "stage", "model"),
+    *("streams", "run", "points", "study", "linear", "blocks", "recompute", "stage", "model"),
     *("compilation", "layer_places", "recurse", "state_dicts", "safe_read", "reference"),
     *("weights", "breakdown", "profiler"),
     *("liveness", "allocations", "footprint", "memory", "measure", "soft_labels", "listing"),
@@ -35,7 +35,7 @@ ORDER = (
     *("distributed", "evaluate", "checkpoint", "distill", "parallel", "metrics", "optimizer"),
     *("clean", "trainer", "room", "training_notes", "train", "team", "launch", "label_writer"),
     *("views", "origin", "model_card", "export", "figures"),
-    *("report", "data_check", "flags", "clean_commands"),
+    *("report", "data_check", "completion", "command", "flags", "clean_commands"),
     *("train_commands", "weight_commands", "data_commands", "distill_commands", "cli", "__main__"),
 )
 

@@ -106,7 +106,9 @@ def test_no_recipe_changes_nothing():
     ("values", "message"),
     [
         ({"recipe": "deti"}, "unknown recipe 'deti'; did you mean 'deit'"),
-        ({"recipe": "sret", "epochs": 20}, "30 warm-up epochs leave nothing of 20 epochs"),
+        ({"epochs": 20, "warmup_epochs": 30}, "30 warm-up epochs leave nothing of 20 epochs"),
+        ({"epochs": 1, "warmup_epochs": 1}, "1 warm-up epochs leave nothing of 1 epochs"),
+        ({"lr": 1e-6, "min_lr": 1e-5}, "min_lr = 1e-05 is above lr = 1e-06"),
         ({"accumulation": 7}, "64 is not accumulation = 7 equal parts; use 70"),
         ({"mixup": 0.1, "batch_size": 9}, "9 is odd, and mixup mixes pairs of images; use 10"),
         ({"sched": "cosin"}, "sched = 'cosin'"),
@@ -322,3 +324,23 @@ def test_fine_tuning_starts_from_a_runs_weights_at_another_resolution(tiny, tmp_
     assert not torch.equal(fresh.module.head.weight, tuned.module.head.weight)
     with pytest.raises(SretError, match="has no model.safetensors; name a trained run"):
         trainer_of(larger, init=str(tmp_path))
+
+
+def test_a_warm_up_that_was_not_asked_for_is_cut_to_its_usual_part_of_the_epochs():
+    assert TrainSpec(epochs=1).warmup_epochs == 0
+    assert TrainSpec(epochs=2).warmup_epochs == 1
+    assert TrainSpec(recipe="sret", epochs=20).warmup_epochs == 2
+    assert TrainSpec(recipe="sret", epochs=31).warmup_epochs == 30
+    assert TrainSpec(recipe="deit", epochs=5).warmup_epochs == 0
+
+
+def test_a_lowest_learning_rate_that_was_not_asked_for_is_at_most_the_highest():
+    assert TrainSpec(lr=1e-6).min_lr == 1e-6
+    assert TrainSpec(lr=1e-4).min_lr == 1e-5
+    assert TrainSpec(recipe="finetune", lr=1e-6).min_lr == 1e-6
+
+
+def test_none_switches_off_what_is_off_where_it_is_not_given():
+    assert TrainSpec(recipe="sret", auto_augment="none").auto_augment is None
+    assert TrainSpec(teacher="none", recursions_range="none") == TrainSpec()
+    assert TrainSpec(recompute="none").recompute == "none"

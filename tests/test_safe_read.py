@@ -27,7 +27,7 @@ class Evil:
 
 def refused(path):
     """The message with which a file is refused, quickly and without memory to speak of."""
-    start = time.process_time()
+    start = time.process_time()  # which other processes do not lengthen
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(SretError) as error:
         read_tensors(path)

@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -165,6 +166,18 @@ def test_the_stored_loss_is_that_of_the_live_teacher_but_for_sixteen_bits(
         assert stored.loss(output, x, target).item() == pytest.approx(expected, abs=2e-3)
 
 
+def test_labels_go_on_after_a_process_that_loads_images_was_killed(folder, pets, teacher, labels):
+    def kill(done, total, text):
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    with pytest.raises(SretError, match="loads images was killed .* fewer --workers") as refused:
+        write(folder, pets, teacher, "killed", workers=1, on_step=kill)
+    assert (refused.value.code, refused.value.status) == (7, "loader_lost")
+    again = write(folder, pets, teacher, "killed")
+    assert (again / "labels.bin").read_bytes() == (labels / "labels.bin").read_bytes()
+
+
 def test_training_needs_no_teacher_and_goes_on_bitwise_after_a_signal(
     folder, pets, teacher, labels, tmp_path
 ):
@@ -221,7 +234,8 @@ def test_the_size_is_told_before_anything_is_written(folder, pets, teacher):
     said = []
     labels = teacher.parent / "labels"
     write(folder, pets, teacher, note=lambda line: said.append((line, labels.exists())))
-    assert said == [
+    assert said[0][0].startswith("the names of the classes of the teacher")
+    assert said[1:] == [
         (
             "labels of 16 images, 3 crops each, 17 bytes a crop: 0.0 MB; as many of ImageNet's "
             "1,281,167 images would take 65.3 MB",
@@ -239,6 +253,7 @@ def test_what_is_said_of_bad_images_goes_to_the_function_that_was_handed_in(
     Image.new("P", (20, 24)).save(odd, transparency=bytes([99]))
     said = []
     write(folder, pets, teacher, note=said.append, on_bad_image="skip", workers=2)
+    said = [line for line in said if not line.startswith("the names of the classes")]
     assert len(said) == 3 and said[0].startswith("labels of 16 images")
     assert said[1].startswith(f"cannot read {bad}: ") and said[1].endswith("; it has no label")
     assert said[2].startswith(f"{odd}: Palette images with Transparency")
@@ -274,6 +289,27 @@ def test_labels_of_another_model_or_other_images_are_refused(folder, pets, label
     message = "are of 16 other images than the 16 to train on: train/cat/3.png is missing"
     with pytest.raises(SretError, match=message):
         load_data(spec_of(folder.parent / "moved", soft_labels=str(labels)), pets)
+
+
+def test_labels_of_images_with_other_pixels_are_refused(folder, pets, labels):
+    path = folder / "train" / "dog" / "5.png"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    message = "other images than the 16 to train on: train/dog/5.png has other bytes; write some"
+    with pytest.raises(SretError, match=message) as refused:
+        load_data(spec_of(folder, soft_labels=str(labels)), pets)
+    assert refused.value.code == 4
+    path.write_bytes(data)
+    (labels / "images.json").unlink()  # which names what differs, and is not needed
+    load_data(spec_of(folder, soft_labels=str(labels)), pets)
+
+
+def test_labels_go_on_with_the_same_teacher_elsewhere(folder, pets, teacher, labels):
+    moved = teacher.parent / "moved"
+    shutil.copytree(teacher, moved)
+    said = []
+    write(folder, pets, moved, note=said.append)
+    assert said[-1] == f"{labels} has them already"
 
 
 def test_an_image_that_is_smaller_than_its_crop_is_named(folder, pets, labels):

@@ -1,4 +1,6 @@
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -199,6 +201,37 @@ def test_slices_fit_the_image_size_that_comes_with_them():
         ('[model]\n[report]\nx = "model.recursions"\n', "is not one number a run"),
         ("[model]\nimg_size = 8\n", "the stem leaves one token of a 8-px image; use img_size 9"),
         ("[train]\nmin_lr = 1.0\n", "min_lr = 1 is above lr"),
+        (
+            '[grid]\n"train.seed" = [0, 1]\n[zip]\n"train.seed" = [5, 6, 7]\n',
+            r"train.seed is in \[grid\] and in \[zip\]",
+        ),
+        (
+            '[grid]\n"train.seed" = [0, 1]\n'
+            '[[runs]]\n"train.lr" = 1e-3\n[[runs]]\n"train.seed" = 5\n',
+            r"train.seed is in \[grid\] and in \[\[runs\]\]",
+        ),
+        (
+            '[zip]\n"model.nll" = ["none"]\n[[runs]]\n"model.nll" = "per_pass"\n',
+            r"model.nll is in \[zip\] and in \[\[runs\]\]",
+        ),
+        ('[grid]\n"train.seed" = [0, 1, 0]\n', r"\[grid\] train.seed has 0 twice"),
+        ('[grid]\n"model.mlp_ratio" = [3, 3.0]\n', r"\[grid\] model.mlp_ratio has 3.0 twice"),
+        ('[zip]\n"train.seed" = [2, 2]\n', r"\[zip\] train.seed has 2 twice"),
+        (
+            '[zip]\n"train.seed" = [0, 1, 0]\n"train.lr" = [1.0, 1.0, 1]\n',
+            r"\[zip\] train.seed, train.lr has \[0, 1\] twice",
+        ),
+        (
+            '[grid]\n"model.recursions" = [1, [1, 1, 1]]\n',
+            r"model.recursions = 1 and model.recursions = \[1, 1, 1\] are the same run",
+        ),
+        (
+            '[grid]\n"model.recursions" = [1, 2]\n"model.layers" = [20]\n',
+            "recursions = 1, model.layers = 20 and model.recursions = 2, .* are the same run",
+        ),
+        ("[[runs]]\n[[runs]]\n", "no values and no values are the same run"),
+        ('twins = ["layers", "layers"]\n[model]\n', "twins has 'layers' twice"),
+        ('baselines = ["vit_tiny", "vit_tiny"]\n', "baselines has 'vit_tiny' twice"),
     ],
 )
 def test_a_study_that_cannot_be_says_why(text, message, tmp_path):
@@ -258,3 +291,89 @@ def test_a_folder_without_classes_is_a_data_error(folder, tmp_path):
     with pytest.raises(SretError) as refused:
         study_of("s", tables)
     assert refused.value.code == 4
+
+
+def test_values_repeat_in_a_zip_where_its_rows_differ(tmp_path):
+    found = study(
+        """
+        [model]
+        preset = "nano"
+        [zip]
+        "train.seed" = [0, 0, 1]
+        "train.lr" = [1e-3, 2e-3, 1e-3]
+        """,
+        tmp_path,
+    )
+    assert [(run.train.seed, run.train.lr) for run in found.runs] == [
+        *((0, 1e-3), (0, 2e-3), (1, 1e-3)),
+    ]
+
+
+def test_listed_runs_and_axes_replace_values_of_the_model_and_the_training(tmp_path):
+    text = '[train]\nseed = 3\nepochs = 2\n[[runs]]\n[[runs]]\n"train.seed" = 4\n'
+    assert [run.train.seed for run in study(text, tmp_path).runs] == [3, 4]
+    text = '[train]\nseed = 3\nepochs = 2\n[grid]\n"train.seed" = [5, 6]\n'
+    assert [run.train.seed for run in study(text, tmp_path).runs] == [5, 6]
+
+
+def test_a_flag_does_not_hide_behind_an_axis(tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text('[grid]\n"train.data_dir" = ["a", "b"]\n')
+    with pytest.raises(SretError, match=r"\[grid\] has values of train.data_dir; leave out the"):
+        from_flags(path, {}, {"data_dir": "c"}, [])
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings", "message"),
+    [
+        ({"lr": 0.1}, ["train.lr=2"], "train.lr=2 is the second value of train.lr, after 0.1"),
+        ({}, ["train.lr=1", "train.lr=1"], "train.lr=1 is the second value of train.lr, after 1"),
+        ({"dataset": "synthetic"}, ["train.dataset=digits"], "after 'synthetic'; leave one of"),
+    ],
+)
+def test_a_field_that_has_two_values_is_refused(flags, settings, message):
+    with pytest.raises(SretError, match=message) as refused:
+        from_flags(None, {}, flags, settings)
+    assert refused.value.code == 2
+
+
+def test_paths_of_a_study_are_beside_it_or_in_the_working_directory(tmp_path, monkeypatch):
+    for folder in ("studies/images", "studies/both", "work/both", "work/other"):
+        for name in ("cat", "dog"):
+            (tmp_path / folder / "train" / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    path = tmp_path / "studies" / "s.toml"
+    found = {}
+    for name in ("images", "both", "other"):
+        path.write_text(f'[train]\ndata_dir = "{name}"\n')
+        found[name] = load_study(path).runs[0].train.data_dir
+    beside = tmp_path / "studies"
+    assert found == {"images": f"{beside}/images", "both": f"{beside}/both", "other": "other"}
+    path.write_text('[train]\ndata_dir = "nowhere"\n')
+    message = (
+        f"data_dir = 'nowhere' is not there; a relative path is relative to the study file "
+        f"({beside}) or to the working directory ({tmp_path}/work)"
+    )
+    with pytest.raises(SretError, match=re.escape(message)) as refused:
+        load_study(path)
+    assert refused.value.code == 4
+    # A flag is relative to the working directory alone.
+    assert load_study(path, {"data_dir": "other"}).runs[0].train.data_dir == "other"
+
+
+def test_a_study_in_the_working_directory_keeps_its_paths_and_run_ids(tmp_path, monkeypatch):
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / "train" / name).mkdir(parents=True)
+    (tmp_path / "s.toml").write_text('[train]\ndata_dir = "images"\n')
+    monkeypatch.chdir(tmp_path)
+    for path in (Path("s.toml"), tmp_path / "s.toml"):
+        assert load_study(path).runs[0].train.data_dir == "images"
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / "train" / name).mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "s.toml").write_text('[train]\ndata_dir = "~/images"\ninit = "~/x"\n')
+    train = load_study(tmp_path / "s.toml").runs[0].train
+    assert (train.data_dir, train.init) == (f"{tmp_path}/images", f"{tmp_path}/x")

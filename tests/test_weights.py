@@ -99,7 +99,7 @@ def test_logits_of_the_reference_are_reproduced(golden, name):
 
 def test_golden_weights_are_recognised_as_sret_t(golden, tmp_path):
     torch.save({"model": golden}, tmp_path / "sret.pth")
-    model, name, notes = read_reference(tmp_path / "sret.pth")
+    model, name, notes, *_ = read_reference(tmp_path / "sret.pth")
     assert (name, model.spec) == ("sret_t", PRESETS["sret_t"])
     assert notes == [
         "recognised sret_t from the shapes; they do not tell slices: took 8-4-1, then 2-1-1 "
@@ -277,7 +277,7 @@ def test_a_design_that_is_no_preset_is_recognised_from_its_shapes(tmp_path):
     with pytest.raises(SretError, match=r"widths 8-16-32, passes 3-4-4.*model.num_heads") as no:
         read_reference(path)
     assert no.value.code == 5
-    found, name, notes = read_reference(path, None, {"num_heads": [1, 2, 4]})
+    found, name, notes, *_ = read_reference(path, None, {"num_heads": [1, 2, 4]})
     assert (name, found.spec) == ("converted", spec)
     assert_same(model, found)
     assert "took 1-1-1, then 1-1-1" in notes[0]
@@ -288,7 +288,7 @@ def test_a_design_that_is_no_preset_is_recognised_from_its_shapes(tmp_path):
 )
 def test_published_designs_are_recognised_whatever_their_classes(name, tmp_path):
     model = build_model(PRESETS[name].with_values(num_classes=3))
-    found, preset, _ = read_reference(saved(model, tmp_path / "published.pth"))
+    found, preset, *_ = read_reference(saved(model, tmp_path / "published.pth"))
     assert (preset, found.spec) == (name, model.spec)
     assert_same(model, found)
 

@@ -1,0 +1,34 @@
+"""Output that any terminal takes: ASCII in the place of signs that its encoding lacks."""
+
+import codecs
+import io
+import os
+import sys
+
+ASCII = {"–": "-", "−": "-", "±": "+-", "…": "...", "×": "x"}
+REPLACE = "sret_cli.ascii"  # the name of the error handler, for `str.encode` and streams
+
+
+def _replace(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    signs = error.object[error.start : error.end]
+    return "".join(ASCII.get(sign) or ascii(sign)[1:-1] for sign in signs), error.end
+
+
+codecs.register_error(REPLACE, _replace)
+
+
+def fit_to_encoding(text: str, encoding: str) -> str:
+    r"""The text with ASCII, such as - or \xe9, for every sign that an encoding lacks."""
+    return text.encode(encoding, REPLACE).decode(encoding)
+
+
+def prepare_streams() -> None:
+    """Lets stdout and stderr take every sign; where one of them is closed, output is dropped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=REPLACE)
