@@ -152,7 +152,7 @@ def notes() -> Console:
     )
 
 
-NARROWEST = 20  # columns of a terminal that tables are fitted to
+LEAST_WIDTH = 20  # of tables: rich leaves the numbers out where there is no room for the frame
 
 
 class PipeClosed(Exception):
@@ -165,10 +165,11 @@ class Output(Console):
     def __init__(self, stderr: bool = False) -> None:
         terminal = (sys.stderr if stderr else sys.stdout).isatty()
         columns = os.environ.get("COLUMNS", "")
-        known = terminal and not columns or columns.isdecimal() and int(columns) >= NARROWEST
+        known = terminal and not columns or columns.isdecimal() and int(columns) > 0
         super().__init__(
             width=None if known else 200, highlight=False, markup=False, emoji=False, stderr=stderr
         )
+        self.width = max(self.width, LEAST_WIDTH)
 
     def render_str(self, text: str, **options: Any) -> Text:
         """The text in signs that the terminal has, so that columns are as wide as they look."""
