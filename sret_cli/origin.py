@@ -15,7 +15,7 @@ from sret_cli import __version__
 from sret_cli.augment import Pixels
 from sret_cli.backbone import Spec
 from sret_cli.classes import config_classes
-from sret_cli.recipe import read_train
+from sret_cli.recipe import TrainSpec, read_train
 from sret_cli.records import Row, read_row, run_directory
 from sret_cli.weights import load_config
 
@@ -122,6 +122,6 @@ def _preparation(config: Mapping[str, Any], spec: Spec) -> Preparation | None:
     settings = config.get("train") or ({"data_dir": "."} if config.get("source") else None)
     if settings is None or spec.in_chans not in (1, 3):
         return None
-    train = read_train(settings)
+    train = read_train(settings) if config.get("train") else TrainSpec(**settings)
     pixels = Pixels.of(train, spec)
     return Preparation(pixels.mean, pixels.std, train.interpolation, train.crop_pct)

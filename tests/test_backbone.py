@@ -134,11 +134,15 @@ def test_a_model_with_timm_args_is_trained_evaluated_and_read_back(sret, tmp_pat
     code, out, _ = sret("eval", str(directory), "--json")
     assert code == 0
     assert row["params"] == sum(p.numel() for p in model.parameters())
-    flags = ("--set", "model.timm_args.patch_size=4", "--set", "model.timm_args={depth = 2}")
+    flags = ("--set", "model.timm_args.patch_size=4", "--set", "model.timm_args.depth=2")
     code, out, _ = sret("profile", "--backbone", "vit_small", "--img-size", 8, *flags, "--json")
     assert code == 0
     (profiled,) = json.loads(out)
     assert profiled["model.timm_args.depth"] == 2
+    code, _, err = sret(
+        "profile", "--backbone", "vit_small", *flags[:2], "--set", "model.timm_args={}"
+    )
+    assert code == 2 and "is the second value of model.timm_args" in err
 
 
 @pytest.mark.parametrize(

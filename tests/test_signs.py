@@ -81,7 +81,8 @@ def test_names_in_no_encoding_are_checked_trained_on_and_reported(tmp_path, envi
         file.write(
             '[model]\npreset = "nano"\nembed_dims = [8, 16, 32]\n'
             "[train]\nepochs = 1\nbatch_size = 8\n"
-            '[[runs]]\nname = "é–日"\n"train.seed" = 1\n[[runs]]\nname = ":cat:"\n"train.seed" = 2\n'
+            '[[runs]]\nname = "é–日"\n"train.seed" = 1\n'
+            '[[runs]]\nname = ":cat:"\n"train.seed" = 2\n'
         )
     code, out, err = run("data", "check", b"odd\xff", cwd=tmp_path, **environment)
     assert (code, b"Traceback" in err) == (0, False), err
