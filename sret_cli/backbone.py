@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from sret_cli.errors import SretError, nearest
-from sret_cli.spec import MAX_LAYERS, Count, ModelSpec, Rate
+from sret_cli.spec import MAX_LAYERS, PRESETS, Count, ModelSpec, Rate
 from sret_cli.strict import Strict
 
 Arguments = tuple[tuple[str, Any], ...]  # names, sorted, and plain values
@@ -193,6 +193,8 @@ def default_img_size(name: str) -> int:
     import timm
 
     architecture, _, tag = name.partition(".")
+    if architecture in PRESETS:  # which timm knows, too, once our models are in its registry
+        raise SretError(f"{name!r} is a preset, not a timm model; use --preset {name}")
     if not timm.is_model(architecture):
         near = get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
         hint = f"the nearest are {', '.join(near)}" if near else "timm.list_models() names them"

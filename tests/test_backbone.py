@@ -287,3 +287,10 @@ def test_training_a_recursive_backbone_lowers_the_loss_and_is_repeatable(tmp_pat
     rows = [train(run, tmp_path / name) for name in ("a", "b")]
     assert rows[0]["final_loss"] == rows[1]["final_loss"] < 2.3
     assert evaluate_run(tmp_path / "a")["top1_percent"] == rows[0]["top1_percent"]
+
+
+@pytest.mark.parametrize("name", ["deep", "sret_t"])
+def test_a_preset_is_no_backbone_though_timm_knows_it(sret, name):
+    code, _, err = sret("build", "--backbone", name)
+    assert code == 3
+    assert f"'{name}' is a preset, not a timm model; use --preset {name}" in err
