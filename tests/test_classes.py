@@ -9,6 +9,7 @@ from PIL import Image
 from test_sources import png, spec_of, write_tar
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
+from sret_cli.augment import Pixels
 from sret_cli.classes import ClassList, config_classes, match_classes, order_classes
 from sret_cli.contents import Contents
 from sret_cli.data import load_data
@@ -303,9 +304,12 @@ def test_a_model_is_evaluated_by_the_names_of_its_classes(sret, eleven, numbered
         rows.append({line["class"]: line for line in json.loads(out)[0]["per_class"]})
     model = load_model(tmp_path / "text").eval()
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in timm_constants())
+    settings = TrainSpec(
+        data_dir=str(numbered)
+    )  # as images for a model from elsewhere are prepared
+    prepared = Pixels.of(settings, eleven).transform(settings)
     for name in NUMBERS:
-        pixels = np.asarray(Image.open(numbered / "test" / name / "0.png").convert("RGB"))
-        x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 255
+        x = prepared(Image.open(numbered / "test" / name / "0.png").convert("RGB"))[None] / 255
         right = AS_TEXT[int(model((x - mean) / std).argmax())] == name
         assert rows[1][name]["top1_percent"] == 100.0 * right
 
