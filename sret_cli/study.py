@@ -270,7 +270,8 @@ def apply_settings(tables: dict[str, Table], settings: list[str], trains: bool) 
 def from_flags(path: Path | None, model: Table, train: Table | None, settings: list[str]) -> Study:
     """The study of a file, or the one run that flags describe.
 
-    Beside a file only `data_dir` may be given, since where data lie is no part of the question.
+    Next to a file only `data_dir` may be given, since where data lie is no part of the question,
+    and fields of `[train]` by settings, which stand before those of the file.
 
     Args:
         path: a study file, or None.
@@ -284,7 +285,7 @@ def from_flags(path: Path | None, model: Table, train: Table | None, settings: l
         name = "profile" if train is None else "train"
         run = resolve(name, tables["model"], None if train is None else tables["train"])
         return Study(name, (run,))
-    others = [*tables["model"], *(key for key in tables["train"] if key != "data_dir")]
+    others = [*tables["model"], *(key for key in train or {} if key != "data_dir")]
     if others:
         raise SretError(
             f"{path} says what to run; leave out {', '.join(others)}, or copy the file and edit it",

@@ -1,3 +1,4 @@
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -377,3 +378,18 @@ def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
     (tmp_path / "s.toml").write_text('[train]\ndata_dir = "~/images"\ninit = "~/x"\n')
     train = load_study(tmp_path / "s.toml").runs[0].train
     assert (train.data_dir, train.init) == (f"{tmp_path}/images", f"{tmp_path}/x")
+
+
+def test_settings_of_the_training_stand_before_those_of_a_study_file(sret, tmp_path):
+    text = '[model]\npreset = "nano"\nembed_dims = [8, 16, 32]\n[train]\nepochs = 3\n'
+    (tmp_path / "s.toml").write_text(f'{text}[grid]\n"train.seed" = [0, 1]\n')
+    settings = ["train.epochs=1", "train.batch_size=480", "train.warmup_epochs=0"]
+    flags = [part for setting in settings for part in ("--set", setting)]
+    code, out, err = sret("run", "s.toml", *flags, "--json")
+    assert code == 0, err
+    rows = json.loads(out)
+    assert [(row["train.epochs"], row["train.seed"]) for row in rows] == [(1, 0), (1, 1)]
+    code, _, err = sret("run", "s.toml", "--set", "train.seed=3")
+    assert (code, "[grid] has values of train.seed; leave out the flag" in err) == (2, True)
+    code, _, err = sret("run", "s.toml", "--set", "model.nll=none")
+    assert (code, "s.toml says what to run; leave out nll" in err) == (2, True)
