@@ -37,7 +37,7 @@ class Command(TyperCommand):
         except typer.TyperException as error:
             if hasattr(error, "possibilities"):
                 option = getattr(error, "option_name", "")
-                raise SretError(self._advice(option), USAGE) from None
+                raise SretError(self._advice(ctx, option), USAGE) from None
             raise
         for index, parameter in enumerate(given):
             repeats = parameter.multiple or getattr(parameter, "is_flag", False)
@@ -45,10 +45,10 @@ class Command(TyperCommand):
                 flag = max(parameter.opts, key=len)
                 raise SretError(f"{flag} is given twice; leave one of the two out", USAGE)
 
-    def _advice(self, option: str) -> str:
+    def _advice(self, ctx: Any, option: str) -> str:
         """What to say of a flag that the command does not have."""
         instead = {flag: flag for parameter in self.params for flag in parameter.opts}
-        wrong = f"{option} is no flag of `sret {self.name}`"
+        wrong = f"{option} is no flag of `{ctx.command_path}`"
         if any(parameter.name == "set_" for parameter in self.params):
             from sret_cli.points import field_keys
 

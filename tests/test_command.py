@@ -22,7 +22,7 @@ TINY = ("--set", "model.embed_dims=[8, 16, 32]", "--set", "model.blocks=1", "--b
         (["build", "--mlp-ratio", 3], "of `sret build`; use --set model.mlp_ratio=…"),
         (["build", "--lr", 1], "which trains nothing; use it with `sret train`"),
         (["eval", "--mlp-ratio", 3], "--mlp-ratio is no flag of `sret eval`; see --help"),
-        (["data", "check", "--device", "cpu"], "--device is no flag of `sret check`"),
+        (["data", "check", "--device", "cpu"], "--device is no flag of `sret data check`"),
         (["train", "--lr", 1, "--lr", 2], "--lr is given twice; leave one of the two out"),
         (["train", "--runs=a", "--runs=b"], "--runs is given twice"),
         (["train", "--lr", 1, "--set", "train.lr=2"], "is the second value of train.lr, after 1.0"),
