@@ -5,35 +5,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import TINY
 from PIL import Image
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from sret_cli.cli import main
-from sret_cli.spec import ModelSpec
-
-TINY = ModelSpec(
-    img_size=16,
-    num_classes=10,
-    stem_strides=(1, 2, 1),
-    embed_dims=(8, 16, 32),
-    num_heads=(1, 2, 4),
-    blocks=(1, 2, 1),
-    slices=(4, 2, 1),
-    recursive_slices=(2, 2, 1),
-)
-
-UNSLICED = {"slices": 1, "recursive_slices": 1}
-
-# Measured by running the reference implementation under fvcore 0.1.5.post20221221, batch of one.
-REFERENCE = [
-    ("sret_t", {}, 4_755_979, 1_121_665_792),
-    ("sret_t", UNSLICED, 4_755_979, 1_374_904_064),
-    ("sret_lt", {}, 4_988_024, 1_173_698_304),
-    ("sret_lt", UNSLICED, 4_988_024, 1_426_936_576),
-    ("sret_s", {}, 20_899_692, 4_190_973_192),
-    ("sret_s", UNSLICED, 20_899_692, 4_689_536_040),
-]
+from sret_cli.commands.app import main
 
 
 def pytest_configure():
@@ -42,18 +17,6 @@ def pytest_configure():
     threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else int(alone)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
-
-
-def torch_products(model, images):
-    """Multiply-adds of the matrix products and convolutions of a model, as torch counts them.
-
-    Attention is computed by its plain matrix products, which every release of torch counts; its
-    fused kernel for the CPU is counted as nothing by releases before 2.15.
-    """
-    counter = FlopCounterMode(display=False)  # two for a multiply-add, and nothing for norms
-    with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        model(images)
-    return counter.get_total_flops() / 2
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from sret_cli.linear import ONEDNN, product
-from sret_cli.spec import ModelSpec
+from sret_cli.model.linear import ONEDNN, product
+from sret_cli.spec.model import ModelSpec
 
 Call = Callable[[], object]
 

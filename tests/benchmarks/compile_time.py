@@ -17,9 +17,9 @@ import time
 import torch
 from common import arguments, prepare
 
-from sret_cli.compilation import compile_model
-from sret_cli.model import build_model
-from sret_cli.spec import PRESETS
+from sret_cli.model.compile import compile_model
+from sret_cli.model.sret import build_model
+from sret_cli.spec.presets import PRESETS
 
 LAYERS = (20, 1000)
 

@@ -15,11 +15,11 @@ import torch
 from common import arguments, deep_reference, prepare, reference_module, seconds
 from matplotlib import pyplot as plt
 
-from sret_cli import profiler
-from sret_cli.memory import Setting, predict
-from sret_cli.model import build_model
-from sret_cli.profiler import count_module, saved_bytes, trace
-from sret_cli.spec import PRESETS
+from sret_cli.cost.footprint import Setting
+from sret_cli.cost.memory import predict
+from sret_cli.cost.trace import _traced, count_module, saved_bytes, trace
+from sret_cli.model.sret import build_model
+from sret_cli.spec.presets import PRESETS
 
 LAYERS = (20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 REFERENCE_AT_MOST = 1000  # 10,000 would keep 28 GB, and trace for six minutes
@@ -33,7 +33,7 @@ PANELS = {
 def measure_ours(layers: int, rounds: int) -> dict[str, dict[str, float]]:
     """Times and bytes of ours, without and with recomputation."""
     spec = PRESETS["sret_t"].at(layers=layers)
-    profiler._traced.clear()
+    _traced.clear()
     profile = seconds(lambda: trace(spec))
     model, x = build_model(spec).fused(), torch.randn(1, 3, 224, 224)
     plain, _ = predict(spec, Setting(1, device="cpu"))

@@ -19,12 +19,14 @@ from common import Call, arguments, prepare, side_by_side
 from loading import write_photographs
 from safetensors.torch import save_file
 
-from sret_cli.data import load_data
-from sret_cli.label_writer import write_labels
-from sret_cli.measure import choose_device
-from sret_cli.run import Run, dataset_classes
-from sret_cli.spec import PRESETS, TrainSpec
-from sret_cli.trainer import Trainer
+from sret_cli.data.classes import dataset_classes
+from sret_cli.data.loaders import load_data
+from sret_cli.runtime.device import choose_device
+from sret_cli.spec.presets import PRESETS
+from sret_cli.spec.run import Run
+from sret_cli.spec.train import TrainSpec
+from sret_cli.training.label_writer import write_labels
+from sret_cli.training.trainer import Trainer
 
 
 def epoch_of(run: Run, workers: int, steps: int | None, device: str, trains: bool) -> Call:

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from common import arguments, prepare, seconds
 
-from sret_cli.measure import training_step
-from sret_cli.model import build_model
-from sret_cli.spec import PRESETS
+from sret_cli.cost.timing import training_step
+from sret_cli.model.sret import build_model
+from sret_cli.spec.presets import PRESETS
 
 LAYERS = (20, 100, 1000, 10_000)
 

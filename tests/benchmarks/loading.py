@@ -23,8 +23,9 @@ from sklearn.datasets import load_sample_images
 from timm.data import create_dataset, create_loader
 from torch import Tensor
 
-from sret_cli.data import load_data
-from sret_cli.spec import PRESETS, TrainSpec
+from sret_cli.data.loaders import load_data
+from sret_cli.spec.presets import PRESETS
+from sret_cli.spec.train import TrainSpec
 
 BATCH_SIZE = 64
 AUGMENT = {"scale": (0.08, 1.0), "interpolation": "bicubic", "hflip": 0.5}

@@ -21,10 +21,14 @@ import torch
 import torch.nn.functional as F
 from common import prepare
 
-from sret_cli.measure import choose_device, peak_memory_bytes
-from sret_cli.memory import Plan, Setting, predict
-from sret_cli.model import build_model
-from sret_cli.spec import PRESETS, ModelSpec
+from sret_cli.cost.footprint import Setting
+from sret_cli.cost.memory import predict
+from sret_cli.cost.plan import Plan
+from sret_cli.cost.timing import peak_memory_bytes
+from sret_cli.model.sret import build_model
+from sret_cli.runtime.device import choose_device
+from sret_cli.spec.model import ModelSpec
+from sret_cli.spec.presets import PRESETS
 
 
 def measured(spec: ModelSpec, setting: Setting, plan: Plan) -> int:

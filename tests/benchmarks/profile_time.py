@@ -12,17 +12,16 @@ import statistics
 import torch
 from common import arguments, deep_reference, prepare, reference_module, seconds
 
-from sret_cli import profiler
-from sret_cli.model import build_model
-from sret_cli.profiler import count_module, trace
-from sret_cli.spec import PRESETS
+from sret_cli.cost.trace import _traced, count_module, trace
+from sret_cli.model.sret import build_model
+from sret_cli.spec.presets import PRESETS
 
 LAYERS = (20, 100, 1000, 10_000)
 
 
 def cold(layers: int) -> float:
     """Seconds of one profile with nothing traced before."""
-    profiler._traced.clear()
+    _traced.clear()
     spec = PRESETS["deep"].at(layers=layers)
     return seconds(lambda: trace(spec))
 
@@ -39,7 +38,7 @@ def main() -> None:
     for layers, times in zip(LAYERS, zip(*rounds, strict=True), strict=True):
         print(f"{layers:6,} layers: {spread(times)} s")
     print(f"10,000 layers over 100: {spread([times[3] / times[1] for times in rounds])}")
-    profiler._traced.clear()
+    _traced.clear()
     specs = [
         PRESETS[name].with_values(mlp_ratio=ratio).at(layers=20 * depth)
         for name in ("sret_t", "deep")

@@ -17,10 +17,12 @@ import time
 import torch
 from common import prepare
 
-from sret_cli.measure import choose_device
-from sret_cli.memory import Plan, Setting, fixed_plan, predict
-from sret_cli.model import SReT, build_model
-from sret_cli.spec import PRESETS
+from sret_cli.cost.footprint import Setting
+from sret_cli.cost.memory import predict
+from sret_cli.cost.plan import Plan, fixed_plan
+from sret_cli.model.sret import SReT, build_model
+from sret_cli.runtime.device import choose_device
+from sret_cli.spec.presets import PRESETS
 
 
 def seconds(model: SReT, plan: Plan, x: torch.Tensor, target: torch.Tensor) -> tuple[float, float]:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from sret_cli.model import build_model
-from sret_cli.spec import ModelSpec
-from sret_cli.stage import Stage
+from sret_cli.model.sret import build_model
+from sret_cli.model.stage import Stage
+from sret_cli.spec.model import ModelSpec
 
 RULES = ("lrc", "plain", "layerscale", "rezero", "sqrt", "loop", "deepnorm")
 

@@ -17,12 +17,12 @@ from common import (
     side_by_side,
 )
 
-from sret_cli.compilation import compile_model
-from sret_cli.measure import inference, training_step
-from sret_cli.model import build_model
-from sret_cli.profiler import trace
-from sret_cli.spec import PRESETS
-from sret_cli.weights import load_reference
+from sret_cli.cost.timing import inference, training_step
+from sret_cli.cost.trace import trace
+from sret_cli.model.compile import compile_model
+from sret_cli.model.sret import build_model
+from sret_cli.spec.presets import PRESETS
+from sret_cli.weights.convert import load_reference
 
 NAMES = {"sret_t": "SReT_T", "sret_lt": "SReT_LT", "sret_s": "SReT_S"}
 

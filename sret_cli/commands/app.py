@@ -1,0 +1,126 @@
+"""The commands of `sret`; the one place that turns errors into messages and exit codes."""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from itertools import zip_longest
+from typing import Annotated, NoReturn
+
+import typer
+
+from sret_cli import __version__
+from sret_cli.commands.build import build
+from sret_cli.commands.command import Command
+from sret_cli.commands.convert import convert
+from sret_cli.commands.data import data_app
+from sret_cli.commands.evaluate import evaluate
+from sret_cli.commands.export import export
+from sret_cli.commands.labels import distill_labels
+from sret_cli.commands.output import Output, PipeClosed
+from sret_cli.commands.profile import profile
+from sret_cli.commands.report import report_command
+from sret_cli.commands.train import run, train
+from sret_cli.runtime.errors import USAGE, SretError, lost_loader, out_of_memory
+from sret_cli.runtime.processes import leads
+from sret_cli.runtime.signals import CODES
+from sret_cli.runtime.signs import prepare_streams
+
+LEADER_SECONDS = 5.0  # in which the first of several processes fails where this one does
+
+app = typer.Typer(
+    name="sret",
+    help="Scaling studies of deep vision transformers with shared weights.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Scaling studies of deep vision transformers with shared weights."""
+    if version:
+        print(f"sret {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit
+
+
+app.command()(build)
+app.command()(profile)
+app.command()(train)
+app.command(name="eval")(evaluate)
+app.command()(convert)
+app.command(name="report")(report_command)
+app.command()(run)
+app.command()(export)
+app.command()(distill_labels)
+app.add_typer(data_app)
+for info in (*app.registered_commands, *data_app.registered_commands):
+    info.cls = Command
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Runs `sret` and exits with the code of the outcome."""
+    prepare_streams()
+    arguments = spell_out(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    for number in CODES.keys() - {signal.SIGINT}:
+        signal.signal(number, _terminated)
+    try:
+        rest = [argument for argument in arguments if argument != "--debug"]
+        code = app(args=rest, prog_name="sret", standalone_mode=False)
+        sys.stdout.flush()
+    except SretError as error:
+        if error.table:
+            from sret_cli.report.tables import terminal_table
+
+            headings, *lines = map(list, error.table)
+            Output(stderr=True).print(terminal_table(headings, lines))
+        code = _fail(str(error), error.code, debug, error.tells)
+    except typer.TyperException as error:
+        code = _fail(error.format_message(), USAGE, debug)
+    except (typer.Abort, KeyboardInterrupt):
+        code = _fail("interrupted; what was finished is kept", 130, debug)
+    except (RuntimeError, MemoryError) as error:
+        found = out_of_memory(error) or lost_loader(error)
+        if found is None:
+            raise
+        code = _fail(str(found), found.code, debug)
+    except (PipeClosed, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def spell_out(arguments: list[str]) -> list[str]:
+    """The arguments with what a bare --compile stands for, which is on."""
+    spelt = []
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
+        spelt.append(argument)
+        if argument == "--compile" and (following[:1] in ("", "-") or following.endswith(".toml")):
+            spelt.append("on")
+    return spelt
+
+
+def _terminated(signal_number: int, frame: object) -> NoReturn:
+    raise SystemExit(CODES[signal.Signals(signal_number)])
+
+
+def _fail(message: str, code: int, debug: bool, tells: bool | None = None) -> int:
+    if debug:
+        traceback.print_exc()
+    if tells is None and not leads():
+        # What fails all processes alike is told by the first: its end ends this one meanwhile.
+        time.sleep(LEADER_SECONDS)
+        tells = True
+    if tells is not False:
+        print(f"sret: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,63 @@
+"""The command that removes what finished runs no longer need."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sret_cli.commands.flags import Json, Runs
+from sret_cli.commands.output import notes, print_json
+from sret_cli.runtime.errors import USAGE, SretError
+
+
+def clean(
+    study: Annotated[
+        Path | None,
+        typer.Argument(metavar="[STUDY | RUN | DIR]", help="A study file, or where runs are."),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List, and remove nothing.")] = False,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+) -> None:
+    """Remove the checkpoints of finished runs: of a study, or of all under runs/.
+
+    Says how many bytes these take, and asks before it removes them. Weights, rows and metrics stay;
+    so do checkpoints of runs that are not finished, or that another run is about to go on from. A
+    run without checkpoints cannot be given more epochs by --resume.
+    """
+    from sret_cli.study.clean import find_checkpoints, remove_checkpoints
+
+    found = find_checkpoints(_where(study, runs))
+    free = [checkpoints for checkpoints in found if checkpoints.needed is None]
+    listed, size = [c.summary() for c in free], sum(c.size_bytes for c in free)
+    stay = [c.summary() for c in found if c.needed is not None]
+    if not json_:
+        for item in listed:
+            print(f"{item['run']}: {item['bytes']:,} bytes of checkpoints")
+        for item in stay:
+            notes().print(f"{item['run']}: its checkpoints stay: {item['needed']}")
+    many = "1 finished run" if len(free) == 1 else f"{len(free):,} finished runs"
+    total = f"{size:,} bytes of checkpoints of {many}"
+    removed = 0
+    if free and not dry_run:
+        if not yes and not sys.stdin.isatty():
+            raise SretError(f"nothing was removed; --yes removes {total}", USAGE)
+        if yes or typer.confirm(f"remove {total}?", err=True):
+            removed = remove_checkpoints(free)
+    if json_:
+        return print_json({"runs": listed, "bytes": size, "needed": stay, "removed_bytes": removed})
+    if not free:
+        print("no checkpoints of finished runs")
+    elif dry_run:
+        print(f"would remove {total}")
+    else:
+        print(f"removed {removed:,} bytes" if removed else "nothing was removed")
+
+
+def _where(study: Path | None, runs: Path) -> Path:
+    """The directory that the argument stands for: a study file has its runs under its name."""
+    if study is None or study.is_dir():
+        return study or runs
+    return runs / (study.stem if study.suffix == ".toml" else study)

@@ -1,0 +1,49 @@
+"""What a shell completes after a flag: presets, datasets, recipes, choices and study files."""
+
+import os
+from collections.abc import Callable
+from glob import escape, glob
+from typing import Any
+
+Complete = Callable[[str], list[str]]
+
+
+def choices(*values: str) -> Complete:
+    """Completes one of some values."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values if value.startswith(incomplete)]
+
+    return complete
+
+
+def presets(incomplete: str) -> list[str]:
+    """Completes the name of a preset."""
+    from sret_cli.spec.presets import PRESETS
+
+    return choices(*PRESETS)(incomplete)
+
+
+def datasets(incomplete: str) -> list[str]:
+    """Completes the kind of a dataset."""
+    from sret_cli.spec.train import DATASETS, NAMED
+
+    return choices(*DATASETS, *(f"{kind}/" for kind in NAMED))(incomplete)
+
+
+def recipes(incomplete: str) -> list[str]:
+    """Completes the name of a recipe."""
+    from sret_cli.spec.recipes import RECIPES
+
+    return choices(*RECIPES)(incomplete)
+
+
+def studies(incomplete: str) -> list[str]:
+    """Completes a study file, here or in a folder; the shell completes all other paths itself."""
+    start = escape(os.path.expanduser(incomplete))
+    found: list[Any] = sorted(glob(f"{start}*.toml") + glob(f"{start}*/*.toml"))
+    return [path for path in found if os.path.isfile(path)]
+
+
+DEVICES = choices("auto", "cpu", "cuda")
+PRECISIONS = choices("fp32", "bf16")

@@ -1,0 +1,320 @@
+"""What is wrong with a folder of images: every file decoded once, as training decodes it."""
+
+import csv
+import hashlib
+import io
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sret_cli.data.decode import (
+    UNREADABLE,
+    bits_per_sample,
+    decode,
+    is_image,
+    pillow_decodes,
+    unreadable,
+)
+from sret_cli.data.folders import TEST_NAMES, class_folders, image_root
+from sret_cli.data.image_notes import pillow_warnings
+from sret_cli.data.sources import find_files
+from sret_cli.runtime.errors import DATA, USAGE, SretError
+from sret_cli.runtime.files import write_atomically
+
+FILES_A_TASK = 16
+FAR_APART = 10  # times as many images of one class as of another
+ORIENTATION = 0x0112  # the tag, TIFF 6.0 and EXIF 2.3; 1 is upright
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One line of the manifest: a file, and what it holds where it can be decoded.
+
+    `bits` are those of a sample where a PNG or TIFF file says so; `pixels_sha256` is of the decoded
+    pixels as RGB: equal for copies in another format. `orientation` is that of EXIF, 1 to 8, where
+    Pillow leaves it to others to turn the image (it turns those in TIFF files itself); `warnings`
+    are Pillow's.
+    """
+
+    path: str
+    split: str
+    class_name: str
+    bytes: int | None = None
+    width: int | None = None
+    height: int | None = None
+    mode: str | None = None
+    bits: int | None = None
+    frames: int | None = None
+    alpha: bool | None = None
+    sha256: str | None = None
+    pixels_sha256: str | None = None
+    error: str | None = None
+    orientation: int | None = None
+    warnings: str | None = None
+
+    def oddities(self) -> list[str]:
+        """What about it may surprise: training converts such images to RGB or grey."""
+        if self.mode is None:
+            return []
+        found = {
+            "CMYK": self.mode == "CMYK",
+            "16 bits or more": self.mode[0] in "IF" or (self.bits or 0) >= 16,
+            "palette": self.mode == "P",
+            "alpha": bool(self.alpha),
+            "several frames": (self.frames or 1) > 1,
+        }
+        return [kind for kind, is_so in found.items() if is_so]
+
+
+COLUMNS = [field.name for field in fields(Checked)]
+COLUMNS_OF_FIRST_VERSION = 13  # later ones were added at the end
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a check found, over all files of a folder."""
+
+    files: list[Checked]
+    class_folders: dict[str, list[str]]  # of each split, also of classes without images
+    ignored: dict[str, int]  # the files that training leaves out, by their extensions
+
+    @property
+    def unreadable(self) -> list[Checked]:
+        """The files that cannot be decoded."""
+        return [file for file in self.files if file.error is not None]
+
+    def duplicates(self) -> list[list[str]]:
+        """Paths of the same bytes, or of the same pixels, in more than one split."""
+        found: dict[tuple[str, ...], None] = {}
+        for key in ("sha256", "pixels_sha256"):
+            same = defaultdict(list)
+            for file in self.files:
+                same[getattr(file, key)].append(file)
+            same.pop(None, None)
+            groups = [group for group in same.values() if len({f.split for f in group}) > 1]
+            found |= dict.fromkeys(tuple(sorted(f.path for f in group)) for group in groups)
+        return [list(paths) for paths in found]
+
+    def splits(self) -> dict[str, dict[str, int]]:
+        """Images, classes and bytes of each split."""
+        table: dict[str, dict[str, int]] = {}
+        for name in dict.fromkeys(file.split for file in self.files):
+            own = [file for file in self.files if file.split == name]
+            table[name] = {
+                "images": len(own),
+                "classes": len({file.class_name for file in own} - {""}),
+                "bytes": sum(file.bytes or 0 for file in own),
+            }
+        return table
+
+    def images_by_class(self) -> dict[str, dict[str, int]]:
+        """Images of each class in each split, also of classes that have none there."""
+        names = sorted({name for own in self.class_folders.values() for name in own})
+        counts = Counter((file.split, file.class_name) for file in self.files)
+        return {
+            split: {name: counts[split, name] for name in names}
+            for split, own in self.class_folders.items()
+            if own
+        }
+
+    def imbalanced(self) -> dict[str, dict[str, list[Any]]]:
+        """Of splits whose classes are far apart, the largest and the smallest, as [name, images].
+
+        Classes without images do not count: they are among the `missing_classes`.
+        """
+        found = {}
+        for split, counts in self.images_by_class().items():
+            present = [(name, images) for name, images in counts.items() if images]
+            if present:
+                largest = max(present, key=lambda item: item[1])
+                smallest = min(present, key=lambda item: item[1])
+                if largest[1] > FAR_APART * smallest[1]:
+                    found[split] = {"largest": list(largest), "smallest": list(smallest)}
+        return found
+
+    def orientations(self) -> dict[str, list[str]]:
+        """The paths of images with EXIF orientations other than 1, by the orientation."""
+        found: dict[str, list[str]] = {}
+        for file in sorted(self.files, key=lambda file: file.orientation or 1):
+            if file.orientation is not None and file.orientation != 1:
+                found.setdefault(str(file.orientation), []).append(file.path)
+        return found
+
+    def missing_classes(self) -> dict[str, list[str]]:
+        """The classes that a split has no image of, and another, or a folder of it, has."""
+        classes: dict[str, set[str]] = {
+            key: set() for key, own in self.class_folders.items() if own
+        }
+        for file in self.files:
+            if file.class_name:
+                classes[file.split].add(file.class_name)
+        every = set().union(*classes.values(), *self.class_folders.values())
+        return {split: sorted(every - own) for split, own in classes.items() if every - own}
+
+    def odd(self) -> dict[str, list[str]]:
+        """The paths of files of odd kinds."""
+        found = defaultdict(list)
+        for file in self.files:
+            for kind in file.oddities():
+                found[kind].append(file.path)
+        return dict(found)
+
+    def summary(self) -> dict[str, Any]:
+        """All findings, as plain values."""
+        return {
+            "images": len(self.files),
+            "splits": self.splits(),
+            "images_by_class": self.images_by_class(),
+            "imbalanced": self.imbalanced(),
+            "unreadable": {file.path: file.error for file in self.unreadable},
+            "duplicates": self.duplicates(),
+            "missing_classes": self.missing_classes(),
+            "odd": self.odd(),
+            "orientations": self.orientations(),
+            "warnings": {file.path: file.warnings for file in self.files if file.warnings},
+            "ignored": self.ignored,
+        }
+
+
+def check_folder(
+    data_dir: Path, workers: int | None, on_step: Callable[[int, int, str], None]
+) -> Findings:
+    """Decodes every image of a folder once, in as many processes as there are cores.
+
+    The splits are `train/`, `test/`, `val/` and `validation/`, as far as they are there; without
+    any, the folder is one split. A class is a folder in a split.
+
+    Raises:
+        SretError: there is no such folder, or no image in it.
+    """
+    root = image_root(data_dir)
+    names = [name for name in ("train", *TEST_NAMES) if (root / name).is_dir()]
+    files = [file for name in names or [""] for file in _files(root, name)]
+    jobs = [file for file in files if is_image(file.path)]
+    ignored = Counter(_kind(Path(file.path)) for file in files if not is_image(file.path))
+    if not jobs:
+        raise SretError(f"no images in {data_dir}; name a folder with train/ and test/", DATA)
+    found: list[Checked] = []
+    bad = 0
+    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+        try:
+            for checked in pool.map(check_file, jobs, chunksize=FILES_A_TASK):
+                found.append(checked)
+                bad += checked.error is not None
+                on_step(len(found), len(jobs), f"{bad} cannot be read")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    folders = {name: class_folders(root / name) for name in names or [""]}
+    return Findings(found, folders, dict(sorted(ignored.items())))
+
+
+def _files(root: Path, split: str) -> list[Checked]:
+    """The files of a split, unread: those in its folders of classes, and those beside them."""
+    folder = root / split
+    found = [
+        Checked(path, split, name)
+        for name in class_folders(folder)
+        for path in find_files(folder / name)
+    ]
+    alone = sorted(path for path in folder.iterdir() if path.is_file())
+    return found + [Checked(str(path), split, "") for path in alone]
+
+
+def _kind(path: Path) -> str:
+    """What files that training leaves out are counted as."""
+    return "hidden" if path.name.startswith(".") else path.suffix.lower() or "no extension"
+
+
+def check_file(job: Checked) -> Checked:
+    """The line of the manifest of a file."""
+    try:
+        data = Path(job.path).read_bytes()
+    except OSError as error:
+        return Checked(job.path, job.split, job.class_name, error=str(error))
+    known: dict[str, Any] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    with pillow_warnings() as warnings:
+        try:
+            known |= _decoded(data)
+        except UNREADABLE as error:
+            known["error"] = str(unreadable(job.path, error))
+        else:
+            known["orientation"] = orientation(data)
+    known["warnings"] = "; ".join(warnings) or None
+    return Checked(job.path, job.split, job.class_name, **known)
+
+
+def _decoded(data: bytes) -> dict[str, Any]:
+    """What an image's file holds."""
+    pixels = decode(io.BytesIO(data), "RGB")
+    with pillow_decodes(), Image.open(io.BytesIO(data)) as image:
+        return {
+            "width": image.width,
+            "height": image.height,
+            "mode": image.mode,
+            "bits": bits_per_sample(image, data),
+            "frames": getattr(image, "n_frames", 1),
+            "alpha": "A" in image.getbands() or "transparency" in image.info,
+            "pixels_sha256": hashlib.sha256(
+                f"{pixels.size}".encode() + pixels.tobytes()
+            ).hexdigest(),
+        }
+
+
+def orientation(data: bytes) -> int | None:
+    """The orientation that EXIF data of an image says it has, from 1 to 8; None if it says none.
+
+    None as well for TIFF files, which Pillow turns as it decodes them, and for damaged EXIF data,
+    which keep no image from being trained on.
+    """
+    try:
+        with pillow_decodes(), Image.open(io.BytesIO(data)) as image:
+            # Pillow would decode a whole PNG file to look for EXIF data at its end.
+            none = image.format == "PNG" and b"exif" not in data.lower()
+            value = None if none or image.format == "TIFF" else image.getexif().get(ORIENTATION)
+    except UNREADABLE:
+        return None
+    return value if isinstance(value, int) and 1 <= value <= 8 else None
+
+
+def refuse_to_overwrite(path: Path) -> None:
+    """Makes sure that a file that is there is a manifest, which another one replaces.
+
+    Raises:
+        SretError: it is something else, or cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            first = file.readline(10_000)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise SretError(
+            f"cannot read {path}: {error.strerror}; choose another --manifest", USAGE
+        ) from None
+    columns = first.decode(errors="replace").rstrip().split(",")
+    if columns != COLUMNS[: max(len(columns), COLUMNS_OF_FIRST_VERSION)]:
+        raise SretError(
+            f"{path} is there and is no manifest of `sret data check`; choose another --manifest",
+            USAGE,
+        )
+
+
+def write_manifest(findings: Findings, path: Path) -> None:
+    """Writes one line a file, as CSV, atomically.
+
+    Raises:
+        SretError: it cannot be written.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(map(asdict, findings.files))
+    # Names of files need not be UTF-8; their bytes stay as they are.
+    write_atomically(path, text.getvalue().encode(errors="surrogateescape"))

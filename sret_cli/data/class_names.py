@@ -1,0 +1,113 @@
+"""The names of classes: their order, and the comparison of two lists of them by name."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from sret_cli.runtime.errors import DATA, SretError, note_once
+
+DIGITS = tuple(map(str, range(10)))  # the classes of `digits`
+
+
+class ClassList(NamedTuple):
+    """The names of the classes that data or a model number from 0, in that order.
+
+    `names` is None where only the numbers are known. `owner` is what messages call the data or the
+    model, `remedy` what a user can do about other classes than these, and `code` the exit code of
+    an error about it.
+    """
+
+    names: tuple[str, ...] | None
+    owner: str
+    remedy: str = ""
+    code: int = DATA
+
+
+def natural_key(name: str) -> list[str | int]:
+    """Sorts numbers in names by their value, and capital letters as small ones.
+
+    As timm's `timm.utils.natural_key`, which cannot be had without torch.
+    """
+    parts = re.split(r"(\d+)", name.lower())
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)]
+
+
+def order_classes(names: Iterable[str]) -> list[str]:
+    """Names of classes in the order in which timm numbers them, whatever keeps the images.
+
+    Names that differ in capital letters alone, which timm leaves in any order, have one, too.
+    """
+    return sorted(set(names), key=lambda name: (natural_key(name), name))
+
+
+def match_classes(ours: ClassList, theirs: ClassList) -> tuple[int, ...] | None:
+    """The place of each of our classes in their list; None where both lists are the same.
+
+    A list in another order is reported once. Where one of the two has no names, the numbers of
+    both are taken as the same, and that is reported.
+
+    Raises:
+        SretError: the lists do not have the same names; the message has the first that differ.
+    """
+    if ours.names is None or theirs.names is None:
+        unnamed = theirs if theirs.names is None else ours
+        note_once(
+            f"the names of the classes of {unnamed.owner} are not known: only the number of "
+            f"classes can be compared with {(ours if unnamed is theirs else theirs).owner}"
+        )
+        return None
+    if ours.names == theirs.names:
+        return None
+    _refuse_other_names(ours, theirs)
+    places = {name: place for place, name in enumerate(theirs.names)}
+    note_once(
+        f"{theirs.owner} and {ours.owner} have the same {len(places):,} classes in another order; "
+        "they are matched by name"
+    )
+    return tuple(places[name] for name in ours.names)
+
+
+def _refuse_other_names(ours: ClassList, theirs: ClassList) -> None:
+    assert ours.names is not None and theirs.names is not None
+    remedy = f"; {theirs.remedy}" if theirs.remedy else ""
+    differ = []
+    for which, names, others in (
+        ("first", theirs.names, set(ours.names)),
+        ("second", ours.names, set(theirs.names)),
+    ):
+        only = next((name for name in names if name not in others), None)
+        if only is not None:
+            differ.append(f"{only!r} is only in the {which}")
+    twice = [name for name, count in Counter((*ours.names, *theirs.names)).items() if count > 2]
+    if twice and not differ:
+        differ = [f"two have the name {twice[0]!r}, so that names cannot match them"]
+    if differ:
+        raise SretError(
+            f"{theirs.owner} and {ours.owner} have different classes: {', '.join(differ)}{remedy}",
+            theirs.code,
+        )
+
+
+def all_outputs(order: Sequence[int], outputs: int) -> list[int]:
+    """An order of classes with the outputs that a model has beyond them, which stay in place."""
+    return [*order, *range(len(order), outputs)]
+
+
+def config_classes(config: Any) -> tuple[str, ...] | None:
+    """The classes of the model that a `config.json` describes, in the order of its outputs.
+
+    None where their names are not known: the model was not trained here, or on data that have
+    numbers of classes alone.
+    """
+    config = config if isinstance(config, Mapping) else {}
+    train = config.get("train")
+    train = train if isinstance(train, Mapping) else {}
+    if train.get("dataset") == "digits":
+        return DIGITS
+    if train.get("dataset") in ("synthetic", "wds") and train.get("label_column") is None:
+        return None  # configs of earlier versions have the numbers in place of names
+    names = config.get("classes")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None
+    return tuple(names)

@@ -1,0 +1,319 @@
+"""Labelled images in tar files and in the datasets of torchvision and Hugging Face, by timm."""
+
+import json
+import os
+import sys
+import tarfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from timm.data import create_dataset
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+
+from sret_cli.data.class_names import order_classes
+from sret_cli.data.folders import TEST_NAMES, refuse_cut
+from sret_cli.data.sources import Indexed, Source, test_folder, train_folder
+from sret_cli.runtime.errors import DATA, SretError
+
+USUAL_LABELS = ("label", "labels")
+
+
+@cache
+def known_source(
+    dataset: str, data_dir: str | None, training: bool, label_column: str | None = None
+) -> Source:
+    """The same images as `stored_source`, listed once for all runs of a study."""
+    return stored_source(dataset, data_dir, training, label_column)
+
+
+def stored_source(
+    dataset: str, data_dir: str | None, training: bool, label_column: str | None = None
+) -> Source:
+    """The training or test images of a dataset that is read from files, but not as a stream.
+
+    Raises:
+        SretError: they are not there, or are not labelled images.
+    """
+    if dataset == "folder":
+        folder = Path(data_dir or "")
+        return train_folder(folder) if training else test_folder(folder)
+    return named_source(dataset, data_dir, training, label_column)
+
+
+@cache
+def named_source(
+    dataset: str, data_dir: str | None, training: bool, label_column: str | None = None
+) -> Source:
+    """The training or test images of `tar`, `hfds`, `hfds/NAME` or `torch/NAME`.
+
+    Raises:
+        SretError: they are not there, or are not labelled images.
+    """
+    if dataset == "tar":
+        return tar_source(Path(data_dir or ""), training)
+    if dataset.startswith("torch/"):
+        return torchvision_source(dataset, str(data_dir), training)
+    return hugging_face_source(dataset, data_dir, training, label_column)
+
+
+def tar_source(data_dir: Path, training: bool) -> Source:
+    """Images in `train.tar` or in the tars in `train/`, and so for test; a folder or tar a class.
+
+    Raises:
+        SretError: there is none, it cannot be read, is cut short, or has a class that `train` has
+            not.
+    """
+    found = _tar(data_dir, ("train",))
+    root = found if training else _tar(data_dir, TEST_NAMES)
+    if root is None:
+        names = "train.tar" if training else "test.tar or val.tar"
+        raise SretError(f"{data_dir} has no {names}, nor a folder of tar files of that name", DATA)
+    try:
+        # A tar file that stayed open would be shared by all workers, with one position.
+        reader = ReaderImageInTar(str(root), cache_tarfiles=False)
+    except (OSError, ValueError, AssertionError, tarfile.TarError) as error:
+        raise SretError(f"cannot read {root}: {error or 'no images in it'}", DATA) from None
+    _refuse_cut_tars(root, reader)
+    classes = _without_hidden(root, reader)
+    if training or found is None:
+        return Source(str(root), reader, classes)
+    trained = tar_source(data_dir, True).classes
+    others = [name for name in classes if name not in set(trained)]
+    if others:
+        raise SretError(f"{root} has the class {others[0]!r}, which {found} has not", DATA)
+    reader.targets = np.array([trained.index(name) for name in classes])[reader.targets]
+    return Source(str(root), reader, trained)
+
+
+def _refuse_cut_tars(root: Path, reader: ReaderImageInTar) -> None:
+    """Makes sure that the tar files, and those in them that have images, have their ends."""
+    for path in [root] if root.is_file() else sorted(root.glob("*.tar")):
+        refuse_cut(path)
+    inner = {(name, tar.offset_data, tar.size) for _, name, tar in reader.samples if tar}
+    for name, start, size in sorted(inner, key=str):
+        refuse_cut(root / name if name else root, start, size)
+
+
+def _without_hidden(root: Path, reader: ReaderImageInTar) -> tuple[str, ...]:
+    """Takes hidden files, such as macOS's `._1.jpg`, from a reader; the classes that are left."""
+    hidden = [Path(info.name).name.startswith(".") for info, _, _ in reader.samples]
+    shown = ~np.array(hidden)
+    if not shown.any():
+        raise SretError(f"cannot read {root}: no images in it but hidden ones", DATA)
+    names = {number: str(name) for name, number in reader.class_name_to_idx.items()}
+    targets = [names[int(number)] for number in reader.targets[shown]]
+    classes = order_classes(targets)
+    places = {name: place for place, name in enumerate(classes)}
+    reader.samples = reader.samples[shown]
+    reader.targets = np.array([places[name] for name in targets])
+    return tuple(classes)
+
+
+def _tar(data_dir: Path, names: Sequence[str]) -> Path | None:
+    for name in names:
+        if (data_dir / f"{name}.tar").is_file():
+            return data_dir / f"{name}.tar"
+        if any((data_dir / name).glob("*.tar")):
+            return data_dir / name
+    return None
+
+
+def torchvision_source(dataset: str, root: str, training: bool) -> Source:
+    """Images of one of torchvision's datasets, which lie in `root`; nothing is downloaded.
+
+    Raises:
+        SretError: they are not there, or timm does not know the name.
+    """
+    split = "train" if training else "validation"
+    try:
+        found = create_dataset(dataset, root, split, download=False)
+    except (AssertionError, OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "timm cannot make it"
+        raise SretError(
+            f"dataset = {dataset!r} in {root}: {reason.removesuffix('.')}; put its files there, "
+            "as torchvision.datasets downloads them",
+            DATA,
+        ) from None
+    classes = getattr(found, "classes", None)
+    if not classes:
+        raise SretError(f"dataset = {dataset!r} has no classes to train on", DATA)
+    names = (", ".join(name) if isinstance(name, tuple) else str(name) for name in classes)
+    return Source(f"{dataset} {split}", Indexed(found), tuple(names))
+
+
+def hugging_face_source(
+    dataset: str, data_dir: str | None, training: bool, label_column: str | None = None
+) -> Source:
+    """Images of a Hugging Face dataset: a folder of parquet files or of images, or a cached one.
+
+    `hfds` alone reads the folder `data_dir`; `hfds/NAME` a folder, or a dataset in the cache, which
+    `data_dir` then is. Nothing is downloaded, unless the environment has HF_HUB_OFFLINE=0. Classes
+    have the order of the column's `ClassLabel`; names in a column of text that of `order_classes`.
+
+    Raises:
+        SretError: it is not there, has no columns of images and classes, or several of classes to
+            choose from, or a class that the split `train` has not.
+    """
+    try:
+        import datasets
+        from timm.data.readers.reader_hfds import ReaderHfds
+    except ImportError:
+        raise SretError("hfds needs the package datasets: pip install 'sret[data]'", DATA) from None
+    if "HF_HUB_OFFLINE" not in os.environ:
+        datasets.config.HF_HUB_OFFLINE = True
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    name = dataset.partition("/")[2] or str(data_dir)
+    root = data_dir if "/" in dataset else None
+    try:
+        splits = datasets.load_dataset(name, cache_dir=root)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise SretError(f"cannot read the dataset {name}: {reason}", DATA) from None
+    for split in ("train",) if training else TEST_NAMES:
+        if split not in splits:
+            continue
+        features = splits[split].features
+        image, label = _image_column(name, features), _label_column(name, features, label_column)
+        labels = splits[split].unique(label)
+        if not training and set(labels) == {-1}:
+            continue  # as in ImageNet's own test images, whose classes are secret
+        trained = None
+        if not training and "train" in splits:
+            trained = named_source(dataset, data_dir, True, label_column)
+        where = f"{name}, {split}: {label}"
+        numbers = None
+        if _is_text(features[label]):
+            names, named = _names(where, labels, None if trained is None else trained.classes), True
+            numbers = {class_: number for number, class_ in enumerate(names)}
+        else:
+            of_files = _file_names(name, root, split, label, features[label])
+            names, named = _numbered(where, labels, of_files, trained)
+        reader = ReaderHfds(name, root, split, numbers, input_key=image, target_key=label)
+        return Source(f"{name} {split}", reader, names, named)
+    wanted = "train" if training else "labelled " + ", ".join(TEST_NAMES)
+    raise SretError(f"{name} has no split {wanted}, but {', '.join(splits)}", DATA)
+
+
+def _image_column(name: str, features: Any) -> str:
+    """The column of images: the first of such a type, else that of a usual name."""
+    found = [column for column, kind in features.items() if type(kind).__name__ == "Image"]
+    found += [column for column in ("image", "img") if column in features]
+    if not found:
+        raise SretError(
+            f"{name} has the columns {', '.join(features)}, none of them of images; name that of "
+            "the images image",
+            DATA,
+        )
+    return found[0]
+
+
+def _label_column(name: str, features: Any, chosen: str | None) -> str:
+    """The column of classes: the chosen one, else `label`, else the only one there is."""
+    fit = [column for column, kind in features.items() if _is_class(kind) and "," not in column]
+    found = [c for c in fit if type(features[c]).__name__ == "ClassLabel" or c in USUAL_LABELS]
+    by = "choose one by train.label_column (--label-column in eval)"
+    choose = f"{by}: {', '.join(fit)}" if fit else "add one"
+    if chosen is not None and chosen not in fit:
+        what = "holds neither numbers nor names of classes" if chosen in features else "is not one"
+        raise SretError(
+            f"{name} has the columns {', '.join(features)}; {chosen!r} {what}; {choose}", DATA
+        )
+    if not found and chosen is None:
+        raise SretError(
+            f"{name} has the columns {', '.join(features)}, none of them called label or of the "
+            f"type ClassLabel; {choose}",
+            DATA,
+        )
+    if len(found) > 1 and chosen is None and "label" not in found:
+        raise SretError(
+            f"{name} has {len(found)} columns of classes, {', '.join(found)}, none of them called "
+            f"label; {by}",
+            DATA,
+        )
+    return chosen or ("label" if "label" in found else found[0])
+
+
+def _is_text(kind: Any) -> bool:
+    return getattr(kind, "dtype", None) in ("string", "large_string")
+
+
+def _is_class(kind: Any) -> bool:
+    """Whether a column can hold classes: `ClassLabel`, whole numbers or text."""
+    dtype = str(getattr(kind, "dtype", ""))
+    return _is_text(kind) or dtype.removeprefix("u").startswith("int")
+
+
+def _names(where: str, labels: list[Any], trained: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The classes of a column of text: those of the training images, where it is of others."""
+    if None in labels:
+        raise SretError(f"{where} has images without a class; remove them", DATA)
+    others = order_classes(set(labels) - set(trained or labels))
+    if others:
+        raise SretError(
+            f"{where} holds the class {others[0]!r}, which the training images have not; remove "
+            "its images",
+            DATA,
+        )
+    return trained or tuple(order_classes(labels))
+
+
+def _numbered(
+    where: str, labels: list[Any], names: tuple[str, ...] | None, trained: Source | None
+) -> tuple[tuple[str, ...], bool]:
+    """The classes of a column of numbers, and whether they have names."""
+    if not all(isinstance(label, int) and label >= 0 for label in labels):
+        raise SretError(
+            f"{where} holds other than numbers of classes; remove those images, or choose another "
+            "column by train.label_column",
+            DATA,
+        )
+    named = names is not None
+    if names is None and trained is not None:
+        names, named = trained.classes, trained.named
+    highest = max(labels, default=-1)
+    names = names or tuple(map(str, range(highest + 1)))
+    if highest >= len(names):
+        raise SretError(
+            f"{where} holds the class {highest}, and there are {len(names)} classes to train on, "
+            "from 0; remove its images",
+            DATA,
+        )
+    return names, named
+
+
+def _file_names(
+    name: str, root: str | None, split: str, label: str, kind: Any
+) -> tuple[str, ...] | None:
+    """The names of a `ClassLabel` as the parquet files of a split have them; None of other types.
+
+    The package datasets takes those of the first file for all, in whatever order others have them.
+
+    Raises:
+        SretError: the files have them in several orders.
+    """
+    if not hasattr(kind, "names"):
+        return None
+    from datasets import load_dataset_builder
+    from pyarrow import parquet
+
+    files = load_dataset_builder(name, cache_dir=root).config.data_files or {}
+    found: dict[tuple[str, ...], str] = {}
+    for path in map(str, files.get(split, ())):
+        if path.endswith(".parquet") and os.path.isfile(path):
+            about = json.loads((parquet.read_schema(path).metadata or {}).get(b"huggingface", "{}"))
+            feature = ((about.get("info") or {}).get("features") or {}).get(label) or {}
+            if names := tuple(feature.get("names", ())):
+                found.setdefault(names, path)
+    if len(found) > 1:
+        (first, path), (second, other), *_ = found.items()
+        differ = next(n for n in range(len(first) + 1) if first[n : n + 1] != second[n : n + 1])
+        raise SretError(
+            f"{path} and {other} number the classes of {label} differently, first the class "
+            f"{differ}; write them with one ClassLabel",
+            DATA,
+        )
+    return next(iter(found), tuple(kind.names))

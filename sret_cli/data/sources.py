@@ -1,0 +1,260 @@
+"""Labelled images by index, decoded strictly: folders, `digits` and random ones."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from sret_cli.data.class_names import DIGITS, ClassList, natural_key, order_classes
+from sret_cli.data.decode import UNREADABLE, decode, is_image, unreadable
+from sret_cli.data.folders import (
+    class_folders,
+    find_test,
+    folder_classes,
+    image_root,
+    kaggle_labels,
+)
+from sret_cli.runtime.errors import DATA, SretError
+
+SYNTHETIC_IMAGES = 10_240, 1_024  # for training and for test
+
+
+class Images(Protocol):
+    """What timm's readers do: images and classes by index, and where an image comes from."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        """An open file, Pillow's image or an 8-bit array `[Y, X]` or `[Y, X, 3]`; its class."""
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str | None:
+        """The file's path, where it has one."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Labelled images by index, and the names of the classes.
+
+    Images that have numbers of classes alone are not `named`: their classes are these numbers.
+    `numbers` has the number of each class of the images, where that is another than theirs.
+    """
+
+    name: str
+    images: Images
+    classes: tuple[str, ...]
+    named: bool = True
+    numbers: tuple[int, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def open(self, index: int, mode: str) -> tuple[Image.Image, int]:
+        """The image of that index, decoded, and its class.
+
+        Raises:
+            SretError: it cannot be decoded, or is absurdly large; the message names it.
+        """
+        try:
+            found, target = self.images[index]
+            number = int(target)
+            return decode(found, mode), self.numbers[number] if self.numbers else number
+        except UNREADABLE as error:
+            raise unreadable(self.filename(index), error) from None
+
+    @property
+    def class_list(self) -> ClassList:
+        """The classes, to be compared with those of other data or of a model."""
+        return ClassList(self.classes if self.named else None, f"the data {self.name}")
+
+    def in_order(self, classes: tuple[str, ...]) -> "Source":
+        """The same images, whose classes have the numbers of the same names in another order."""
+        own = [self.classes[n] for n in self.numbers] if self.numbers else self.classes
+        places = {name: place for place, name in enumerate(classes)}
+        return replace(self, classes=classes, numbers=tuple(places[name] for name in own))
+
+    def filename(self, index: int) -> str:
+        """What an image is called in messages."""
+        found = self.images.filename(index, absolute=True) or f"image {index}"
+        return found if found.startswith(self.name) else f"{self.name}, {found}"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Paths of files, or arrays, and their classes."""
+
+    images: Sequence[str | np.ndarray]
+    targets: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = self.images[index]
+        return open(image, "rb") if isinstance(image, str) else image, self.targets[index]
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str | None:
+        """The path of a file; arrays have none."""
+        image = self.images[index]
+        return image if isinstance(image, str) else None
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """A torchvision dataset."""
+
+    dataset: Any
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.dataset[index]
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str | None:
+        """None: its images are not all files."""
+        return None
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Random images and classes, each drawn from the seed and its index when it is asked for."""
+
+    count: int
+    seed: int
+    shape: tuple[int, ...]  # Y, X and, of colour images, 3
+    classes: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        generator = np.random.default_rng((self.seed, self.count, index))
+        pixels = np.frombuffer(generator.bytes(int(np.prod(self.shape))), np.uint8)
+        return pixels.reshape(self.shape), int(generator.integers(self.classes))
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str | None:
+        """None: there is no file."""
+        return None
+
+
+def synthetic(seed: int, img_size: int, channels: int, classes: int) -> tuple[Source, Source]:
+    """Random images that need no augmentation: 10,240 for training, 1,024 for test."""
+    shape = (img_size, img_size) if channels == 1 else (img_size, img_size, channels)
+    train, test = (Synthetic(count, seed, shape, classes) for count in SYNTHETIC_IMAGES)
+    names = tuple(map(str, range(classes)))
+    return Source("synthetic", train, names, False), Source("synthetic", test, names, False)
+
+
+def digits() -> tuple[Source, Source]:
+    """scikit-learn's 1,797 scans of handwritten digits, 8x8: 1,437 for training, 360 for test.
+
+    Source: Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI, 1998.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    data = load_digits()
+    images = np.round(data.images * (255 / 16)).astype(np.uint8)
+    split = train_test_split(
+        images, data.target, test_size=0.2, random_state=0, stratify=data.target
+    )
+    train, test, train_targets, test_targets = split
+    return (
+        Source("digits", Listed(list(train), train_targets.tolist()), DIGITS),
+        Source("digits", Listed(list(test), test_targets.tolist()), DIGITS),
+    )
+
+
+def train_folder(data_dir: Path, classes: tuple[str, ...] | None = None) -> Source:
+    """Images of `train/`, one folder a class, class by class in the order of `folder_classes`.
+
+    `classes` are the same in another order, for those that were numbered otherwise.
+
+    Raises:
+        SretError: the folder or a class has no images.
+    """
+    folder, classes = image_root(data_dir) / "train", classes or tuple(folder_classes(data_dir))
+    source = _images(folder, classes)
+    assert isinstance(source.images, Listed)
+    empty = sorted(set(range(len(classes))) - set(source.images.targets))
+    if empty:
+        raise SretError(f"no images of class {classes[empty[0]]!r} in {folder}", DATA)
+    return source
+
+
+def test_folder(data_dir: Path, classes: tuple[str, ...] | None = None) -> Source:
+    """Images of `test/`, `val/` or `validation/`, one folder a class; of several, the first.
+
+    The classes are the folders of `train/` where there is one, else those of the test images. A
+    folder may be empty: so a part of the classes keeps its numbers. ImageNet as Kaggle unpacks it
+    is known by its `LOC_val_solution.csv`. `classes` are as in `train_folder`.
+
+    Raises:
+        SretError: the folder is missing or has no images, or a class that `train/` has not.
+    """
+    root = image_root(data_dir)
+    test = find_test(root)
+    if test is None:
+        raise SretError(f"{root} has no test/ and no val/; put images to test on in one", DATA)
+    trained: Sequence[str] | None = classes
+    if trained is None and (root / "train").is_dir():
+        trained = folder_classes(data_dir)
+    flat = kaggle_labels(data_dir)
+    if flat is not None and not class_folders(flat[0]):
+        return _labelled(*flat, tuple(trained or order_classes(flat[1].values())))
+    found = class_folders(test)
+    others = [name for name in found if trained is not None and name not in set(trained)]
+    if others:
+        raise SretError(f"{test} has the class {others[0]!r}, which train/ has not; add it", DATA)
+    return _images(test, tuple(trained or found))
+
+
+def _images(folder: Path, classes: tuple[str, ...]) -> Source:
+    found = [(path, n) for n, name in enumerate(classes) for path in find_images(folder / name)]
+    if not found:
+        raise SretError(f"no images in {folder}; put them in one folder a class", DATA)
+    return _listed(folder, found, classes)
+
+
+def _labelled(folder: Path, labels: dict[str, str], classes: tuple[str, ...]) -> Source:
+    numbers = {name: number for number, name in enumerate(classes)}
+    found = []
+    for path in find_images(folder):
+        label = labels.get(Path(path).stem)
+        if label not in numbers:
+            raise SretError(f"{path} has the class {label!r}, which is not one of train/", DATA)
+        found.append((path, numbers[label]))
+    return _listed(folder, found, classes)
+
+
+def _listed(folder: Path, found: list[tuple[str, int]], classes: tuple[str, ...]) -> Source:
+    images = Listed([path for path, _ in found], [target for _, target in found])
+    return Source(str(folder), images, classes)
+
+
+def find_images(folder: Path) -> list[str]:
+    """The images in a class's folder and the folders in it, in their order; no hidden files."""
+    return [path for path in find_files(folder) if is_image(path)]
+
+
+def find_files(folder: Path) -> list[str]:
+    """The paths of all files in a class's folder and the folders in it, in their order.
+
+    Links to folders are followed, but none twice, nor one to a folder that the class lies in.
+    """
+    above = {*Path(os.path.abspath(folder)).parents, *Path(os.path.realpath(folder)).parents}
+    found, seen = [], set(map(os.path.realpath, above))
+    for where, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(where, name)), name))
+        found += [os.path.join(where, name) for name in sorted(files)]
+    common = len(str(folder))  # what all begin with makes no difference, and takes most of the time
+    return sorted(found, key=lambda path: natural_key(path[common:]))

@@ -1,0 +1,290 @@
+"""WebDataset shards, read in a row: batches whose order depends on the ranks and the workers."""
+
+import io
+import json
+import random
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from sret_cli.data.augment import seeded
+from sret_cli.data.class_names import order_classes
+from sret_cli.data.decode import EXTENSIONS, UNREADABLE, decode, unreadable
+from sret_cli.data.folders import TEST_NAMES, refuse_cut
+from sret_cli.data.image_notes import noted
+from sret_cli.runtime.errors import DATA, SretError
+
+BUFFERED_SAMPLES = 2_048  # of which the next is drawn
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Tar files, the samples in each, and how many classes there are, where that is known.
+
+    `names` are those of the classes, where the labels are names and not numbers.
+    """
+
+    paths: tuple[str, ...]
+    samples: tuple[int, ...]
+    classes: int | None
+    names: tuple[str, ...] | None = None
+
+
+@cache
+def find_shards(data_dir: str, training: bool, label_column: str | None = None) -> Shards:
+    """The shards of a folder whose names contain `train`, or `test`, `val`.
+
+    Their samples are counted by reading all headers, unless an `_info.json` tells, as beside the
+    sets of timm; it does not tell the classes. Labels are the numbers in the files `.cls`; or, with
+    a `label_column`, what is in the files of that extension, else in that field of the files
+    `.json`: numbers or names. Names of test images are those of the training images.
+
+    Raises:
+        SretError: there are none, or one cannot be read, is cut short or has no samples; test
+            images have a name that training images have not.
+    """
+    try:
+        import webdataset  # noqa: F401
+    except ImportError:
+        raise SretError(
+            "wds needs the package webdataset: pip install 'sret[data]'", DATA
+        ) from None
+    names = ("train",) if training else TEST_NAMES
+    for name in names:
+        paths = sorted(Path(data_dir).glob(f"*{name}*.tar"))
+        if paths:
+            break
+    else:
+        wanted = " or ".join(f"*{name}*.tar" for name in names)
+        raise SretError(f"{data_dir} has no shards {wanted}; --data-dir names their folder", DATA)
+    for path in paths:
+        refuse_cut(path)
+    told = _told(Path(data_dir)) if label_column is None else {}
+    found: set[int | str] = set()
+    if all(path.name in told for path in paths):
+        counts = [told[path.name] for path in paths]
+    else:
+        counted = [_count(path, label_column) for path in paths]
+        counts, found = [samples for samples, _ in counted], set().union(*(f for _, f in counted))
+    for path, samples in zip(paths, counts, strict=True):
+        if not samples:  # a worker that has this shard alone would have nothing to give
+            raise SretError(f"{path} has no samples: {_missing(label_column)}; remove it", DATA)
+    class_names = _names(data_dir, training, label_column, found)
+    numbers = [label for label in found if isinstance(label, int)]
+    classes = max(numbers) + 1 if numbers else None
+    classes = classes if class_names is None else len(class_names)
+    return Shards(tuple(map(str, paths)), tuple(counts), classes, class_names)
+
+
+def _missing(label_column: str | None) -> str:
+    if label_column is None:
+        return "no files .cls, which hold the numbers of classes (train.label_column names others)"
+    return f"neither files .{label_column} nor files .json with a field {label_column!r}"
+
+
+def _names(
+    data_dir: str, training: bool, label_column: str | None, found: set[int | str]
+) -> tuple[str, ...] | None:
+    """The names of the classes, in their order, where labels are names."""
+    if label_column is None:
+        return None
+    texts = {label for label in found if isinstance(label, str)}
+    trained: tuple[str, ...] | None = None
+    if not training and any(Path(data_dir).glob("*train*.tar")):
+        trained = find_shards(data_dir, True, label_column).names
+    if (texts or trained) and len(texts) < len(found):
+        number = next(label for label in found if isinstance(label, int))
+        raise SretError(
+            f"{data_dir}: label_column = {label_column!r} has numbers ({number}) and names "
+            f"({(*order_classes(texts), *(trained or ()))[0]!r}) of classes; write all of them as "
+            "one of the two",
+            DATA,
+        )
+    if not texts or trained is None:
+        return tuple(order_classes(texts)) if texts else None
+    others = order_classes(texts - set(trained))
+    if others:
+        raise SretError(
+            f"the test shards in {data_dir} have the class {others[0]!r}, which those to train on "
+            "have not; remove its images",
+            DATA,
+        )
+    return trained
+
+
+def _told(data_dir: Path) -> dict[str, int]:
+    """The samples of each shard, as `_info.json` tells."""
+    path = data_dir / "_info.json"
+    try:
+        splits = json.loads(path.read_bytes())["splits"].values() if path.exists() else ()
+        pairs = [zip(s["filenames"], s["shard_lengths"], strict=True) for s in splits]
+        return {name: int(length) for pair in pairs for name, length in pair}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise SretError(f"{path} does not tell filenames and shard_lengths; remove it") from None
+
+
+def _count(path: Path, label_column: str | None) -> tuple[int, set[int | str]]:
+    """The samples of a shard and the labels among them."""
+    keys = ("cls",) if label_column is None else (label_column.lower(), "json")
+    labels: dict[str, int | str] = {}
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                name = Path(member.name).name
+                key = next((key for key in keys if name.lower().endswith(f".{key}")), None)
+                stem = member.name[: -len(f".{key}")]
+                if key is None or name.startswith(".") or (key != keys[0] and stem in labels):
+                    continue
+                file = tar.extractfile(member)
+                assert file is not None
+                label = read_label({key: file.read()}, label_column)
+                if isinstance(label, int) and label < 0:
+                    raise ValueError(f"{member.name} has the class {label}")
+                if label is not None:
+                    labels[stem] = label
+    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
+        raise SretError(f"cannot read {path}: {error}; mend or remove it", DATA) from None
+    return len(labels), set(labels.values())
+
+
+def read_label(sample: dict[str, Any], label_column: str | None) -> int | str | None:
+    """The number or name of a sample's class, of what its files hold; None where it has none.
+
+    Raises:
+        ValueError: the label is neither of the two.
+    """
+    extension = "cls" if label_column is None else label_column.lower()
+    if extension in sample:
+        text = sample[extension].decode().strip()
+        if label_column is None and not text.removeprefix("-").isdecimal():
+            raise ValueError(
+                f"a file .cls holds {text!r}, not the number of a class; if it is a name, set "
+                'train.label_column = "cls"'
+            )
+        return int(text) if label_column is None or text.isdecimal() else text
+    fields = json.loads(sample["json"]) if label_column and "json" in sample else None
+    label = fields.get(label_column) if isinstance(fields, dict) else None
+    if label is None or (isinstance(label, int | str) and not isinstance(label, bool)):
+        return label
+    raise ValueError(f"its {label_column!r} is {label!r}, neither the number of a class nor a name")
+
+
+class Stream(IterableDataset):
+    """One rank's batches of an epoch over shards, from batch `start` on, as lists of samples.
+
+    With a seed, shards and samples are shuffled, and a worker whose shards are at their end before
+    those of others begins them again: all ranks have as many batches. Without, each sample comes
+    once. The same number of ranks and workers gives the same batches again.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        transform: Any,
+        mode: str,
+        classes: int,
+        batch_size: int,
+        seed: int | None,
+        rank: int,
+        world_size: int,
+        workers: int,
+        label_column: str | None = None,
+        names: tuple[str, ...] | None = None,
+    ) -> None:
+        self.label_column = label_column
+        self.numbers = {name: number for number, name in enumerate(names or ())}
+        self.shards, self.transform, self.mode, self.seed = shards, transform, mode, seed
+        self.classes, self.batch_size = classes, batch_size
+        self.rank, self.world_size = rank, world_size
+        self.workers = max(min(workers, len(shards.paths) // world_size), 1)
+        self.epoch, self.start = 0, 0
+        if len(shards.paths) < world_size:
+            raise SretError(
+                f"{len(shards.paths)} shards do not feed {world_size} processes; "
+                "make more shards, or use fewer processes",
+                DATA,
+            )
+
+    @property
+    def _share(self) -> int:
+        return max(self.batch_size // self.world_size, 1)
+
+    def __len__(self) -> int:
+        if self.seed is not None:
+            return max(sum(self.shards.samples) // self.batch_size, 1)
+        own = (self._of_worker(self.shards.samples, worker) for worker in range(self.workers))
+        return sum(-(-sum(samples) // self._share) for samples in own)
+
+    def _of_worker(self, values: Any, worker: int) -> Any:
+        return values[self.rank * self.workers + worker :: self.world_size * self.workers]
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        info = get_worker_info()
+        # The loader asks its workers in turn, the first first, whichever batch it starts at.
+        worker = ((info.id if info is not None else 0) + self.start) % self.workers
+        samples = self._samples(worker)
+        numbers = count(0) if self.seed is None else range(worker, len(self), self.workers)
+        try:
+            for number in numbers:
+                batch = list(islice(samples, self._share))
+                if not batch:
+                    return
+                if self.seed is None or number >= self.start:
+                    yield [self._noted(sample) for sample in batch]
+        except (OSError, EOFError, tarfile.TarError) as error:
+            yield [SretError(f"cannot read a shard: {error}; mend or remove it", DATA)]
+
+    def _samples(self, worker: int) -> Iterator[dict[str, Any]]:
+        """The undecoded samples of a worker: once, or without end where they are shuffled."""
+        import webdataset
+
+        if self.seed is None:
+            paths = self._of_worker(self.shards.paths, worker)
+            yield from webdataset.DataPipeline(
+                webdataset.SimpleShardList(paths), webdataset.tarfile_to_samples()
+            )
+            return
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.shards.paths)
+        rng = random.Random(f"{self.seed} {self.epoch} {self.rank} {worker}")
+        paths = self._of_worker(order.tolist(), worker)
+        while True:
+            read = 0
+            for sample in webdataset.DataPipeline(
+                webdataset.SimpleShardList(paths),
+                webdataset.tarfile_to_samples(),
+                webdataset.shuffle(BUFFERED_SAMPLES, initial=BUFFERED_SAMPLES, rng=rng),
+            ):
+                read += 1
+                yield sample
+            if not read:
+                raise tarfile.ReadError(f"no samples in {', '.join(paths)}")
+
+    def _noted(self, sample: dict[str, Any]) -> Any:
+        name = f"{sample['__url__']}, {sample['__key__']}"
+        return noted(lambda: self._transformed(sample, name), lambda: name)
+
+    def _transformed(self, sample: dict[str, Any], name: str) -> tuple[Any, int] | SretError:
+        extensions = [key for key in sample if f".{key.lower()}" in EXTENSIONS]
+        try:
+            label = read_label(sample, self.label_column)
+            if not extensions or label is None:
+                raise ValueError(f"it has no image, or {_missing(self.label_column)}")
+            image = decode(io.BytesIO(sample[extensions[0]]), self.mode)
+            if isinstance(label, str) and label not in self.numbers:
+                raise ValueError(f"it has the class {label!r}, which was not there before")
+            target = self.numbers[label] if isinstance(label, str) else label
+            if not 0 <= target < self.classes:
+                raise ValueError(f"it has the class {target}, and the model {self.classes} classes")
+        except UNREADABLE as error:
+            return unreadable(name, error)
+        if self.seed is None:
+            return self.transform(image), target
+        with seeded(f"{self.seed} {self.epoch} {Path(sample['__url__']).name} {sample['__key__']}"):
+            return self.transform(image), target

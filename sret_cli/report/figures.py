@@ -1,0 +1,119 @@
+"""Figures of rows, as PNG and SVG: the same bytes for the same rows."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from sret_cli.report.columns import COLUMNS, FLOPS_NOTE, heading, mean_and_deviation
+from sret_cli.runtime.files import write_atomically
+from sret_cli.spec.run import Row
+from sret_cli.study.axes import show, varying
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe, Ito
+MARKERS = "osD^vPX"
+
+
+def plots(row: Row, x: str, y: str) -> bool:
+    """Whether a row has numbers for both axes."""
+    return all(isinstance(row.get(c), int | float) for c in (x, y))
+
+
+def style() -> Any:
+    """Matplotlib's settings for every figure."""
+    return matplotlib.rc_context(
+        {
+            "font.size": 10,
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+            "svg.hashsalt": "sret",
+            "savefig.dpi": 160,
+        }
+    )
+
+
+def plot(rows: Sequence[Row], x: str, columns: Sequence[str]) -> Figure:
+    """One panel a column over x: a marker for each run, and a band where there are several seeds.
+
+    The line joins means, the band is one standard deviation to each side. Runs that differ in
+    other fields than x's are series of their own.
+    """
+    follows = {"layers": ["model.recursions"]}.get(x, [x])
+    fields = [f for f in varying(rows) if f not in follows]
+    with style():
+        figure = Figure(figsize=(max(4.2 * len(columns), 5.5), 3.6), layout="constrained")
+        panels = figure.subplots(1, len(columns), squeeze=False)[0]
+        for axes, column in zip(panels, columns, strict=True):
+            _draw(axes, rows, x, column, fields)
+        if fields:
+            panels[-1].legend(title=", ".join(heading(f) for f in fields), fontsize=8)
+        if "macs" in columns or x == "macs":
+            figure.supxlabel(FLOPS_NOTE, fontsize=7, x=0.01, ha="left", color="0.4")
+        return figure
+
+
+def _draw(axes: Axes, rows: Sequence[Row], x: str, column: str, fields: Sequence[str]) -> None:
+    plotted = [row for row in rows if plots(row, x, column)]
+    unit_x = COLUMNS[x].divisor if x in COLUMNS else 1
+    unit_y = COLUMNS[column].divisor if column in COLUMNS else 1
+    series: dict[tuple[str, ...], dict[float, list[float]]] = {}
+    for row in plotted:
+        points = series.setdefault(tuple(show(row.get(f)) for f in fields), {})
+        points.setdefault(row[x] / unit_x, []).append(row[column] / unit_y)
+    for index, (label, points) in enumerate(series.items()):
+        color, marker = COLORS[index % len(COLORS)], MARKERS[(index + index // 7) % len(MARKERS)]
+        at = sorted(points)
+        means, deviations = zip(*(mean_and_deviation(points[p]) for p in at), strict=True)
+        axes.plot(at, means, color=color)
+        axes.plot([], [], color=color, marker=marker, markersize=4, label=", ".join(label))
+        if any(deviations):
+            low = [m - d for m, d in zip(means, deviations, strict=True)]
+            high = [m + d for m, d in zip(means, deviations, strict=True)]
+            axes.fill_between(at, low, high, color=color, alpha=0.18, linewidth=0)
+        for place in at:
+            values = points[place]
+            axes.scatter([place] * len(values), values, color=color, marker=marker, s=18, zorder=3)
+    axes.set(xlabel=heading(x), ylabel=heading(column))
+    xs = sorted({row[x] / unit_x for row in plotted})
+    ys = [row[column] / unit_y for row in plotted]
+    if _wide(xs):
+        axes.set_xscale("log")
+        if len(xs) <= 8:
+            axes.set_xticks(xs, [f"{v:,g}" for v in xs])
+            axes.minorticks_off()
+    elif x == "layers" and len(xs) <= 8:
+        axes.set_xticks(xs)
+    if _wide(ys, 3 if axes.get_xscale() == "log" else 8):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif column in ("params", "macs", "activation_bytes", "peak_memory_bytes"):
+        axes.set_ylim(0, max(ys) * 1.15)
+
+
+def _wide(values: Sequence[float], ratio: float = 8) -> bool:
+    """Whether a logarithmic axis shows the values better; proportions stay straight on two."""
+    return min(values) > 0 and max(values) / min(values) >= ratio
+
+
+def save_figure(figure: Figure, stem: Path) -> list[Path]:
+    """Writes a figure as PNG and SVG, the same bytes for the same rows; returns the files."""
+    files = []
+    for suffix in ("png", "svg"):
+        data = io.BytesIO()
+        with style():
+            figure.savefig(
+                data, format=suffix, metadata={"Date": None} if suffix == "svg" else None
+            )
+        files.append(stem.with_name(f"{stem.name}.{suffix}"))
+        write_atomically(files[-1], data.getvalue())
+    return files

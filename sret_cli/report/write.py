@@ -1,0 +1,34 @@
+"""The report of a study, as files: tables and the figures that the rows allow."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sret_cli.report.tables import RUN_TABLE, cells, csv_text, markdown
+from sret_cli.runtime.files import make_directory, write_atomically
+from sret_cli.spec.run import Row
+from sret_cli.study.file import ReportSpec
+
+COST = ("params", "macs", "peak_memory_bytes", "activation_bytes")
+
+
+def write_report(rows: Sequence[Row], spec: ReportSpec, directory: Path) -> list[Path]:
+    """Writes table.md, table.csv and the figures that the rows allow; returns the files."""
+    from sret_cli.report.figures import plot, plots, save_figure
+
+    make_directory(directory)
+    files = [directory / "table.md", directory / "table.csv"]
+    write_atomically(files[0], markdown(*cells(rows, RUN_TABLE)))
+    write_atomically(files[1], csv_text(rows))
+    figures = {"accuracy": ["top1_percent"], "cost": _cost_columns(rows)}
+    shown = {column for columns in figures.values() for column in columns}
+    figures |= {column: [column] for column in spec.y if column not in shown}
+    for name, columns in figures.items():
+        measured = [c for c in columns if any(plots(row, spec.x, c) for row in rows)]
+        if measured:
+            files += save_figure(plot(rows, spec.x, measured), directory / name)
+    return files
+
+
+def _cost_columns(rows: Sequence[Row]) -> list[str]:
+    measured = any(row.get("peak_memory_bytes") is not None for row in rows)
+    return [c for c in COST if c != ("activation_bytes" if measured else "peak_memory_bytes")]

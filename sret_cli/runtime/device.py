@@ -1,0 +1,115 @@
+"""Devices: their names, their memory, their precision, and deterministic kernels."""
+
+import os
+import re
+import resource
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sret_cli.runtime.errors import USAGE, SretError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def use_deterministic_kernels(device: "torch.device") -> None:
+    """Makes CUDA repeat itself as far as torch has deterministic kernels; a CPU always does."""
+    import torch
+
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def autocast(device: "torch.device", precision: str) -> "torch.autocast":
+    """The context in which a model of that precision runs; fp32 leaves everything as it is."""
+    import torch
+
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def device_type(name: str) -> str:
+    """What kind of device a name such as "cuda:1" means: auto, cpu or cuda.
+
+    Raises:
+        SretError: it means none.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", name):
+        raise SretError(f"unknown device {name!r}; choose auto, cpu, cuda or cuda:N", USAGE)
+    return name.partition(":")[0]
+
+
+def choose_device(name: str) -> "torch.device":
+    """The device of that name; "auto" is CUDA where there is one.
+
+    A GPU that is named by its number ("cuda:1") becomes torch's current one.
+
+    On a CPU the calling thread, and those that it starts, take denormal numbers (below 1e-38) for
+    zero from then on: they change no result that is seen, and slow deep random networks down.
+
+    Raises:
+        SretError: the device is not there.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, number = device_type(name), name.partition(":")[2]
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise SretError("no CUDA device on this machine; use --device cpu", USAGE)
+    if kind == "cpu":
+        torch.set_flush_denormal(True)
+    if not number:
+        return torch.device(name)
+    index, count = int(number), torch.cuda.device_count()
+    if index >= count:
+        there = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+        raise SretError(f"no device {name} on this machine; it has {there}", USAGE)
+    torch.cuda.set_device(index)  # what torch draws or allocates without a device goes there, too
+    return torch.device("cuda", index)
+
+
+def device_name(device: "torch.device") -> str:
+    """What a row says of the device."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def free_bytes(device: "torch.device") -> int:
+    """Memory that a process may still take: of the GPU, or of this machine with its caches."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    table = Path("/proc/meminfo")
+    if table.exists():
+        found = re.search(r"MemAvailable:\s+(\d+) kB", table.read_text())
+        if found:
+            return int(found[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _synchronize(device: "torch.device") -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def used_bytes(device: "torch.device") -> int:
+    """What this process has of a device's memory now; on a CPU it is not told apart."""
+    import torch
+
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+
+def peak_gigabytes(device: "torch.device") -> str:
+    """The most memory that was in use so far: CUDA's allocator's, or this process's."""
+    import torch
+
+    if device.type == "cuda":
+        used = torch.cuda.max_memory_allocated(device)
+    else:
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return f"{used / 1e9:.1f} GB"

@@ -1,0 +1,104 @@
+"""What a user can mend: one error of one line, and the exit codes of the process."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from functools import cache
+
+from sret_cli.runtime.processes import leads
+
+USAGE, SPEC, DATA, CHECKPOINT, SOME_FAILED, RESOURCES = 2, 3, 4, 5, 6, 7
+
+
+class SretError(Exception):
+    """What a user can mend, in one line: what is wrong, with the values, and what to do.
+
+    Args:
+        message: the line.
+        code: the exit code of the process; 3, a spec or study that can't be, unless told.
+        table: lines of cells, headings first, that are shown over the line where they help.
+        status: what a row says became of the training.
+
+    Of several processes that train together, all raise one that is `agreed`, and only those tell
+    the user of which `tells` is not False.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        code: int = SPEC,
+        table: Sequence[Sequence[str]] = (),
+        status: str = "failed",
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.table = table
+        self.status = status
+        self.agreed = False
+        self.tells: bool | None = None
+
+
+def out_of_memory(error: BaseException) -> SretError | None:
+    """The user's error where torch or Python ran out of memory, else None."""
+    text = str(error)
+    told = ("out of memory", "can't allocate memory")
+    if not isinstance(error, MemoryError) and not any(t in text.lower() for t in told):
+        return None
+    reason = text.splitlines()[0] if text else "the allocator gave up"
+    message = f"out of memory: {reason}; use a smaller batch or model"
+    return SretError(message, RESOURCES, status="out_of_memory")
+
+
+class LoaderLost(SretError):
+    """A process that loads images is gone."""
+
+
+def lost_loader(error: BaseException) -> LoaderLost | None:
+    """The user's error where torch says that a loader's process is gone, else None."""
+    if not isinstance(error, RuntimeError) or "DataLoader worker (pid" not in str(error):
+        return None
+    message = (
+        "a process that loads images was killed (out of memory?); use fewer --workers, then start "
+        "the same command again"
+    )
+    return LoaderLost(message, RESOURCES, status="loader_lost")
+
+
+def nearest(word: str, choices: list[str]) -> str:
+    """Names the choice that looks most like a misspelt word, or lists all choices."""
+    match = get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f"did you mean {match[0]!r}?" if match else f"choose from {', '.join(choices)}"
+
+
+def print_note(text: str) -> None:
+    """Prints a line on stderr."""
+    print(f"sret: {text}", file=sys.stderr, flush=True)
+
+
+_shown_by: list[Callable[[str], None]] = [print_note]
+
+
+@contextmanager
+def notes_shown_by(show: Callable[[str], None]) -> Iterator[None]:
+    """Has `show` called with the text of every note within, in place of what showed them before.
+
+    A bar of progress shows them above itself; a training hands them to the caller's function.
+    """
+    _shown_by.append(show)
+    try:
+        yield
+    finally:
+        _shown_by.pop()
+
+
+def note(text: str) -> None:
+    """Tells the user, in one line, what is no error: on stderr, or as `notes_shown_by` has it."""
+    _shown_by[-1](text)
+
+
+@cache
+def note_once(text: str) -> None:
+    """Tells the user what need not be told again, or by another process."""
+    if leads():
+        note(text)

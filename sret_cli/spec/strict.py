@@ -1,0 +1,73 @@
+"""Values that are frozen and strict, and that say in one line what is wrong with them."""
+
+from functools import cached_property
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+
+from sret_cli.runtime.errors import SretError, nearest
+
+Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NOT_STAGES = ("scale", "stem_strides", "recursions_range", "decay_milestones")
+
+
+def as_tuples(value: Any) -> Any:
+    """A value of a file with its lists, and lists in them, as tuples."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def without_none(data: dict[str, Any], cls: type[BaseModel]) -> dict[str, Any]:
+    """The values, with None for a "none" in a field that is None where it is not given."""
+    off = {
+        key
+        for key, value in data.items()
+        if isinstance(value, str) and value == "none" and key in cls.model_fields
+    }
+    off = {key for key in off if cls.model_fields[key].default is None}
+    return {**data, **dict.fromkeys(off)}
+
+
+def explain(error: ValidationError, cls: type[BaseModel]) -> str:
+    """One line for the first thing that pydantic found wrong in a spec."""
+    first = error.errors(include_url=False)[0]
+    field = str(first["loc"][0]) if first["loc"] else cls.__name__
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {field!r}; {nearest(field, list(cls.model_fields))}"
+    stage = len(first["loc"]) > 1 and field not in NOT_STAGES
+    place = f" (stage {int(first['loc'][1]) + 1})" if stage else ""
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{field} = {first['input']!r}{place}: {message}"
+
+
+class Strict(BaseModel):
+    """Frozen, strict values whose mistakes are `SretError`s of one line."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        validate_default=True,
+        ignored_types=(cached_property,),
+    )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _one_line(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise SretError(explain(error, cls)) from None
+
+    def with_values(self, **values: Any) -> Self:
+        """A copy with other values, checked like a new one."""
+        return type(self)(**{**self.model_dump(), **values})

@@ -1,0 +1,90 @@
+"""The fields that tell the runs of a study apart, and their values as short texts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sret_cli.spec.contents import CONTENTS_OF
+from sret_cli.spec.run import Row
+
+
+def show(value: Any) -> str:
+    """A spec field's value as a short text: tuples as 8-4-1, none as a dash."""
+    if value is None:
+        return "–"
+    if isinstance(value, list | tuple):
+        return "-".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def varying(rows: Sequence[Row]) -> list[str]:
+    """The fields, beside the seed, that tell rows apart: spec fields, `study` and `name`.
+
+    A field that follows from the name or, like the recursions from the layers, from what every
+    table shows anyway, is left out.
+    """
+    keys = dict.fromkeys(k for row in rows for k in row if k.startswith(("model.", "train.")))
+    differ = [
+        found
+        for key in ("study", "name", *keys)
+        if (found := _telling(rows, key)) and len({show(row.get(found)) for row in rows}) > 1
+    ]
+    for known in ("study", "name", "model.slices", "layers"):
+        if known in differ or known == "layers":
+            follows = {f for f in differ if f != known and _follows(rows, known, f)}
+            if known in ("model.slices", "layers"):
+                follows &= {"model.recursive_slices", "model.recursions"}
+            differ = [field for field in differ if field not in follows]
+    return differ
+
+
+def _telling(rows: Sequence[Row], key: str) -> str | None:
+    """The field that tells rows apart for a field: of a place the sum of what lies there.
+
+    The place itself is for people to read, where it tells the same rows apart. Images are told
+    apart by the bytes of a sample only where the seed, which chooses it, is the same.
+    """
+    place = key.removeprefix("train.")
+    if key == "train.seed" or place not in CONTENTS_OF:
+        return None if key == "train.seed" else key
+    sums = [name for name in CONTENTS_OF[place] if any(row.get(name) for row in rows)]
+    if place == "data_dir":
+        known = [tuple(row.get(k) for k in ("train.seed", *CONTENTS_OF[place])) for row in rows]
+        sums = sums[: 1 if len(set(known)) == len({values[:2] for values in known}) else 2]
+    if not sums or (_follows(rows, key, sums[-1]) and _follows(rows, sums[-1], key)):
+        return key
+    return sums[-1]
+
+
+def _follows(rows: Sequence[Row], known: str, field: str) -> bool:
+    pairs = {(show(row.get(known)), show(row.get(field))) for row in rows}
+    return len(pairs) == len({first for first, _ in pairs})
+
+
+def run_labels(rows: Sequence[Row]) -> list[str]:
+    """What tells each run of a study from the others: its name, layers, seed, and what varies.
+
+    Args:
+        rows: those of all runs of the study; they need no measurements.
+    """
+    short = {
+        field: _short(rows, field) for field in varying(rows) if field not in ("study", "name")
+    }
+    labels = []
+    for row in rows:
+        parts = [f"{row['run_id'] or ''} {row['name']}".lstrip()]
+        parts += [f"{row['layers']} layers"] if row["layers"] is not None else []
+        parts += [f"seed {row['train.seed']}"] if "train.seed" in row else []
+        parts += [
+            f"{field.rpartition('.')[2]} {texts[show(row[field])]}"
+            for field, texts in short.items()
+            if field in row
+        ]
+        labels.append(", ".join(parts))
+    return labels
+
+
+def _short(rows: Sequence[Row], field: str) -> dict[str, str]:
+    """Short texts of a field's values: of paths the last parts, where these differ."""
+    values = {show(row.get(field)) for row in rows}
+    last = {value: value.rpartition("/")[2] for value in values}
+    return last if len(set(last.values())) == len(values) else {value: value for value in values}

@@ -1,0 +1,227 @@
+"""Studies: a TOML file, or flags, to a list of runs.
+
+A study file has tables `[model]` and `[train]`, whose product with `[grid]` (all combinations),
+`[zip]` (axes that move together) and `[[runs]]` (an explicit list) is the list of runs, and
+`[report]`. A list `twins` above the tables adds the controls of every run, of the kinds it names;
+a list `baselines` adds untouched models of timm's. No two points of a study are the same run.
+"""
+
+import json
+import tomllib
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import NoReturn
+
+from sret_cli.cost.budget import TWIN_KINDS, twin
+from sret_cli.runtime.errors import USAGE, SretError, nearest
+from sret_cli.spec.backbone import BackboneSpec
+from sret_cli.spec.model import ModelSpec
+from sret_cli.spec.run import HANDLING, Run, Table, put
+from sret_cli.spec.strict import Strict
+from sret_cli.spec.train import TrainSpec
+from sret_cli.study.paths import check_path, place_paths
+from sret_cli.study.points import (
+    is_timm_argument,
+    named_list,
+    places,
+    points,
+    shown,
+    written,
+)
+from sret_cli.study.resolve import BACKBONE_KEYS, resolve
+from sret_cli.study.rows import MEASUREMENTS
+
+TABLES = ("model", "train", "grid", "zip", "runs", "twins", "baselines", "report")
+RESERVED = ("train", "profile", "report")
+
+
+NUMBERS = [
+    f"{table}.{name}"
+    for table, cls in (("model", ModelSpec), ("train", TrainSpec))
+    for name, field_info in cls.model_fields.items()
+    if field_info.annotation in (int, float)
+]
+
+
+class ReportSpec(Strict):
+    """What a study's figures show: columns of its rows."""
+
+    x: str = "layers"
+    y: tuple[str, ...] = ("top1_percent", "macs")
+
+    @classmethod
+    def of(cls, table: Table) -> "ReportSpec":
+        """The `[report]` table of a study, with columns that exist."""
+        table = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+        spec = cls(**table)
+        fields = [f"model.{f}" for f in dict.fromkeys((*ModelSpec.model_fields, *BACKBONE_KEYS))]
+        fields += [f"train.{f}" for f in TrainSpec.model_fields]
+        for column in (spec.x, *spec.y):
+            if is_timm_argument(column):
+                continue
+            if column not in (*MEASUREMENTS, *fields):
+                hint = nearest(column, [*MEASUREMENTS, *fields])
+                raise SretError(f"[report] unknown column {column!r}; {hint}")
+            if column not in (*NUMBERS, *MEASUREMENTS):
+                raise SretError(
+                    f"[report] {column} is not one number a run, and cannot be an axis; use "
+                    "layers, or another measurement"
+                )
+        return spec
+
+
+@dataclass(frozen=True)
+class Study:
+    """A named list of runs and how to report them; `folder` is where its file is, if it has one."""
+
+    name: str
+    runs: tuple[Run, ...]
+    report: ReportSpec = field(default_factory=ReportSpec)
+    folder: Path | None = None
+
+
+def load_study(path: Path, train: Table | None = None) -> Study:
+    """Reads a study file; values in `train` stand before those of its `[train]`.
+
+    Raises:
+        SretError: the file cannot be read, is not a study, or asks for what can't be.
+    """
+    tables = read_study(path)
+    if path.stem in RESERVED:
+        raise SretError(f"{path}: runs/{path.stem} has another use; give the study another name")
+    try:
+        return study_of(path.stem, tables, path.parent, train or {})
+    except SretError as error:
+        raise SretError(f"{path}: {error}", error.code) from None
+
+
+def load_report(path: Path) -> ReportSpec:
+    """The `[report]` of a study file, whose data need not be there."""
+    tables = read_study(path)
+    try:
+        return ReportSpec.of(tables.get("report", {}))
+    except SretError as error:
+        raise SretError(f"{path}: {error}", error.code) from None
+
+
+def read_study(path: Path) -> Table:
+    """The tables of a study file, as they stand in it.
+
+    Raises:
+        SretError: the file cannot be read or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SretError(f"no study file {path}; see studies/ for examples") from None
+    except OSError as error:
+        raise SretError(f"cannot read the study {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        reason = "not text" if isinstance(error, UnicodeDecodeError) else str(error)
+        raise SretError(f"{path} is not a study, which is a TOML file: {reason}") from None
+
+
+def study_of(
+    name: str, tables: Table, folder: Path | None = None, flags: Table | None = None
+) -> Study:
+    """A study of the tables of its file.
+
+    Args:
+        name: the study's.
+        tables: what stands in the file.
+        folder: where the file is, if there is one.
+        flags: values that stand before those of `[train]`.
+    """
+    flags = flags or {}
+    for key, value in tables.items():
+        if key not in TABLES:
+            raise SretError(f"unknown table [{key}]; {nearest(key, list(TABLES))}")
+        if key == "twins":
+            for kind in named_list(key, value, ", ".join(TWIN_KINDS)):
+                if kind not in TWIN_KINDS:
+                    raise SretError(f"twins: unknown kind {kind!r}; {nearest(kind, [*TWIN_KINDS])}")
+        elif key == "baselines":
+            named_list(key, value, "timm's names of models")
+        elif not isinstance(value, list if key == "runs" else dict):
+            raise SretError(f"{key} = {value!r}: write {key} as {written(key)}")
+        if key == "runs" and not value:
+            raise SretError("runs is an empty list; write each run as [[runs]], or leave it out")
+    if not any(key in tables for key in TABLES if key != "report"):
+        raise SretError(f"a study has at least one of the tables {', '.join(TABLES[:-1])}")
+    for key, place in places(tables).items():
+        if key.removeprefix("train.") in flags and key.startswith("train."):
+            raise SretError(f"{written(place)} has values of {key}; leave out the flag", USAGE)
+    distinct: dict[str, Run] = {}
+    baselines = []
+    texts: dict[str, str] = {}
+    for point in points(tables):
+        text = shown(point)
+        model, train = dict(tables.get("model", {})), dict(tables.get("train", {}))
+        label = point.pop("name", None)
+        for key, value in point.items():
+            table, _, name_in_table = key.partition(".")
+            put(model if table == "model" else train, name_in_table, value)
+        trains = bool(train or flags) or "train" in tables
+        if folder is not None:
+            train = place_paths(train, folder)
+            if "data_dir" not in flags:
+                check_path("data_dir", train.get("data_dir"), folder)
+        train |= flags
+        if "model" in tables or "runs" in tables or model or "baselines" not in tables:
+            run = resolve(name, model, train if trains else None, label)
+            known = _canonical(run)
+            if known in distinct:
+                _refuse_same(distinct[known], run, texts[known], text)
+            distinct[known], texts[known] = run, text
+        images = {k: model[k] for k in ("img_size", "in_chans", "num_classes") if k in model}
+        for backbone in tables.get("baselines", ()):
+            baseline = {**images, "backbone": backbone}
+            baselines.append(resolve(name, baseline, train if trains else None))
+    runs = with_twins(list(distinct.values()), tables.get("twins", []))
+    distinct = {_canonical(run): run for run in [*runs, *baselines]}
+    report = ReportSpec.of(tables.get("report", {}))
+    return Study(name, tuple(distinct.values()), report, folder)
+
+
+def _canonical(run: Run) -> str:
+    """What a run does, as text, with the places of its data for what lies there."""
+    spec = run.spec()
+    if spec["train"] is not None:
+        spec["train"] |= HANDLING
+    return json.dumps(spec, sort_keys=True)
+
+
+def with_baselines(study: Study, backbones: list[str]) -> Study:
+    """The study, and after its runs models of timm's for the images of its first model."""
+    first = study.runs[0].model
+    images = {key: getattr(first, key) for key in ("img_size", "in_chans", "num_classes")}
+    baselines = [resolve(study.name, {**images, "backbone": name}, None) for name in backbones]
+    return replace(study, runs=(*study.runs, *baselines))
+
+
+def _refuse_same(first: Run, second: Run, first_point: str, second_point: str) -> NoReturn:
+    if first.name != second.name:
+        first_point, second_point = repr(first.name), repr(second.name)
+    raise SretError(f"{first_point} and {second_point} are the same run; leave one out")
+
+
+def with_twins(runs: list[Run], kinds: list[str]) -> list[Run]:
+    """The runs, and after them their twins of some kinds; what is there already is not added.
+
+    Models of timm's have none.
+    """
+    found, control, added = {_canonical(run) for run in runs}, cache(twin), []
+    for run, kind in product(runs, kinds):
+        if isinstance(run.model, BackboneSpec):
+            continue
+        try:
+            model = control(run.model, kind)
+        except SretError as error:
+            raise SretError(f"twins: {kind!r} of {run.name!r}: {error}", error.code) from None
+        made = replace(run, name=f"{run.name} twin {kind}", model=model)
+        if _canonical(made) not in found:
+            found.add(_canonical(made))
+            added.append(made)
+    return [*runs, *added]

@@ -1,0 +1,169 @@
+"""Tables that a user writes to a run with every default filled in."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from sret_cli.cost.budget import fit_width, twin
+from sret_cli.data.classes import dataset_classes
+from sret_cli.runtime.errors import CHECKPOINT, DATA, USAGE, SretError, nearest, note_once
+from sret_cli.runtime.files import read_json
+from sret_cli.spec.backbone import BackboneSpec, Spec, read_spec
+from sret_cli.spec.contents import Contents, are_known
+from sret_cli.spec.model import ModelSpec
+from sret_cli.spec.presets import preset
+from sret_cli.spec.quantity import parse_quantity
+from sret_cli.spec.run import CONFIG_FILE, Run, Table
+from sret_cli.spec.train import TrainSpec, model_fields, read_train
+
+MODEL_KEYS = ("preset", "layers", "params", "macs", "twin", *ModelSpec.model_fields)
+
+
+BACKBONE_KEYS = tuple(BackboneSpec.model_fields)
+
+
+def resolve(study: str, model: Table, train: Table | None, name: str | None = None) -> Run:
+    """The run that a model table and a training table stand for, every default filled in.
+
+    The default preset is `nano` where the run trains on `digits`, else `deep`; the number of
+    classes is the data's where it is not given.
+    """
+    if train is not None:
+        _check_keys("train", train, list(TrainSpec.model_fields))
+        try:
+            train_spec: TrainSpec | None = TrainSpec(**train)
+        except SretError as error:
+            raise SretError(f"[train] {error}", error.code) from None
+        for field, value in TrainSpec.fitted(train).items():
+            given = "epochs" if field == "warmup_epochs" else "lr"
+            note_once(f"{field} is set to {value:g} to fit {given} = {train[given]:g}")
+    else:
+        train_spec = None
+    trains_digits = train_spec is not None and train_spec.dataset == "digits"
+    chosen = model.get("backbone") or model.get("preset", "nano" if trains_digits else "deep")
+    classes = dataset_classes(train_spec) if train_spec is not None else None
+    if classes is not None and "num_classes" not in model:
+        model = model | {"num_classes": classes}
+    if train_spec is not None:
+        model = model_fields(train_spec.recipe, str(chosen), "backbone" in model) | model
+    spec = resolve_model(model if "backbone" in model else {**model, "preset": chosen})
+    if classes is not None and spec.num_classes < classes:
+        raise SretError(
+            f"num_classes = {spec.num_classes} is fewer than the {classes} classes of the data; "
+            "leave it out to take the data's"
+        )
+    twinned = f" twin {model['twin']}" if "twin" in model else ""
+    return Run(study, name or f"{chosen}{twinned}", spec, train_spec)
+
+
+def resolve_model(table: Table) -> Spec:
+    """The spec of a `[model]` table: of a backbone where it has one."""
+    return _resolve_backbone(table) if "backbone" in table else resolve_sret(table)
+
+
+def resolve_sret(table: Table) -> ModelSpec:
+    """The spec of a `[model]` table without a backbone.
+
+    Beside a `ModelSpec`'s fields it takes `preset`, `layers` (as `--layers`), and single numbers
+    for `slices` and `recursive_slices`, which fit each stage (as `--slices`). `params` or `macs`
+    then sets the width (as `--params`), and `twin` gives the control of all that (as `--twin`).
+    """
+    if "share" in table:
+        raise SretError("[model] share ties the blocks of timm's models; give a backbone with it")
+    if "timm_args" in table:
+        raise SretError("[model] timm_args are of timm's models; give a backbone with them")
+    _check_keys("model", table, list(MODEL_KEYS))
+    try:
+        values = dict(table)
+        base = preset(values.pop("preset", "deep"))
+        layers = _whole_number(values, "layers") if "layers" in values else None
+        budget = {k: parse_quantity(values.pop(k)) for k in ("params", "macs") if k in values}
+        kind = values.pop("twin", None)
+        spec = base.with_fitted(**values)
+        spec = spec if layers is None else spec.at(layers=layers)
+        spec = fit_width(spec, **budget) if budget else spec
+        return spec if kind is None else twin(spec, kind)
+    except SretError as error:
+        raise SretError(f"[model] {error}", error.code) from None
+
+
+def _resolve_backbone(table: Table) -> BackboneSpec:
+    for key in table:
+        if key in MODEL_KEYS and key not in BACKBONE_KEYS:
+            raise SretError(f"[model] {key} does not go with a backbone; leave one of the two out")
+    _check_keys("model", table, list(BACKBONE_KEYS))
+    try:
+        return BackboneSpec(**table)
+    except SretError as error:
+        raise SretError(f"[model] {error}", error.code) from None
+
+
+def _whole_number(table: Table, key: str) -> int:
+    value = table.pop(key)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise SretError(f"{key} = {value!r}: give one whole number for the whole model")
+    return value
+
+
+def _check_keys(place: str, table: Table, keys: list[str]) -> None:
+    for key in table:
+        if key not in keys:
+            raise SretError(f"[{place}] unknown key {key!r}; {nearest(key, keys)}")
+
+
+def continued(
+    directory: Path,
+    epochs: int | None,
+    on_bad_image: str | None = None,
+    places: Table | None = None,
+) -> Run:
+    """The run of a directory; with more epochs a new run that goes on from it, beside it.
+
+    Nothing but its `config.json` has to be there.
+
+    Args:
+        directory: the run's.
+        epochs: of the new run; as many as before, and the same run, if None.
+        on_bad_image: may be another than before.
+        places: where its images, weights or labels lie now, by the fields of the training.
+
+    Raises:
+        SretError: it is no run that trains, has as many epochs already, or the places are others
+            than of what it reads.
+    """
+    directory = Path(os.path.abspath(directory))  # its name is the run's, also where it is "."
+    config = read_json(directory / CONFIG_FILE)
+    try:
+        model, train = read_spec(config["model"]), read_train(config["train"])
+        train = train.with_values(on_bad_image=on_bad_image or train.on_bad_image)
+        contents = Contents.of(config.get("contents"))
+        run = Run(config["study"], config["name"], model, train, config.get("continues"), contents)
+    except (KeyError, TypeError) as error:
+        raise SretError(f"{directory} is no run that trains: {error}", DATA) from None
+    if not are_known(train.model_dump(), contents):
+        raise SretError(
+            f"{directory}/config.json does not say which images, weights and labels the run reads: "
+            "an earlier version wrote it; start the run over",
+            CHECKPOINT,
+        )
+    if run.run_id != directory.name or run.study != directory.parent.name:
+        raise SretError(
+            f"{directory}/config.json is of {run.study}/{run.run_id}: it was changed, or moved; "
+            "put it back",
+            CHECKPOINT,
+        )
+    if places:
+        train = train.with_values(**places)
+        moved = replace(run, train=train)
+        if moved.run_id != run.run_id:
+            raise SretError(
+                f"--resume goes on with what {directory}/config.json says; leave out "
+                f"{', '.join(places)}, of which the run reads nothing or another kind",
+                USAGE,
+            )
+        run = moved
+    if epochs is None or epochs == train.epochs:
+        return run
+    if epochs < train.epochs:
+        raise SretError(f"{directory} is a run of {train.epochs} epochs; give more than that")
+    return replace(run, train=train.with_values(epochs=epochs), continues=directory.name)

@@ -1,0 +1,149 @@
+"""Run directories and rows: the run directory is the truth, and a table is what its rows say.
+
+`<root>/<study>/<run_id>/` holds `config.json`, `metrics.jsonl`, checkpoints, `model.safetensors`
+and, written last and atomically, `row.json`: one flat row of spec fields, measurements with their
+unit in the name, and provenance. No file is shared between runs, so any number of processes can
+work on one study, and a lock keeps two from the same run.
+"""
+
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from sret_cli import __version__
+from sret_cli.runtime.errors import DATA, SretError
+from sret_cli.runtime.files import now, read_json
+from sret_cli.spec.contents import CONTENTS_OF
+from sret_cli.spec.run import Row, Run, flat
+from sret_cli.training.config import _flat
+
+# What a run can measure; a row holds each of them, null where it was not measured.
+MEASUREMENTS = (
+    "layers",
+    "params",
+    "macs",
+    "activations",
+    "activation_bytes",
+    "measured_device",
+    "measured_device_name",
+    "measured_batch_size",
+    "measured_precision",
+    "measured_compile",
+    "forward_seconds",
+    "forward_seconds_iqr",
+    "step_seconds",
+    "step_seconds_iqr",
+    "inference_images_per_second",
+    "training_images_per_second",
+    "peak_memory_bytes",
+    "epochs_trained",
+    "train_seconds",
+    "images_per_second",
+    "final_loss",
+    "test_loss",
+    "top1_percent",
+    "top5_percent",
+    "test_images",
+    "best_top1_percent",
+    "ema_test_loss",
+    "ema_top1_percent",
+    "ema_top5_percent",
+    "bad_images",
+    "world_size",
+)
+OUTCOME = ("status", "error")  # what became of the training, and the reason where it failed
+PLACES = {f"train.{place}" for place in CONTENTS_OF}
+
+
+def same_settings(one: Any, other: Row) -> bool:
+    """Whether two configs have the same model and training, but for what the latter reads."""
+    told, wanted = (
+        {key: value for key, value in _flat(config).items() if key not in PLACES}
+        for config in (one, other)
+    )
+    same = isinstance(one, dict) and one.get("continues") == other.get("continues")
+    return same and told == wanted
+
+
+def read_row(directory: Path) -> Row | None:
+    """The row of a run directory, or None where there is none yet.
+
+    Raises:
+        SretError: the row is damaged.
+    """
+    path = directory / "row.json"
+    if not path.exists():
+        return None
+    row = read_json(path)
+    if not isinstance(row, dict) or not {"study", "run_id", "started_at", "layers"} <= row.keys():
+        raise SretError(f"{path} is not a row; remove it and run again", DATA)
+    return {**dict.fromkeys((*MEASUREMENTS, *OUTCOME)), **row}
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The rows of a run directory, of a study's directory, or of everything under a root of runs.
+
+    Rows come in the order of their studies and of the time at which they started.
+
+    Raises:
+        SretError: there is no such directory, or a row in it is damaged.
+    """
+    path = Path(path)
+    return list(_rows_by_directory(path).values())
+
+
+def _rows_by_directory(path: Path) -> dict[Path, Row]:
+    if not path.is_dir():
+        raise SretError(f"no directory {path}; run a study first, or name where its runs are", DATA)
+    directories = [f.parent for d in ("", "*/", "*/*/") for f in path.glob(f"{d}row.json")]
+    found = {directory: read_row(directory) for directory in directories}
+    rows = {directory: row for directory, row in found.items() if row is not None}
+    order = ("study", "started_at", "run_id")
+    return dict(sorted(rows.items(), key=lambda item: [item[1][key] for key in order]))
+
+
+def newest_run(root: Path) -> Path:
+    """The directory of the run under a root that was trained last.
+
+    Raises:
+        SretError: no run under it was trained.
+    """
+    rows = {d: row for d, row in _rows_by_directory(root).items() if row["final_loss"] is not None}
+    if not rows:
+        raise SretError(f"no trained runs in {root}; train one with `sret train`", DATA)
+    return max(rows, key=lambda directory: rows[directory]["started_at"])
+
+
+def provenance() -> Row:
+    """Who made a row: versions, commit of the working directory, time."""
+    return {
+        "sret_version": __version__,
+        "python_version": platform.python_version(),
+        "git_commit": git_commit(),
+        "started_at": now(),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit that the working directory is at, or None outside a repository."""
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
+
+
+def planned_row(run: Run) -> Row:
+    """The part of the run's row that is known beforehand; measurements are null."""
+    run_id = run.run_id if run.is_identified else None
+    row: Row = {"study": run.study, "run_id": run_id, "name": run.name}
+    row |= flat("model", run.spec()["model"])
+    if run.train is not None:
+        row |= {f"train.{k}": v for k, v in run.spec()["train"].items()}
+    if run.continues is not None:
+        row["continues"] = run.continues
+    row |= {} if run.contents is None else run.contents.table()
+    return row | dict.fromkeys((*MEASUREMENTS, *OUTCOME)) | {"layers": run.model.layers}

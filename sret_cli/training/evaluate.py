@@ -1,0 +1,222 @@
+"""Evaluation of a model on every test image."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sret_cli.data.class_names import ClassList, config_classes
+from sret_cli.data.loaders import Loader, load_test_data
+from sret_cli.model.backbone import count_layers
+from sret_cli.model.compile import is_compiled
+from sret_cli.model.sret import SReT
+from sret_cli.runtime.device import autocast, choose_device, device_name, use_deterministic_kernels
+from sret_cli.runtime.errors import DATA, SretError
+from sret_cli.runtime.progress import OnStep
+from sret_cli.runtime.signals import Stop
+from sret_cli.spec.run import Row, run_directory
+from sret_cli.spec.train import WITH_COLUMNS, TrainSpec
+from sret_cli.training.ranks import ALONE, Ranks
+from sret_cli.weights.store import load_config, load_model
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss (mean cross-entropy) and accuracy over all images of a loader."""
+
+    test_loss: float
+    top1_percent: float
+    top5_percent: float
+    test_images: int
+    images_by_class: tuple[int, ...] = ()
+    correct_by_class: tuple[int, ...] = ()
+
+    def row(self) -> Row:
+        """The measurements of a row."""
+        names = ("test_loss", "top1_percent", "top5_percent", "test_images")
+        return {name: getattr(self, name) for name in names}
+
+    def per_class(self, classes: tuple[str, ...]) -> list[Row]:
+        """Images and top-1 of each class that images were tested of, in the order of the names."""
+        counts = zip(classes, self.images_by_class, self.correct_by_class, strict=False)
+        return [
+            {"class": name, "test_images": images, "top1_percent": 100 * correct / images}
+            for name, images, correct in counts
+            if images
+        ]
+
+    @property
+    def mean_class_top1_percent(self) -> float:
+        """The mean of the classes' top-1, over the classes that images were tested of."""
+        counts = zip(self.images_by_class, self.correct_by_class, strict=True)
+        accuracies = [100 * correct / images for images, correct in counts if images]
+        return sum(accuracies) / len(accuracies)
+
+
+def default_workers(train: TrainSpec) -> int:
+    """Loader processes: none for the tiny embedded images, else one a core and 8 at the most."""
+    return 0 if train.dataset == "digits" else min(os.cpu_count() or 1, 8)
+
+
+def evaluate_run(
+    directory: Path,
+    data_dir: str | None = None,
+    batch_size: int = 256,
+    precision: str = "fp32",
+    device: str = "auto",
+    workers: int | None = None,
+    changes: Mapping[str, Any] | None = None,
+    reference_shuffle: int | None = None,
+    on_step: OnStep = lambda done, total, text: None,
+    recursions: int | None = None,
+    dataset: str | None = None,
+    label_column: str | None = None,
+) -> Row:
+    """Evaluates a directory's weights on its run's test images, or on another folder's.
+
+    A folder's images have ImageNet's mean and deviation; those of a model that was not trained here
+    are resized and cropped as ImageNet's are, bicubic and with `crop_pct` 0.875. Another folder has
+    the classes of the model, or as many where their names are not known. On one machine, two
+    evaluations with the same batch size agree bitwise: on a CPU always, on CUDA as far as torch has
+    deterministic kernels.
+
+    Args:
+        directory: of a run, or of a model that was built or converted.
+        data_dir: a folder with `val/` or `test/`; the run's own if None.
+        batch_size: images a step.
+        precision: fp32 or bf16.
+        device: auto, cpu or cuda.
+        workers: processes that load images.
+        changes: fields of the spec to evaluate with instead, such as `img_size`.
+        reference_shuffle: draw the permutations of tokens as the reference does, after this seed.
+        on_step: is told of the progress.
+        recursions: run the same blocks so many times instead, in every stage.
+        dataset: what `data_dir` holds, a folder of images if None.
+        label_column: of several, the one that has the classes; the run's own if None.
+
+    Raises:
+        SretError: the directory holds no model, or none for so many recursions, or the data are
+            not there or have other classes.
+    """
+    config, home = load_config(directory), run_directory(directory)
+    settings = dict(config.get("train") or {})
+    own_data = data_dir is None and dataset is None
+    if not settings and own_data:
+        raise SretError(
+            f"{directory} was not trained here; name a folder with val/ by --data-dir", DATA
+        )
+    if not own_data:
+        settings = {**settings, "dataset": dataset or "folder", "data_dir": data_dir}
+        if settings["dataset"].partition("/")[0] not in WITH_COLUMNS:
+            settings.pop("label_column", None)
+    if label_column is not None:
+        settings["label_column"] = label_column
+    settings |= {"batch_size": max(batch_size, 2), "precision": precision}
+    spec = TrainSpec(**{**settings, "accumulation": 1, "mixup": 0.0, "cutmix": 0.0})
+    target_device = choose_device(device)
+    use_deterministic_kernels(target_device)
+    model = load_model(directory, changes).to(target_device)
+    layers = count_layers(model)
+    if recursions is not None:
+        if not isinstance(model, SReT):
+            raise SretError(f"{directory} holds a timm model; its recursions cannot be changed")
+        model.set_recursions(recursions)
+        layers = model.spec.with_values(recursions=recursions).layers
+    workers = default_workers(spec) if workers is None else workers
+    trained = ClassList(
+        config_classes(config),
+        f"the model in {directory}",
+        "name data with the same classes (folders of some may be empty)",
+    )
+    order = None if own_data and trained.names is None else trained
+    test_loader, classes = load_test_data(spec, model.spec, workers, order=order)
+    # Of its own classes a run may have room for more.
+    has_room = own_data or (test_loader.named and trained.names is not None)
+    if len(classes) > model.num_classes or (len(classes) < model.num_classes and not has_room):
+        raise SretError(
+            f"the test images have {len(classes):,} classes, and the model has "
+            f"{model.num_classes:,}; name data of as many (folders of the others may be empty)",
+            DATA,
+        )
+    if reference_shuffle is not None:
+        model.set_reference_shuffle()
+        torch.manual_seed(reference_shuffle)
+    evaluation = evaluate(model, test_loader, target_device, precision, on_step)
+    return {
+        "run_id": config.get("run_id", home.name),
+        "name": config.get("name"),
+        "averaged": home != Path(os.path.abspath(directory)) or config.get("averaged", False),
+        "layers": layers,
+        "params": sum(p.numel() for p in model.parameters()),
+        "recursions": recursions,
+        "bad_images": len(test_loader.bad_images),
+        **evaluation.row(),
+        "mean_class_top1_percent": evaluation.mean_class_top1_percent,
+        "per_class": evaluation.per_class(classes),
+        "model.img_size": model.spec.img_size,
+        "reference_shuffle": reference_shuffle,
+        "device_name": device_name(target_device),
+        "torch_version": torch.__version__,
+    }
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Loader,
+    device: torch.device,
+    precision: str = "fp32",
+    on_step: OnStep = lambda done, total, text: None,
+    ranks: Ranks = ALONE,
+    stop: Stop | None = None,
+) -> Evaluation:
+    """Evaluates a model, in eval mode, on every image of a loader; deterministic.
+
+    Of several ranks each has its share of the images, and all get what all have found.
+
+    Raises:
+        SretError: an image cannot be decoded.
+        Interrupted: a signal came, which `stop` knows of.
+    """
+    training = model.training
+    model.eval()
+    loss, top1, top5, images, whole = 0.0, 0, 0, 0, 0
+    tested: list[Tensor] = []
+    correct: list[Tensor] = []
+    with torch.inference_mode(), ranks.agreeing(stop):
+        for done, (x, target) in enumerate(loader.epoch(0)):
+            target = target.to(device)
+            whole = max(whole, len(x))
+            if is_compiled(model) and len(x) < whole:  # no other shape is to be compiled for it
+                x = torch.cat((x, x[:1].expand(whole - len(x), *x.shape[1:])))
+            with autocast(device, precision):
+                output = model(loader.normalize(x.to(device)))[: len(target)]
+            loss += F.cross_entropy(output.float(), target, reduction="sum").item()
+            best = output.topk(min(5, output.shape[1])).indices.eq(target[:, None])
+            top1 += int(best[:, 0].sum())
+            tested.append(target.bincount(minlength=output.shape[1]))
+            correct.append(target[best[:, 0]].bincount(minlength=output.shape[1]))
+            top5 += int(best.sum())
+            images += len(target)
+            on_step(done + 1, len(loader), f"{images} images")
+            if stop is not None:
+                stop.check()
+    model.train(training)
+    (classes,) = max(ranks.gather(len(tested[0]) if tested else 0))
+    by_class = torch.zeros(2, classes, dtype=torch.double)
+    for row, counts in zip(by_class, (tested, correct), strict=True):
+        row += sum(counts, torch.zeros_like(row, device=device)).cpu()
+    found = torch.tensor([loss, top1, top5, images], dtype=torch.double)
+    loss, top1, top5, images = ranks.sum(found).tolist()
+    ranks.sum(by_class)
+    return Evaluation(
+        loss / images,
+        100 * top1 / images,
+        100 * top5 / images,
+        int(images),
+        *(tuple(map(int, row)) for row in by_class.tolist()),
+    )

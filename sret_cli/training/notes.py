@@ -1,0 +1,54 @@
+"""What a user may not expect of a training: found before its first step, one line each."""
+
+import math
+
+from sret_cli.data.loaders import Batches, Loader
+from sret_cli.spec.train import TrainSpec
+
+INITIAL_SHARE = 0.01  # of the initial weights: so much of them is left unsaid
+
+
+def training_notes(spec: TrainSpec, loader: Loader) -> list[str]:
+    """A line for a batch that never fills, images that repeats leave out, and an average too slow.
+
+    A stream fills its batches by beginning again, and has no repeats.
+    """
+    notes = []
+    if isinstance(loader.batches, Batches):
+        images = loader.batches.samples
+        notes = [_unfilled_batch(spec, images), _left_out(spec, images, len(loader))]
+    notes.append(_initial_average(spec, spec.epochs * len(loader)))
+    return [note for note in notes if note is not None]
+
+
+def _unfilled_batch(spec: TrainSpec, images: int) -> str | None:
+    if images >= spec.batch_size:
+        return None
+    return (
+        f"batch_size = {spec.batch_size:,} is never full: there are {images:,} images to train on, "
+        f"so that each step takes {images:,}, at lr = {spec.lr:g} for {spec.batch_size:,}; use a "
+        f"batch_size of {images:,} or less"
+    )
+
+
+def _left_out(spec: TrainSpec, images: int, steps: int) -> str | None:
+    taken = -(-min(steps * spec.batch_size, images) // max(spec.aug_repeats, 1))
+    if spec.aug_repeats < 2 or taken == images:
+        return None
+    return (
+        f"aug_repeats = {spec.aug_repeats}: each epoch takes {taken:,} of the {images:,} images, "
+        f"{spec.aug_repeats} times each, and leaves out the other {images - taken:,}; each epoch "
+        "draws which"
+    )
+
+
+def _initial_average(spec: TrainSpec, steps: int) -> str | None:
+    left = spec.model_ema_decay**steps
+    if spec.model_ema_warmup or left <= INITIAL_SHARE:
+        return None
+    fits = math.floor(INITIAL_SHARE ** (1 / steps) * 1e5) / 1e5
+    return (
+        f"model_ema_decay = {spec.model_ema_decay:g}: after all {steps:,} steps the averaged "
+        f"weights are still {100 * left:.4g} % the initial ones; use {fits:g} or less, or set "
+        "train.model_ema_warmup=true"
+    )

@@ -1,0 +1,187 @@
+"""Models on disk, in and out: ours, and checkpoints in the reference's layout.
+
+Ours are `config.json` and `model.safetensors`. A reference checkpoint is a zip as torch.save writes
+it (`.pth`, `.pt`, `.ckpt`, `.bin`, `.tar`), or `.safetensors`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from sret_cli.data.class_names import ClassList, all_outputs, config_classes, match_classes
+from sret_cli.model.backbone import build_any
+from sret_cli.runtime.errors import CHECKPOINT, USAGE, SretError, note_once
+from sret_cli.runtime.files import make_directory, read_json, write_atomically, write_json
+from sret_cli.spec.backbone import read_spec
+from sret_cli.spec.model import ModelSpec
+from sret_cli.spec.run import CONFIG_FILE
+from sret_cli.weights.match import _check_shapes, _fitted, _like
+from sret_cli.weights.safe_read import read_tensors
+
+WEIGHTS_FILE = "model.safetensors"
+
+
+def save_weights(
+    state: Mapping[str, Tensor], directory: Path, metadata: dict[str, str] | None = None
+) -> Path:
+    """Writes a model's state dict, atomically; returns the file."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    path = directory / WEIGHTS_FILE
+    write_atomically(path, save(tensors, metadata))
+    return path
+
+
+def check_no_model(directory: Path) -> None:
+    """Makes sure that a model can be written to a directory, which is made.
+
+    Raises:
+        SretError: the directory cannot be written to, or holds a model already.
+    """
+    make_directory(directory)
+    if (directory / WEIGHTS_FILE).exists():
+        raise SretError(f"{directory} holds a model already; choose another directory", USAGE)
+
+
+def save_model(
+    model: Any,
+    directory: Path,
+    about: Mapping[str, Any] | None = None,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Writes `config.json` and `model.safetensors` of a model that is not a run's.
+
+    Args:
+        model: the model.
+        directory: where; made where it is missing.
+        about: what `config.json` says beside the spec.
+        metadata: what the file of weights says of itself.
+
+    Raises:
+        SretError: the directory cannot be written to, or holds a model already.
+    """
+    check_no_model(directory)
+    save_weights(model.state_dict(), directory, metadata)
+    spec = model.spec.model_dump(mode="json")
+    write_json(directory / CONFIG_FILE, {**(about or {}), "model": spec})
+
+
+def load_config(directory: Path) -> dict[str, Any]:
+    """The `config.json` of a run or of a built model.
+
+    Raises:
+        SretError: there is none, or it is damaged.
+    """
+    if not (directory / CONFIG_FILE).is_file():
+        raise SretError(
+            f"{directory} has no {CONFIG_FILE}; name a run's directory or one that "
+            "`sret build --out` or `sret convert` wrote",
+            CHECKPOINT,
+        )
+    try:
+        config = read_json(directory / CONFIG_FILE)
+    except SretError as error:
+        raise SretError(str(error), CHECKPOINT) from None
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise SretError(f"{directory / CONFIG_FILE} does not describe a model", CHECKPOINT)
+    return config
+
+
+def load_model(directory: Path, changes: Mapping[str, Any] | None = None) -> Any:
+    """The model, of either kind of spec, that a directory holds, with its weights.
+
+    Args:
+        directory: a run's, or one of `save_model`.
+        changes: fields of the spec to build it with instead, such as `img_size`, for which the
+            position embeddings are resampled; single numbers of slices fit each stage.
+
+    Raises:
+        SretError: a file is missing or damaged, or the weights are of another model.
+    """
+    spec = read_spec(load_config(directory)["model"])
+    if isinstance(spec, ModelSpec):
+        spec = changed(spec, changes or {})
+    elif changes:
+        raise SretError(f"{', '.join(changes)} of a timm model cannot be changed after training")
+    path = directory / WEIGHTS_FILE
+    if not path.is_file():
+        raise SretError(f"{directory} has no {WEIGHTS_FILE}; train the run first", CHECKPOINT)
+    tensors = read_tensors(path)
+    if changes and "img_size" in changes and isinstance(spec, ModelSpec):
+        tensors = _fitted(tensors, spec)
+    model = build_any(spec)
+    _check_shapes(model.state_dict(), tensors, str(path))
+    model.load_state_dict(_like(model.state_dict(), tensors, str(path)))
+    return model
+
+
+def load_weights(
+    model: Any, directory: Path, classes: ClassList | None = None, reset_head: bool = False
+) -> None:
+    """Loads what a directory holds into a model of the same design.
+
+    Position embeddings of another image size are resampled; a head for another number of classes
+    stays fresh, which is told once, and with `reset_head` any. Where `classes` tells those that the
+    model is to have, the head gets their order.
+
+    Raises:
+        SretError: a file is missing or damaged, or the weights are of another model, or of other
+            classes.
+    """
+    path = directory / WEIGHTS_FILE
+    if not path.is_file():
+        raise SretError(f"{directory} has no {WEIGHTS_FILE}; name a trained run", CHECKPOINT)
+    tensors, state = read_tensors(path), model.state_dict()
+    if isinstance(model.spec, ModelSpec):
+        tensors = _fitted(tensors, model.spec)
+    head = [key for key in _head_keys(model) if key in tensors and key in state]
+    for key in head:
+        if not reset_head and tensors[key].shape[0] != state[key].shape[0]:
+            note_once(
+                f"train.init = {directory} has {tensors[key].shape[0]:,} classes, and the model "
+                f"{state[key].shape[0]:,}: its head is not taken, and starts anew"
+            )
+            reset_head = True
+    if reset_head:
+        tensors |= {key: state[key] for key in head}
+    elif head and classes is not None:
+        remedy = "use weights of these classes, or give the model a fresh head: train.reset_head"
+        names = config_classes(load_config(directory))
+        theirs = ClassList(names, f"train.init = {directory}", f"{remedy} = true", CHECKPOINT)
+        order = match_classes(classes, theirs)
+        if order is not None:
+            rows = all_outputs(order, len(state[head[0]]))
+            tensors |= {key: tensors[key][rows] for key in head}
+    _check_shapes(state, tensors, str(path))
+    model.load_state_dict(_like(state, tensors, str(path)))
+
+
+def _head_keys(model: Any) -> list[str]:
+    """The tensors of a model's classifiers, of which some models of timm's have two."""
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
+    names = (names,) if isinstance(names, str) else names
+    return [f"{name}.{part}" for name in names for part in ("weight", "bias")]
+
+
+def changed(spec: ModelSpec, changes: Mapping[str, Any]) -> ModelSpec:
+    """A spec with other fields; single numbers of slices fit each stage, as `--slices` does.
+
+    Raises:
+        SretError: the fields do not fit together, such as slices that no longer divide the tokens.
+    """
+    if not changes:
+        return spec
+    if "slices" in changes and "recursive_slices" not in changes:
+        changes = {**changes, "recursive_slices": changes["slices"]}
+    return spec.with_fitted(**changes)
+
+
+def refuse_backbone(model: Any) -> None:
+    """Refuses a timm model where only an SReT can be written."""
+    if hasattr(model.spec, "backbone"):
+        raise SretError(
+            f"{model.spec.backbone} cannot be written in the reference's layout: it is a timm "
+            "model, not an SReT; its weights are in model.safetensors of its directory"
+        )

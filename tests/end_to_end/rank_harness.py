@@ -1,0 +1,76 @@
+"""Trains on several ranks, in double precision, so that only what is wrong shows beside rounding.
+
+    python -m torch.distributed.run --nproc-per-node 2 tests/end_to_end/rank_harness.py FOLDER
+
+`plain` and `sharded` train to the end, and `stopped`, which is sharded, until the second rank gets
+a SIGTERM after its seventh step. `published`, in single precision, is the first 20 steps of the
+published recipe.
+"""
+
+import json
+import os
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from helpers import TINY
+
+from sret_cli.data.loaders import Loader
+from sret_cli.spec.run import Run
+from sret_cli.spec.train import TrainSpec
+from sret_cli.training.ranks import ALONE, start
+from sret_cli.training.session import train
+
+# Ten steps an epoch, with all that draws: shuffles, drop path, mixup, counts of recursions, of
+# which some leave NLLs unused; passes are recomputed, and steps are taken in two parts.
+MODEL = TINY.with_values(recursions=(3, 3, 3), nll="per_pass", drop_path_rate=0.2)
+TRAIN = TrainSpec(
+    epochs=2,
+    warmup_epochs=0,
+    batch_size=136,
+    accumulation=2,
+    recompute=2,
+    recursions_range=(1, 3),
+    mixup=0.8,
+    cutmix=1.0,
+    model_ema_decay=0.9,
+)
+RUN = Run("test", "tiny", MODEL, TRAIN)
+PUBLISHED = Run("test", "tiny", MODEL, TrainSpec(recipe="sret", batch_size=136))
+
+
+def in_double():
+    """Has weights, images and all else in double precision."""
+    torch.set_default_dtype(torch.double)
+    plain = Loader.normalize
+    Loader.normalize = lambda self, x: plain(self, x).double()
+
+
+def train_until(step, run, folder, ranks=ALONE, shards=False):
+    """Trains until the last of the ranks gets a SIGTERM after a step."""
+
+    def stop(done, total, text):
+        if done == step and ranks.rank == ranks.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with suppress(SystemExit):
+        train(run, folder, ranks=ranks, shards=shards, on_step=stop)
+
+
+def main():
+    """Trains as each of the ranks."""
+    folder, ranks = Path(sys.argv[1]), start("cpu")
+    train_until(20, PUBLISHED, folder / "published", ranks)
+    in_double()
+    row = train(RUN, folder / "plain", ranks=ranks)
+    if ranks.leads:
+        (folder / "row.json").write_text(json.dumps(row))
+    train(RUN, folder / "sharded", ranks=ranks, shards=True)
+    train_until(7, RUN, folder / "stopped", ranks, shards=True)
+
+
+if __name__ == "__main__":
+    assert ALONE.leads
+    main()

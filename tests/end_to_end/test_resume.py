@@ -1,0 +1,438 @@
+import json
+import multiprocessing
+import multiprocessing.queues
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+
+from sret_cli.data.loaders import load_data
+from sret_cli.runtime import signals as interrupt
+from sret_cli.runtime.errors import SretError
+from sret_cli.runtime.files import Busy, locked
+from sret_cli.spec.backbone import BackboneSpec
+from sret_cli.spec.run import Run
+from sret_cli.spec.train import TrainSpec
+from sret_cli.study.resolve import continued
+from sret_cli.training import out_of_memory as room
+from sret_cli.training.checkpoint import read
+from sret_cli.training.out_of_memory import not_enough
+from sret_cli.training.session import Saving, train
+from sret_cli.training.trainer import Diverged, Trainer
+
+# Ten steps in two epochs, with all that draws: shuffles, drop path, mixup, counts of recursions.
+SHORT = {"epochs": 2, "warmup_epochs": 0, "batch_size": 240, "mixup": 0.8, "cutmix": 1.0}
+SHORT |= {"model_ema_decay": 0.9, "recursions_range": (1, 3)}
+FILES = ("model.safetensors", "ema/model.safetensors", "metrics.jsonl")
+
+
+def run_of(tiny, **values):
+    model = tiny.with_values(drop_path_rate=0.1, drop_rate=0.1)
+    return Run("test", "tiny", model, TrainSpec(**{**SHORT, **values}))
+
+
+def left(directory, row):
+    unequal = ("train_seconds", "images_per_second")
+    files = [(directory / name).read_bytes() for name in FILES]
+    return files, {k: v for k, v in row.items() if k not in unequal}
+
+
+def signalled(number, step):
+    """Sends this process a signal as soon as a step is done."""
+    return lambda done, total, text: done == step and os.kill(os.getpid(), number)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """What a run leaves that nobody interrupts."""
+    directory = tmp_path_factory.mktemp("whole")
+    return left(directory, train(run_of(tiny), directory))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kills", "flags"),
+    [(12, ()), (1, ("--workers", "2", "--seed", "3"))],  # the latter as a checkpoint is written
+)
+def test_runs_that_are_killed_anywhere_end_as_if_they_had_not_been(kills, flags):
+    command = [sys.executable, str(Path(__file__).parent / "kill_harness.py")]
+    done = subprocess.run([*command, "--kills", str(kills), *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].startswith(f"{kills} kills, ")
+    assert done.stdout.splitlines()[-1].endswith(" 0 lost")
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_processes_of_a_run_loses_no_step(tmp_path):
+    command = [sys.executable, "-m", "sret_cli", "train", "--epochs", "9", "--workers", "2"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **streams)
+    while not list(tmp_path.glob("runs/train/*/checkpoint-*/manifest.json")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 143
+    told = [line for line in errors.splitlines() if ": step " not in line]  # that is progress
+    assert len(told) == 1 and told[0].startswith("stopped: 0 of 1 runs are done")
+    (metrics,) = tmp_path.glob("runs/train/*/metrics.jsonl")
+    steps = [json.loads(line)["step"] for line in metrics.open() if "step" in json.loads(line)]
+    assert read(metrics.parent / f"checkpoint-{steps[-1]}")["progress"]["step"] == len(steps)
+
+
+@pytest.mark.parametrize(
+    ("number", "step", "code"),
+    [
+        (signal.SIGTERM, 3, 143),
+        (signal.SIGUSR1, 5, 75),  # between the last step of an epoch and its evaluation
+        (signal.SIGUSR2, 10, 75),
+    ],
+)
+def test_a_signal_saves_the_state_and_the_run_ends_the_same(
+    tiny, tmp_path, whole, number, step, code
+):
+    handler = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended:
+        train(run_of(tiny), tmp_path, on_step=signalled(number, step))
+    assert ended.value.code == code
+    assert signal.getsignal(number) is handler
+    assert (tmp_path / f"checkpoint-{step}" / "manifest.json").exists()
+    assert not (tmp_path / "model.safetensors").exists()
+    steps = []
+    row = train(run_of(tiny), tmp_path, on_step=lambda done, *_: steps.append(done))
+    assert steps == list(range(step + 1, 11))
+    assert left(tmp_path, row) == whole
+
+
+def test_a_step_that_takes_too_long_is_given_up_and_done_again(tiny, tmp_path, whole, monkeypatch):
+    monkeypatch.setattr(interrupt, "PATIENCE", 0.01)
+    loss = Trainer.loss
+
+    def endless(trainer, x, target):
+        found = loss(trainer, x, target)  # BatchNorm has seen the images
+        if trainer.progress.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        return found
+
+    monkeypatch.setattr(Trainer, "loss", endless)
+    with pytest.raises(SystemExit):
+        train(run_of(tiny), tmp_path)
+    assert (tmp_path / "checkpoint-6" / "manifest.json").exists()
+    monkeypatch.setattr(Trainer, "loss", loss)
+    assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
+
+
+def test_a_killed_process_of_the_loader_ends_the_run_with_its_state_saved(tiny, tmp_path, whole):
+    def kill(done, total, text):
+        if done == 3:
+            for process in multiprocessing.active_children():
+                process.kill()
+
+    with pytest.raises(SretError, match="loads images was killed .* fewer --workers") as refused:
+        train(run_of(tiny), tmp_path, workers=2, on_step=kill)
+    assert (refused.value.code, refused.value.status) == (7, "loader_lost")
+    (checkpoint,) = tmp_path.glob("checkpoint-*/manifest.json")
+    assert checkpoint.parent.name in ("checkpoint-3", "checkpoint-4", "checkpoint-5")
+    assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "reset"), BrokenPipeError(32, "broken"), EOFError()]
+)
+def test_a_broken_pipe_of_a_loader_process_is_its_end(tiny, tmp_path, whole, monkeypatch, error):
+    plain, calls = multiprocessing.queues.Queue.get, []
+
+    def broken(queue, *arguments, **options):
+        if multiprocessing.parent_process() is None:
+            calls.append(queue)
+            if len(calls) == 4:
+                raise error
+        return plain(queue, *arguments, **options)
+
+    monkeypatch.setattr(multiprocessing.queues.Queue, "get", broken)
+    with pytest.raises(SretError, match="loads images was killed .* fewer --workers") as refused:
+        train(run_of(tiny), tmp_path, workers=2)
+    assert (refused.value.code, refused.value.status) == (7, "loader_lost")
+    monkeypatch.undo()
+    assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DataLoader worker (pid(s) 42) exited unexpectedly"),
+        ConnectionResetError(104, "Connection reset by peer"),
+    ],
+)
+def test_a_killed_process_of_the_test_loader_does_so_too(tiny, tmp_path, whole, monkeypatch, error):
+    plain = DataLoader.__iter__
+
+    def lost(loader):
+        if loader.batch_sampler.seed is not None:
+            return plain(loader)
+        loader.num_workers = 2
+        raise error
+
+    monkeypatch.setattr(DataLoader, "__iter__", lost)
+    with pytest.raises(SretError, match="fewer --workers"):
+        train(run_of(tiny), tmp_path)
+    assert (tmp_path / "checkpoint-5" / "manifest.json").exists()
+    monkeypatch.undo()
+    assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
+
+
+def test_ctrl_c_saves_the_state(tiny, tmp_path, whole):
+    with pytest.raises(KeyboardInterrupt):
+        train(run_of(tiny), tmp_path, on_step=signalled(signal.SIGINT, 7))
+    assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
+
+
+def test_a_finished_run_that_is_started_again_says_the_same(tiny, tmp_path, whole):
+    train(run_of(tiny), tmp_path)
+    steps = []
+    row = train(run_of(tiny), tmp_path, on_step=lambda done, *_: steps.append(done))
+    assert steps == []
+    assert left(tmp_path, row) == whole
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_leads_to_the_same_end(
+    tiny, tmp_path, whole
+):
+    with pytest.raises(SystemExit):
+        train(run_of(tiny), tmp_path, on_step=signalled(signal.SIGTERM, 7))
+    file = tmp_path / "checkpoint-7" / "tensors.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    said = []
+    assert left(tmp_path, train(run_of(tiny), tmp_path, note=said.append)) == whole
+    (line,) = said
+    assert "checkpoint-7 is damaged" in line
+    assert "going on from" in line and line.endswith("checkpoint-5")
+
+
+def test_lines_of_metrics_after_the_checkpoint_are_cut_off_and_missing_ones_refused(
+    tiny, tmp_path, whole
+):
+    with pytest.raises(SystemExit):
+        train(run_of(tiny), tmp_path, on_step=signalled(signal.SIGTERM, 3))
+    file = tmp_path / "metrics.jsonl"
+    lines = file.read_bytes()
+    file.write_bytes(lines[:-5])
+    with pytest.raises(SretError, match=r"metrics.jsonl has \d+ bytes, and the checkpoint counts"):
+        train(run_of(tiny), tmp_path)
+    file.write_bytes(lines + b'{"step": 4, "lo')
+    assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
+
+
+def test_checkpoints_are_written_every_so_many_steps_or_minutes(tiny, tmp_path):
+    def kept(**saving):
+        directory, stop = tmp_path / str(saving), signalled(signal.SIGTERM, 9)
+        with pytest.raises(SystemExit):
+            train(run_of(tiny), directory, on_step=stop, saving=Saving(**saving))
+        return sorted(path.name for path in directory.glob("checkpoint-*"))
+
+    assert kept(minutes=None) == ["checkpoint-5", "checkpoint-9"]
+    assert kept(every_steps=4) == ["checkpoint-8", "checkpoint-9"]
+    assert kept(minutes=0.0) == ["checkpoint-8", "checkpoint-9"]
+
+
+def test_a_finished_run_keeps_one_checkpoint_without_the_weights_it_has_beside(tiny, tmp_path):
+    train(run_of(tiny, recursions_range=None), tmp_path)
+    (path,) = tmp_path.glob("checkpoint-*")
+    assert path.name == "checkpoint-10"
+    stored = load_file(path / "tensors.safetensors")
+    assert {name.partition("/")[0] for name in stored} == {"optimizer", "random"}
+    state = read(path)
+    for part, file in (("model", "model.safetensors"), ("ema", "ema/model.safetensors")):
+        weights = load_file(tmp_path / file)
+        assert state[part].keys() == weights.keys()
+        assert all(torch.equal(state[part][key], weights[key]) for key in weights)
+    averaged = tmp_path / "ema" / "model.safetensors"
+    averaged.write_bytes(averaged.read_bytes()[:-1] + b"?")
+    with pytest.raises(SretError, match=r"damaged \(../ema/model.safetensors is not what was"):
+        read(path)
+
+
+def test_a_run_stopped_in_its_last_evaluation_ends_with_one_checkpoint(tiny, tmp_path, whole):
+    with pytest.raises(SystemExit):
+        train(run_of(tiny), tmp_path, on_step=signalled(signal.SIGUSR2, 10))
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 2
+    assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-10"]
+
+
+def test_another_config_in_the_directory_is_refused_with_the_keys_that_differ(tiny, tmp_path):
+    train(run_of(tiny, epochs=1), tmp_path)
+    with pytest.raises(SretError, match=r"train.lr \(0.002, not 0.001\), train.seed") as refused:
+        train(run_of(tiny, epochs=1, lr=1e-3, seed=1), tmp_path)
+    assert refused.value.code == 5
+    with pytest.raises(SretError, match=r"another run: train.epochs \(1, not 2\) differ"):
+        train(run_of(tiny, epochs=2), tmp_path)
+
+
+def test_more_epochs_go_on_in_a_new_run_with_the_schedule_of_all_of_them(tiny, tmp_path):
+    first = run_of(tiny, recursions_range=None)
+    directory = first.directory(tmp_path)
+    before = left(directory, train(first, directory))
+    longer = continued(directory, 3)
+    assert (longer.train.epochs, longer.continues) == (3, first.run_id)
+    assert longer.run_id != run_of(tiny, recursions_range=None, epochs=3).run_id
+    row = train(longer, longer.directory(tmp_path))
+    assert row["epochs_trained"] == 3
+    assert left(directory, train(first, directory)) == before
+    lines = [
+        (d / "metrics.jsonl").read_text().splitlines()
+        for d in (directory, longer.directory(tmp_path))
+    ]
+    assert len(lines[0]) == 12 and len(lines[1]) == 18
+    assert lines[1][:12] == lines[0]
+    rates = [json.loads(line)["lr"] for line in lines[1] if "lr" in line]
+    assert rates[9] < rates[10] < rates[5]  # the cosine of 15 steps is higher at step 11
+    with pytest.raises(SretError, match="is a run of 2 epochs; give more than that"):
+        continued(directory, 1)
+    assert continued(directory, None) == first
+
+
+def test_more_epochs_need_the_metrics_of_those_before(tiny, tmp_path):
+    first = run_of(tiny, epochs=1)
+    directory = first.directory(tmp_path)
+    train(first, directory)
+    longer = continued(directory, 2)
+    file = directory / "metrics.jsonl"
+    lines = file.read_bytes()
+    for change in (lambda: file.write_bytes(lines[:-5]), file.unlink):
+        change()
+        with pytest.raises(SretError, match=r"metrics.jsonl has \d+ bytes, and the") as refused:
+            train(longer, longer.directory(tmp_path))
+        assert refused.value.code == 5
+
+
+def test_a_second_process_is_refused_and_told_of_the_first_which_frees_the_run_by_its_end(
+    tiny, tmp_path
+):
+    code = (
+        "import sys; from pathlib import Path; from sret_cli.runtime.files import locked\n"
+        "with locked(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"locked\n"
+    with pytest.raises(Busy, match=rf"in use by process {holder.pid} on .* since 2") as refused:
+        train(run_of(tiny), tmp_path)
+    assert refused.value.code == 2
+    holder.kill()
+    holder.communicate()
+    with locked(tmp_path), locked(tmp_path):
+        assert json.loads((tmp_path / ".lock.json").read_text())["pid"] == os.getpid()
+
+
+def trainer_of(tiny, **values):
+    run = run_of(tiny, **values)
+    loader, _ = load_data(run.train, run.model)
+    trainer = Trainer(run, loader, torch.device("cpu"))
+    return trainer, next(iter(loader.epoch(0)))
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_not_taken(tiny, bad):
+    trainer, batch = trainer_of(tiny)
+    trainer.step(*batch)
+    before = {k: v.clone() for k, v in trainer.module.state_dict().items()}
+    averaged = {k: v.clone() for k, v in trainer.ema.module.state_dict().items()}
+    if bad == "loss":
+        loss = trainer.loss
+        trainer.loss = lambda x, target: loss(x, target) * float("nan")
+    else:
+        trainer.module.head.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(Diverged, match=f"{bad} is (nan|inf) at step 2 .epoch 1"):
+        trainer.step(*batch)
+    assert all(torch.equal(v, before[k]) for k, v in trainer.module.state_dict().items())
+    assert all(torch.equal(v, averaged[k]) for k, v in trainer.ema.module.state_dict().items())
+    assert trainer.progress.step == 1
+
+
+def test_a_run_that_diverges_leaves_its_state_and_the_images_of_the_step(tiny, tmp_path):
+    with pytest.raises(SretError, match="diverged: the loss is .* at step 2 "):
+        train(run_of(tiny, lr=1e30, clip_grad=0.0), tmp_path)
+    report = json.loads((tmp_path / "diverged.json").read_text())
+    assert (report["steps_done"], report["epoch"]) == (1, 1)
+    assert report["lr"] == pytest.approx(9.755e29, rel=1e-3)  # of the cosine, after one of 10 steps
+    assert len(set(report["batch_indices"])) == 240
+    assert read(tmp_path / "checkpoint-1")["progress"]["batch"] == 1
+    with pytest.raises(SretError, match="diverged: the loss is .* at step 2 "):
+        train(run_of(tiny, lr=1e30, clip_grad=0.0), tmp_path)
+
+
+def test_out_of_memory_says_what_was_in_use_and_changes_no_batch(tiny, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(Trainer, "loss", full)
+    with pytest.raises(SretError, match=r"step 1 with 240 images at a time: .* GB in use") as told:
+        train(run_of(tiny), tmp_path)
+    assert (told.value.code, told.value.status) == (7, "out_of_memory")
+    assert "use train.accumulation = 2, or a smaller batch_size" in str(told.value)
+
+
+def test_the_advice_after_out_of_memory_is_parts_that_fit(tiny, monkeypatch):
+    run = run_of(tiny)
+    trainer = Trainer(run, load_data(run.train, run.model)[0], torch.device("cpu"))
+    for fits, accumulation in ((50, 5), (48, 5), (47, 6), (1, 240), (500, 2), (0, 2)):
+        monkeypatch.setattr(room, "largest_batch", Mock(return_value=fits))
+        message = str(not_enough(MemoryError(), trainer))
+        assert f"use train.accumulation = {accumulation}, or a smaller batch_size" in message
+    timm = Trainer(run, trainer.loader, torch.device("cpu"))
+    timm.run = replace(run, model=BackboneSpec(backbone="vit_tiny_patch16_224"))
+    assert "use train.accumulation = 2, or" in str(not_enough(MemoryError(), timm))
+
+
+class BrokenWriter:
+    """A TensorBoard whose disk is gone."""
+
+    def __init__(self, directory, purge_step):
+        self.directory = directory
+
+    def add_scalar(self, name, value, step):
+        raise OSError("the disk is gone")
+
+
+@pytest.mark.parametrize("module", [None, types.SimpleNamespace(SummaryWriter=BrokenWriter)])
+def test_tensorboard_that_fails_is_off_and_the_run_goes_on(
+    tiny, tmp_path, whole, monkeypatch, module
+):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    said = []
+    row = train(run_of(tiny), tmp_path, tensorboard=True, note=said.append)
+    assert left(tmp_path, row) == whole
+    (line,) = said
+    assert line.startswith("TensorBoard is off: ")
+
+
+def test_tensorboard_gets_the_numbers_of_the_lines(tiny, tmp_path, monkeypatch):
+    written = []
+
+    class Recorder(BrokenWriter):
+        def add_scalar(self, name, value, step):
+            written.append((name, step))
+
+        def close(self):
+            written.append("closed")
+
+    module = types.SimpleNamespace(SummaryWriter=Recorder)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    train(run_of(tiny), tmp_path, tensorboard=True)
+    assert written[:2] == [("loss", 1), ("lr", 1)]
+    assert ("top1_percent", 10) in written
+    assert written[-1] == "closed"
