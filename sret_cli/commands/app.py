@@ -22,9 +22,9 @@ from sret_cli.commands.output import Output, PipeClosed
 from sret_cli.commands.profile import profile
 from sret_cli.commands.report import report_command
 from sret_cli.commands.train import run, train
-from sret_cli.runtime.errors import USAGE, SretError, lost_loader, out_of_memory
-from sret_cli.runtime.processes import leads
-from sret_cli.runtime.signals import CODES
+from sret_cli.runtime.errors import USAGE, SretError, as_loader_lost, as_out_of_memory
+from sret_cli.runtime.processes import is_leader
+from sret_cli.runtime.signals import EXIT_CODES
 from sret_cli.runtime.signs import prepare_streams
 
 LEADER_SECONDS = 5.0  # in which the first of several processes fails where this one does
@@ -70,9 +70,9 @@ for info in (*app.registered_commands, *data_app.registered_commands):
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs `sret` and exits with the code of the outcome."""
     prepare_streams()
-    arguments = spell_out(sys.argv[1:] if arguments is None else arguments)
+    arguments = expand_bare_compile(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
-    for number in CODES.keys() - {signal.SIGINT}:
+    for number in EXIT_CODES.keys() - {signal.SIGINT}:
         signal.signal(number, _terminated)
     try:
         rest = [argument for argument in arguments if argument != "--debug"]
@@ -84,13 +84,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
             headings, *lines = map(list, error.table)
             Output(stderr=True).print(terminal_table(headings, lines))
-        code = _fail(str(error), error.code, debug, error.tells)
+        code = _fail(str(error), error.code, debug, error.reported_here)
     except typer.TyperException as error:
         code = _fail(error.format_message(), USAGE, debug)
     except (typer.Abort, KeyboardInterrupt):
         code = _fail("interrupted; what was finished is kept", 130, debug)
     except (RuntimeError, MemoryError) as error:
-        found = out_of_memory(error) or lost_loader(error)
+        found = as_out_of_memory(error) or as_loader_lost(error)
         if found is None:
             raise
         code = _fail(str(found), found.code, debug)
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def spell_out(arguments: list[str]) -> list[str]:
+def expand_bare_compile(arguments: list[str]) -> list[str]:
     """The arguments with what a bare --compile stands for, which is on."""
     spelt = []
     for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
@@ -111,13 +111,13 @@ def spell_out(arguments: list[str]) -> list[str]:
 
 
 def _terminated(signal_number: int, frame: object) -> NoReturn:
-    raise SystemExit(CODES[signal.Signals(signal_number)])
+    raise SystemExit(EXIT_CODES[signal.Signals(signal_number)])
 
 
 def _fail(message: str, code: int, debug: bool, tells: bool | None = None) -> int:
     if debug:
         traceback.print_exc()
-    if tells is None and not leads():
+    if tells is None and not is_leader():
         # What fails all processes alike is told by the first: its end ends this one meanwhile.
         time.sleep(LEADER_SECONDS)
         tells = True

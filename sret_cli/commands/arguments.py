@@ -7,12 +7,12 @@ from typing import Any
 import typer
 
 from sret_cli.commands.flags import MODEL_FLAGS, TRAIN_FLAGS, TRAINING
-from sret_cli.commands.output import notes
+from sret_cli.commands.output import stderr_console
 from sret_cli.runtime.errors import USAGE, SretError
 from sret_cli.spec.run import Table, put
 from sret_cli.study.file import Study, load_study
 from sret_cli.study.points import check_key
-from sret_cli.study.resolve import resolve
+from sret_cli.study.resolve import resolve_run
 
 
 def flags_given(context: typer.Context) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def study_from(context: typer.Context, trains: bool) -> Any:
     settings, path = list(given.get("set_", ())), given.get("study")
     if "data_dir" in train and not trains and path is None:
         raise SretError("--data-dir goes with a study here, whose classes it counts", USAGE)
-    study = from_flags(path, model, train if trains or path else None, settings)
+    study = study_from_flags(path, model, train if trains or path else None, settings)
     if path is None:
         spec = study.runs[0].model
         for field in ("recursive_slices", "slices"):
@@ -54,7 +54,9 @@ def note_fitted_slices(spec: Any, field: str, wanted: int) -> None:
     for stage, (slices, tokens) in enumerate(zip(getattr(spec, field), spec.tokens, strict=True)):
         if slices != wanted:
             many = "1 slice" if slices == 1 else f"{slices} slices"
-            notes().print(f"stage {stage + 1}: its {tokens} tokens take {many}, not {wanted}")
+            stderr_console().print(
+                f"stage {stage + 1}: its {tokens} tokens take {many}, not {wanted}"
+            )
 
 
 def recompute_of(text: str | None) -> Any:
@@ -76,11 +78,11 @@ def gpu_memory_of(text: str | None) -> int | None:
 
 def training_options(context: typer.Context) -> Any:
     """How and where to train, by a command's flags; a device that is not there is refused."""
-    from sret_cli.study.dispatch import Options
+    from sret_cli.study.dispatch import RunOptions
 
     check_device(context.params["device"])
     given = {name: context.params[name] for name in TRAINING}
-    return Options(**{**given, "gpu_memory": gpu_memory_of(given["gpu_memory"])})
+    return RunOptions(**{**given, "gpu_memory": gpu_memory_of(given["gpu_memory"])})
 
 
 def check_device(name: str | None) -> None:
@@ -139,7 +141,9 @@ def apply_settings(tables: dict[str, Table], settings: list[str], trains: bool) 
         put(tables[table], key, value)
 
 
-def from_flags(path: Path | None, model: Table, train: Table | None, settings: list[str]) -> Study:
+def study_from_flags(
+    path: Path | None, model: Table, train: Table | None, settings: list[str]
+) -> Study:
     """The study of a file, or the one run that flags describe.
 
     Next to a file only `data_dir` may be given, since where data lie is no part of the question,
@@ -155,7 +159,7 @@ def from_flags(path: Path | None, model: Table, train: Table | None, settings: l
     apply_settings(tables, settings, trains=train is not None)
     if path is None:
         name = "profile" if train is None else "train"
-        run = resolve(name, tables["model"], None if train is None else tables["train"])
+        run = resolve_run(name, tables["model"], None if train is None else tables["train"])
         return Study(name, (run,))
     others = [*tables["model"], *(key for key in train or {} if key != "data_dir")]
     if others:

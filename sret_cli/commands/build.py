@@ -8,15 +8,15 @@ import typer
 from rich.table import Table
 
 from sret_cli.commands.arguments import flags_given, study_from
-from sret_cli.commands.flags import MODEL, MODEL_FLAGS, DataDir, Json, StudyFile, takes
-from sret_cli.commands.output import Output, notes, print_json
+from sret_cli.commands.flags import MODEL, MODEL_FLAGS, DataDir, Json, StudyFile, with_flags
+from sret_cli.commands.output import Output, print_json, stderr_console
 from sret_cli.report.columns import COLUMNS
 from sret_cli.report.tables import _least_width
 from sret_cli.runtime.errors import USAGE, SretError
 from sret_cli.spec.model import ModelSpec
 
 
-@takes(MODEL)
+@with_flags(MODEL)
 def build(
     context: typer.Context,
     study: StudyFile = None,
@@ -50,7 +50,7 @@ def build(
     summaries = [build_summary(model) for model in models]
     if out is not None:
         save_model(models[0], out)
-        notes().print(f"wrote {out}/config.json and {out}/model.safetensors")
+        stderr_console().print(f"wrote {out}/config.json and {out}/model.safetensors")
     if json_:
         return print_json(summaries if len(summaries) > 1 else summaries[0])
     for summary in summaries:
@@ -61,7 +61,7 @@ def build_summary(model: Any) -> dict[str, Any]:
     """What `sret build` says of a model, after one image ran through it, as plain values."""
     import torch
 
-    from sret_cli.model.backbone import count_layers, describe
+    from sret_cli.model.backbone import count_layers, describe_backbone
 
     spec = model.spec
     x = torch.randn(1, spec.in_chans, spec.img_size, spec.img_size)
@@ -82,7 +82,7 @@ def build_summary(model: Any) -> dict[str, Any]:
             for s in range(spec.stages)
         ]
     else:
-        stages = [{"name": name, **values} for name, values in describe(model).items()]
+        stages = [{"name": name, **values} for name, values in describe_backbone(model).items()]
     return {
         "model": spec.model_dump(mode="json"),
         "stages": stages,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sret_cli.commands.flags import Json, Runs
-from sret_cli.commands.output import notes, print_json
+from sret_cli.commands.output import print_json, stderr_console
 from sret_cli.runtime.errors import USAGE, SretError
 
 
@@ -37,7 +37,7 @@ def clean(
         for item in listed:
             print(f"{item['run']}: {item['bytes']:,} bytes of checkpoints")
         for item in stay:
-            notes().print(f"{item['run']}: its checkpoints stay: {item['needed']}")
+            stderr_console().print(f"{item['run']}: its checkpoints stay: {item['needed']}")
     many = "1 finished run" if len(free) == 1 else f"{len(free):,} finished runs"
     total = f"{size:,} bytes of checkpoints of {many}"
     removed = 0

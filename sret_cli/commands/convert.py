@@ -12,7 +12,7 @@ from sret_cli.commands.flags import (
     Set,
     Slices,
 )
-from sret_cli.commands.output import notes, show_rows
+from sret_cli.commands.output import print_rows, stderr_console
 from sret_cli.runtime.errors import USAGE, SretError
 from sret_cli.weights.store import refuse_backbone
 
@@ -89,7 +89,7 @@ def convert(
             raise SretError("--to-reference writes a model as it is; leave out the rest", USAGE)
         model, name = load_model(file), file.name
         refuse_backbone(model)
-        notes().print(f"wrote {save_reference(model, out)}")
+        stderr_console().print(f"wrote {save_reference(model, out)}")
     else:
         torch.manual_seed(0)  # of a fresh head
         found = read_reference(file, preset, changes, reset_head, ema)
@@ -98,8 +98,8 @@ def convert(
         source |= {"weights": found.place, "averaged": found.averaged}
         save_model(model, out, {"name": name, "source": source})
         for remark in (*found.notes, f"wrote {out}/config.json and {out}/model.safetensors"):
-            notes().print(remark)
+            stderr_console().print(remark)
     params = sum(p.numel() for p in model.parameters())
     row = {"name": name, "layers": model.spec.layers, "params": params}
     row |= {f"model.{key}": value for key, value in model.spec.model_dump(mode="json").items()}
-    show_rows([row], ("layers", "params"), json_)
+    print_rows([row], ("layers", "params"), json_)

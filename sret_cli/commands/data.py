@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sret_cli.commands.flags import Json
-from sret_cli.commands.output import Output, notes, print_json
+from sret_cli.commands.output import Output, print_json, stderr_console
 from sret_cli.runtime.errors import DATA, SretError
 
 SHOWN = 10  # of a long list; the manifest and --json have all
@@ -48,7 +48,7 @@ def check(
 
     path = manifest or Path(f"{Path(os.path.abspath(data_dir)).name}.csv")
     refuse_to_overwrite(path)
-    with Display(notes(), f"check {data_dir}", 1).showing() as on_step:
+    with Display(stderr_console(), f"check {data_dir}", 1).showing() as on_step:
         findings = check_folder(data_dir, workers, on_step)
     write_manifest(findings, path)
     summary = findings.summary()
@@ -56,7 +56,7 @@ def check(
         print_json(summary)
     else:
         show(summary)
-    notes().print(f"wrote {path}")
+    stderr_console().print(f"wrote {path}")
     if bad := len(findings.unreadable):
         files = f"{bad:,} of {len(findings.files):,} images"
         raise SretError(f"{files} cannot be read; mend or remove them", DATA)

@@ -9,7 +9,7 @@ from sret_cli.commands.arguments import check_device
 from sret_cli.commands.completion import PRECISIONS, datasets
 from sret_cli.commands.convert import refuse_other_file
 from sret_cli.commands.flags import Device, Json, LaterSlices, Runs, Slices, Workers
-from sret_cli.commands.output import Output, notes, run_or_newest, show_rows
+from sret_cli.commands.output import Output, print_rows, run_or_newest, stderr_console
 from sret_cli.runtime.errors import USAGE, SretError
 
 
@@ -71,7 +71,7 @@ def evaluate(
     given = {"img_size": img_size, "slices": slices, "recursive_slices": recursive_slices}
     changes = {key: value for key, value in given.items() if value is not None}
     counts = recursion_counts(recursions)
-    with Display(notes(), f"evaluate {directory}", 1).showing() as on_step:
+    with Display(stderr_console(), f"evaluate {directory}", 1).showing() as on_step:
         rows = [
             evaluate_run(
                 *(directory, data_dir, batch_size, precision, device, workers, changes),
@@ -79,20 +79,20 @@ def evaluate(
             )
             for count in counts
         ]
-    notes().print(f"evaluated {directory} on {rows[0]['device_name']}")
-    show_rows(rows, EVAL_TABLE, json_)
+    stderr_console().print(f"evaluated {directory} on {rows[0]['device_name']}")
+    print_rows(rows, EVAL_TABLE, json_)
     for row in rows if per_class and not json_ else ():
         Output().print(class_table(row))
     if out is not None:
         write_atomically(out, class_csv(rows))
-        notes().print(f"wrote {out}")
+        stderr_console().print(f"wrote {out}")
     if len(rows) > 1:
-        from sret_cli.report.figures import plot, save_figure
+        from sret_cli.report.figures import plot_rows, save_figure
 
-        figure = plot(rows, "layers", ["top1_percent", "test_loss"])
+        figure = plot_rows(rows, "layers", ["top1_percent", "test_loss"])
         stem = make_directory(directory / "report") / "recursions"
         files = save_figure(figure, stem)
-        notes().print(f"wrote {', '.join(map(str, files))}")
+        stderr_console().print(f"wrote {', '.join(map(str, files))}")
 
 
 def recursion_counts(text: str | None) -> list[int | None]:

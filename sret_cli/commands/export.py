@@ -7,12 +7,12 @@ import typer
 
 from sret_cli.commands.arguments import flags_given, study_from
 from sret_cli.commands.completion import choices
-from sret_cli.commands.flags import MODEL, MODEL_FLAGS, Json, Runs, takes
-from sret_cli.commands.output import notes, print_json, run_or_newest
+from sret_cli.commands.flags import MODEL, MODEL_FLAGS, Json, Runs, with_flags
+from sret_cli.commands.output import print_json, run_or_newest, stderr_console
 from sret_cli.runtime.errors import USAGE, SretError
 
 
-@takes(MODEL)
+@with_flags(MODEL)
 def export(
     context: typer.Context,
     directory: Annotated[
@@ -63,11 +63,11 @@ def export(
         origin = read_origin(directory, model.spec, read_row(run_directory(directory)))
     out = out or Path("exports") / f"{origin.directory_name}-{to}"
     check_export(to, out)
-    with notes().status(f"exporting {origin.name} to {to}", spinner="line"):
+    with stderr_console().status(f"exporting {origin.name} to {to}", spinner="line"):
         written = export_model(
             model, to, out, origin, card=lambda written: model_card(model, to, written, origin)
         )
     if json_:
         return print_json({**vars(written), "file": str(written.file)})
     print(written)
-    notes().print(f"wrote {out}/README.md, the model card")
+    stderr_console().print(f"wrote {out}/README.md, the model card")

@@ -116,7 +116,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def takes(flags: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_flags(flags: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Gives a command more flags, behind its arguments; it finds them in its context."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:

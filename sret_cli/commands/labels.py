@@ -22,7 +22,7 @@ from sret_cli.commands.flags import (
     StudyFile,
     Workers,
 )
-from sret_cli.commands.output import notes, print_json
+from sret_cli.commands.output import print_json, stderr_console
 from sret_cli.runtime.errors import USAGE, SretError
 
 
@@ -103,7 +103,7 @@ def distill_labels(
         soft_labels=None,
         distill_temperature=temperature,
     )
-    display = Display(notes(), f"label {train.dataset}", 1)
+    display = Display(stderr_console(), f"label {train.dataset}", 1)
     with display.showing() as on_step:
         spec = write_labels(
             *(train, run.model, Path(directory), crops, top_k, crops_a_step, device, workers),

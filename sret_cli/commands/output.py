@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.text import Text
 
 from sret_cli.runtime.errors import SretError
-from sret_cli.runtime.processes import leads
+from sret_cli.runtime.processes import is_leader
 from sret_cli.runtime.signs import fit_to_encoding
 
 
-def notes() -> Console:
+def stderr_console() -> Console:
     """Where progress and notes go: stderr, of the first of several processes."""
     return Console(
         stderr=True,
@@ -22,7 +22,7 @@ def notes() -> Console:
         markup=False,
         emoji=False,
         soft_wrap=True,
-        quiet=not leads(),
+        quiet=not is_leader(),
     )
 
 
@@ -77,20 +77,22 @@ def run_or_newest(directory: Path | None, runs: Path) -> Path:
         return directory
     directory = newest_run(runs)
     row = read_row(directory) or {}
-    notes().print(f"took the newest run, {directory} ({row['name']}, of {row['started_at']})")
+    stderr_console().print(
+        f"took the newest run, {directory} ({row['name']}, of {row['started_at']})"
+    )
     return directory
 
 
-def show_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
+def print_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
     """Prints rows as a table, or whole as JSON."""
-    from sret_cli.report.tables import cells, terminal_table
+    from sret_cli.report.tables import table_cells, terminal_table
 
     if as_json:
         return print_json(rows)
-    Output().print(terminal_table(*cells(rows, columns)))
+    Output().print(terminal_table(*table_cells(rows, columns)))
 
 
-def finish(failed: list[Any]) -> None:
+def exit_if_failed(failed: list[Any]) -> None:
     """Ends with the exit code that failed runs call for.
 
     Raises:

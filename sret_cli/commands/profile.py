@@ -24,14 +24,14 @@ from sret_cli.commands.flags import (
     Recompute,
     Runs,
     StudyFile,
-    takes,
+    with_flags,
 )
-from sret_cli.commands.output import Output, finish, notes, show_rows
+from sret_cli.commands.output import Output, exit_if_failed, print_rows, stderr_console
 from sret_cli.runtime.errors import RESOURCES, USAGE, SretError
 from sret_cli.study.rows import planned_row
 
 
-@takes(MODEL)
+@with_flags(MODEL)
 def profile(
     context: typer.Context,
     study: StudyFile = None,
@@ -83,7 +83,7 @@ def profile(
     from sret_cli.report.tables import COST_TABLE, PARITY_TABLE, breakdown_tables
     from sret_cli.spec.run import Run
     from sret_cli.spec.train import check_compile_mode
-    from sret_cli.study.dispatch import Options
+    from sret_cli.study.dispatch import RunOptions
     from sret_cli.study.engine import run_study
     from sret_cli.study.execute import MEASURED_IMAGES, profile_run
     from sret_cli.study.file import Study, with_baselines
@@ -92,7 +92,7 @@ def profile(
         raise SretError(f"unknown trace {trace!r}; use passes or full", USAGE)
     if measure_precision not in (None, "fp32", "bf16"):
         raise SretError(f"unknown precision {measure_precision!r}; use fp32 or bf16", USAGE)
-    options = Options(
+    options = RunOptions(
         device=device or "auto",
         measure_batch_size=(measure_batch_size or MEASURED_IMAGES) if device or against else None,
         precision=measure_precision or "fp32",
@@ -112,11 +112,11 @@ def profile(
         if against is not None:
             raise SretError(f"{study} says what to measure; give it baselines = [...]", USAGE)
         found = study_from(context, trains=False)
-        outcome = run_study(found, runs, options, notes(), trains=False)
+        outcome = run_study(found, runs, options, stderr_console(), trains=False)
         published = all("published_gmacs" in row for row in outcome.rows)
         columns = PARITY_TABLE if published else COST_TABLE
-        show_rows(outcome.rows, columns, json_)
-        return finish(outcome.failed)
+        print_rows(outcome.rows, columns, json_)
+        return exit_if_failed(outcome.failed)
     if flags_given(context).keys() & {*MODEL_FLAGS, "set_"}:
         found = study_from(context, trains=False)
     else:
@@ -127,12 +127,12 @@ def profile(
     if against is not None:
         found = with_baselines(found, [name.strip() for name in against.split(",")])
     profiled = [profile_run(run, options) for run in found.runs]
-    show_rows([row for row, _ in profiled], COST_TABLE, json_)
+    print_rows([row for row, _ in profiled], COST_TABLE, json_)
     if len(profiled) == 1 and not json_:
         for table in breakdown_tables(profiled[0][1]):
             Output().print(table)
     errors = zip(found.runs, (row["error"] for row, _ in profiled), strict=True)
-    finish([(run, SretError(error, RESOURCES)) for run, error in errors if error])
+    exit_if_failed([(run, SretError(error, RESOURCES)) for run, error in errors if error])
 
 
 def show_memory(
@@ -144,12 +144,13 @@ def show_memory(
         MEMORY_TABLE,
         memory_verdict,
     )
-    from sret_cli.study.execute import predict_memory
+    from sret_cli.study.execute import predicted_memory_columns
 
     rows = [
-        {**planned_row(run), **predict_memory(run, options, recompute, precision)} for run in runs
+        {**planned_row(run), **predicted_memory_columns(run, options, recompute, precision)}
+        for run in runs
     ]
-    show_rows(rows, MEMORY_TABLE, as_json)
+    print_rows(rows, MEMORY_TABLE, as_json)
     for row in () if as_json else rows:
         Output().print(memory_verdict(row))
     if not as_json and any("inference_memory_bytes" in row for row in rows):

@@ -7,7 +7,7 @@ import typer
 
 from sret_cli.commands.completion import studies
 from sret_cli.commands.flags import Json, Runs
-from sret_cli.commands.output import notes, show_rows
+from sret_cli.commands.output import print_rows, stderr_console
 from sret_cli.runtime.errors import DATA, SretError
 
 
@@ -49,5 +49,5 @@ def write_report(where: Path, spec: Any, out: Path, as_json: bool) -> None:
         )
     files = write.write_report(rows, spec, out)
     files += write_training_figure(where, out)
-    show_rows(rows, RUN_TABLE, as_json)
-    notes().print(f"wrote {', '.join(file.name for file in files)} to {out}")
+    print_rows(rows, RUN_TABLE, as_json)
+    stderr_console().print(f"wrote {', '.join(file.name for file in files)} to {out}")

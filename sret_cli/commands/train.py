@@ -29,14 +29,14 @@ from sret_cli.commands.flags import (
     StudyFile,
     Synthetic,
     WeightDecay,
-    takes,
+    with_flags,
 )
-from sret_cli.commands.output import finish, notes, show_rows
+from sret_cli.commands.output import exit_if_failed, print_rows, stderr_console
 from sret_cli.commands.report import write_report
 from sret_cli.runtime.errors import USAGE, SretError
 
 
-@takes({**MODEL, **TRAINING})
+@with_flags({**MODEL, **TRAINING})
 def train(
     context: typer.Context,
     study: StudyFile = None,
@@ -70,7 +70,7 @@ def train(
     from sret_cli.spec.contents import CONTENTS_OF
     from sret_cli.study.engine import run_study
     from sret_cli.study.file import Study
-    from sret_cli.study.resolve import continued
+    from sret_cli.study.resolve import continue_run
 
     options = training_options(context)
     if resume is not None:
@@ -89,20 +89,20 @@ def train(
                 f"{', '.join(others)}",
                 USAGE,
             )
-        run = continued(resume, epochs, on_bad_image, places)
+        run = continue_run(resume, epochs, on_bad_image, places)
         found, runs = Study(run.study, (run,)), Path(os.path.abspath(resume)).parent.parent
     else:
         found = study_from(context, trains=True)
     if all(run.train is None for run in found.runs):
         raise SretError(f"{study} trains nothing: it has no [train]; use `sret profile`")
-    outcome = run_study(found, runs, options, notes())
-    show_rows(outcome.rows, RUN_TABLE, json_)
+    outcome = run_study(found, runs, options, stderr_console())
+    print_rows(outcome.rows, RUN_TABLE, json_)
     for row in outcome.rows if len(outcome.rows) == 1 else ():
-        notes().print(f"kept in {runs / row['study'] / row['run_id']}")
-    finish(outcome.failed)
+        stderr_console().print(f"kept in {runs / row['study'] / row['run_id']}")
+    exit_if_failed(outcome.failed)
 
 
-@takes({"set_": Set, **TRAINING})
+@with_flags({"set_": Set, **TRAINING})
 def run(
     context: typer.Context,
     study: StudyFile = None,
@@ -123,7 +123,7 @@ def run(
     found = study_from(context, trains=True)
     if out is not None:
         make_directory(out)
-    outcome = run_study(found, runs, options, notes())
+    outcome = run_study(found, runs, options, stderr_console())
     where = runs / found.name
     write_report(where, found.report, out or where / "report", json_)
-    finish(outcome.failed)
+    exit_if_failed(outcome.failed)

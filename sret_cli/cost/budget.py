@@ -7,8 +7,8 @@ from itertools import product
 from math import ceil, floor, gcd, lcm
 from typing import NamedTuple
 
-from sret_cli.cost.count import Signatures, _count, count, signatures
-from sret_cli.runtime.errors import SretError, nearest
+from sret_cli.cost.count import Signatures, _count, count, schedule_signatures
+from sret_cli.runtime.errors import SretError, nearest_choice
 from sret_cli.spec.depth import divisors
 from sret_cli.spec.model import ModelSpec
 
@@ -50,7 +50,7 @@ def fit_width(spec: ModelSpec, *, params: int | None = None, macs: int | None = 
     return fitted
 
 
-def twin(spec: ModelSpec, kind: str) -> ModelSpec:
+def twin_spec(spec: ModelSpec, kind: str) -> ModelSpec:
     """The control of a model with shared weights: an untied one, of blocks passed through once.
 
     - "layers": as many layers of the same width, each with weights of its own.
@@ -67,7 +67,7 @@ def twin(spec: ModelSpec, kind: str) -> ModelSpec:
         SretError: there is no such kind, or nothing matches; the message names the neighbours.
     """
     if kind not in TWIN_KINDS:
-        raise SretError(f"unknown twin {kind!r}; {nearest(str(kind), list(TWIN_KINDS))}")
+        raise SretError(f"unknown twin {kind!r}; {nearest_choice(str(kind), list(TWIN_KINDS))}")
     depths = tuple(map(spec.passes, range(spec.stages)))
     if not any(map(operator.gt, depths, spec.blocks)):
         return spec
@@ -104,7 +104,7 @@ def _refusal(what: str, wanted: int, kind: str, near: list[Candidate], hint: str
 
 def _fit(spec: ModelSpec, kind: str, wanted: int) -> tuple[ModelSpec | None, list[Candidate]]:
     """The spec at the width that `fit_width` describes, if any, and the neighbours."""
-    ratios, passes = _scaled(spec, 1), signatures(spec)
+    ratios, passes = _scaled(spec, 1), schedule_signatures(spec)
     near: list[Candidate] = []
     for parts in (_head_widths(spec), spec.num_heads, (1,) * spec.stages):
         # The width of the first stage goes in steps of this; the stem halves it.

@@ -66,10 +66,10 @@ def count(spec: ModelSpec) -> Cost:
     BatchNorm and pooling are counted by fvcore's rules, softmax and GELU are not (fvcore has none
     for them). Equals `profiler.trace`, in a fraction of a millisecond at 20 layers.
     """
-    return _count(spec, signatures(spec))
+    return _count(spec, schedule_signatures(spec))
 
 
-def signatures(spec: ModelSpec) -> Signatures:
+def schedule_signatures(spec: ModelSpec) -> Signatures:
     """What costs depend on, of each stage's schedule."""
     return tuple(
         Passes(

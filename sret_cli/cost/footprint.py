@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sret_cli.cost.allocations import most_allocated
-from sret_cli.cost.liveness import ALIGNMENT, Forward, Trace, Usage, fake, trace
+from sret_cli.cost.liveness import ALIGNMENT, Forward, Trace, Usage, fake_module, trace_storages
 from sret_cli.model.sret import SReT
 from sret_cli.model.stage import Stage, one_pass
 from sret_cli.spec.model import ModelSpec, Pass, ends_shuffled
@@ -104,10 +104,10 @@ def read_parts(spec: ModelSpec, setting: Setting) -> Parts:
             calls[key] = _Call(forward, shape, dtype, is_image)
             if key not in _traced:
                 if not models:
-                    stack.enter_context(fake(setting.device))
+                    stack.enter_context(fake_module(setting.device))
                     models.append(_Shapes(small))
                 training, inference = (
-                    trace(
+                    trace_storages(
                         models[0],
                         forward,
                         shape,

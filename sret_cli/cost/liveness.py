@@ -109,13 +109,13 @@ def _peak(events: tuple[tuple[int, int], ...], sizes: list[int], alive: int) -> 
 
 
 @contextmanager
-def fake(device: str) -> Iterator[None]:
+def fake_module(device: str) -> Iterator[None]:
     """Modules made and called in here have shapes and no data, on a device that need not exist."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
         yield
 
 
-def trace(
+def trace_storages(
     module: nn.Module,
     forward: Forward,
     shape: tuple[int, ...],
@@ -127,7 +127,7 @@ def trace(
     is_image: bool = False,
     trains: bool = True,
 ) -> Trace:
-    """Traces one call of a module that was made in `fake`, inside of it.
+    """Traces one call of a module that was made in `fake_module`, inside of it.
 
     Args:
         module: what holds the weights.

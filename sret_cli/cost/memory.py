@@ -64,7 +64,7 @@ class Memory:
         return asdict(self)
 
 
-def predict(
+def predict_memory(
     spec: ModelSpec, setting: Setting, recompute: Recompute = "none", budget: int | None = None
 ) -> tuple[Memory, Plan]:
     """The memory of a model on a device, and the recomputation that comes with it.
@@ -117,7 +117,7 @@ def set_recompute(
     if train.recompute == "auto":
         images = -(-train.batch_size // world_size)
         setting = Setting(images, train.precision, device.type, train.opt)
-        model.set_recompute(*predict(spec, setting, "auto", budget)[1])
+        model.set_recompute(*predict_memory(spec, setting, "auto", budget)[1])
     else:
         model.set_recompute(fixed_plan(spec, train.recompute).segments)
 
@@ -126,7 +126,7 @@ def largest_batch(spec: ModelSpec, setting: Setting, recompute: Recompute, budge
     """The most images whose training step fits a budget in bytes; 0 where one image does not."""
 
     def needs(size: int) -> int:
-        memory, _ = predict(spec, setting._replace(batch_size=size), recompute)
+        memory, _ = predict_memory(spec, setting._replace(batch_size=size), recompute)
         return memory.training_memory_bytes
 
     fits, fails = 0, 0

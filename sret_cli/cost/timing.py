@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sret_cli.cost.allocations import most_allocated
 from sret_cli.cost.footprint import Setting
-from sret_cli.cost.memory import largest_batch, predict
+from sret_cli.cost.memory import largest_batch, predict_memory
 from sret_cli.model.backbone import build_any
 from sret_cli.model.compile import GraphedInference, OnFailure, compile_model
 from sret_cli.model.sret import SReT
@@ -22,7 +22,7 @@ from sret_cli.spec.model import ModelSpec
 from sret_cli.spec.run import Row
 
 
-def measure(
+def measure_speed(
     spec: Spec,
     device: torch.device,
     batch_size: int,
@@ -46,7 +46,7 @@ def measure(
     size = (batch_size, spec.in_chans, spec.img_size, spec.img_size)
     x = torch.randn(size, device=device)
     target = torch.randint(max(spec.num_classes, 1), (batch_size,), device=device)
-    forward = inference(model, x, precision, compiles, on_failure)
+    forward = inference_function(model, x, precision, compiles, on_failure)
     compile_model(model, compiles, on_failure)
     step, optimizer = training_step(model, x, target, precision)
     forward_seconds, forward_iqr = median_seconds(forward, device)
@@ -71,7 +71,7 @@ def measure(
 def _check_memory(spec: ModelSpec, device: torch.device, batch_size: int, precision: str) -> None:
     """Refuses a training step that cannot fit, before the system ends the process for it."""
     setting, free = Setting(batch_size, precision, device.type), free_bytes(device)
-    needed = predict(spec, setting)[0].training_memory_bytes
+    needed = predict_memory(spec, setting)[0].training_memory_bytes
     if needed > free:
         most = largest_batch(spec, setting, "none", free)
         advice = f"use --batch-size {most}, or fewer layers" if most else "use fewer layers"
@@ -83,7 +83,7 @@ def _check_memory(spec: ModelSpec, device: torch.device, batch_size: int, precis
         )
 
 
-def inference(
+def inference_function(
     model: nn.Module, x: Tensor, precision: str, compiles: str, on_failure: OnFailure | None = None
 ) -> Callable[[], object]:
     """A call that puts images through a copy of the model that is made for inference."""

@@ -96,7 +96,7 @@ class _Head(nn.Module):
 _traced: dict[tuple, Counts] = {}
 
 
-def trace(spec: ModelSpec) -> Profile:
+def trace_costs(spec: ModelSpec) -> Profile:
     """The exact costs of a spec, from one trace of each distinct part.
 
     Its multiply-adds equal the total of a full fvcore trace (`count_module`) to the unit, at any
@@ -206,7 +206,7 @@ def profile(run: Run, full: bool = False) -> Profile:
     model = run.model
     if full:
         return trace_full(model)
-    return trace_backbone(model) if isinstance(model, BackboneSpec) else trace(model)
+    return trace_backbone(model) if isinstance(model, BackboneSpec) else trace_costs(model)
 
 
 def count_module(module: nn.Module, x: Tensor) -> Counts:

@@ -123,7 +123,7 @@ def per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
 
 
 @contextmanager
-def seeded(text: str) -> Iterator[None]:
+def temporarily_seeded(text: str) -> Iterator[None]:
     """Seeds Python's, NumPy's and torch's CPU generators by a text, and puts them back after."""
     kept = None
     if get_worker_info() is None:  # in a worker nothing else draws, and NumPy's state takes 50 us

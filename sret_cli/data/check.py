@@ -16,10 +16,10 @@ from PIL import Image
 from sret_cli.data.decode import (
     UNREADABLE,
     bits_per_sample,
-    decode,
+    decode_image,
     is_image,
     pillow_decodes,
-    unreadable,
+    unreadable_error,
 )
 from sret_cli.data.folders import TEST_NAMES, class_folders, image_root
 from sret_cli.data.image_notes import pillow_warnings
@@ -243,7 +243,7 @@ def check_file(job: Checked) -> Checked:
         try:
             known |= _decoded(data)
         except UNREADABLE as error:
-            known["error"] = str(unreadable(job.path, error))
+            known["error"] = str(unreadable_error(job.path, error))
         else:
             known["orientation"] = orientation(data)
     known["warnings"] = "; ".join(warnings) or None
@@ -252,7 +252,7 @@ def check_file(job: Checked) -> Checked:
 
 def _decoded(data: bytes) -> dict[str, Any]:
     """What an image's file holds."""
-    pixels = decode(io.BytesIO(data), "RGB")
+    pixels = decode_image(io.BytesIO(data), "RGB")
     with pillow_decodes(), Image.open(io.BytesIO(data)) as image:
         return {
             "width": image.width,

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sret_cli.runtime.errors import DATA, SretError, note_once
+from sret_cli.runtime.errors import DATA, SretError, show_note_once
 
 DIGITS = tuple(map(str, range(10)))  # the classes of `digits`
 
@@ -52,7 +52,7 @@ def match_classes(ours: ClassList, theirs: ClassList) -> tuple[int, ...] | None:
     """
     if ours.names is None or theirs.names is None:
         unnamed = theirs if theirs.names is None else ours
-        note_once(
+        show_note_once(
             f"the names of the classes of {unnamed.owner} are not known: only the number of "
             f"classes can be compared with {(ours if unnamed is theirs else theirs).owner}"
         )
@@ -61,7 +61,7 @@ def match_classes(ours: ClassList, theirs: ClassList) -> tuple[int, ...] | None:
         return None
     _refuse_other_names(ours, theirs)
     places = {name: place for place, name in enumerate(theirs.names)}
-    note_once(
+    show_note_once(
         f"{theirs.owner} and {ours.owner} have the same {len(places):,} classes in another order; "
         "they are matched by name"
     )

@@ -30,13 +30,13 @@ EXTENSIONS = (*get_img_extensions(), ".jfif", ".bmp", ".gif", ".tif", ".tiff", "
 PNG_DEPTH = 24  # the place of the bits of a sample in the header, PNG specification 11.2.1
 
 
-def unreadable(name: str, error: BaseException) -> SretError:
+def unreadable_error(name: str, error: BaseException) -> SretError:
     """The user's error for an image that cannot be decoded."""
     reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else error
     return SretError(f"cannot read {name}: {reason}; mend it", DATA)
 
 
-def decode(found: Any, mode: str) -> Image.Image:
+def decode_image(found: Any, mode: str) -> Image.Image:
     """An open file, an image or an array as an image of 8 bits of that mode.
 
     Raises:
@@ -47,9 +47,9 @@ def decode(found: Any, mode: str) -> Image.Image:
         return Image.fromarray(found).convert(mode)
     with pillow_decodes():
         if isinstance(found, Image.Image):
-            return eight_bits(found).convert(mode)
+            return to_eight_bits(found).convert(mode)
         with found, Image.open(found) as image:
-            return eight_bits(image).convert(mode)
+            return to_eight_bits(image).convert(mode)
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def pillow_decodes() -> Iterator[None]:
             raise ValueError(f"Pillow cannot decode it ({type(error).__name__}: {error})") from None
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
+def to_eight_bits(image: Image.Image) -> Image.Image:
     """An image with 16 bits a pixel scaled to 8, where Pillow would clip; others as they are.
 
     Raises:

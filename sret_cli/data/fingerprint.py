@@ -14,7 +14,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from sret_cli.data.decode import UNREADABLE, unreadable
+from sret_cli.data.decode import UNREADABLE, unreadable_error
 from sret_cli.data.listing import (
     Image,
     Manifest,
@@ -180,7 +180,7 @@ class Images:
         except UNREADABLE as error:
             if self.skips:
                 return UNREAD
-            raise unreadable(self.found.filename(image.place), error) from None
+            raise unreadable_error(self.found.filename(image.place), error) from None
 
     def _refuse_other_than_manifest(self, sampled: dict[str, list[Any]]) -> None:
         """Makes sure that all images are in the manifest, and are what it says of them.

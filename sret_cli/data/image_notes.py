@@ -13,7 +13,7 @@ from typing import Any
 
 import PIL
 
-from sret_cli.runtime.errors import note
+from sret_cli.runtime.errors import show_note
 
 SHOWN_IMAGES = 10  # of which warnings are told, in a process
 PILLOW = os.path.dirname(PIL.__file__) + os.sep
@@ -75,4 +75,4 @@ def tell_warnings(texts: list[str]) -> None:
             _told.add(text)
             if len(_told) > SHOWN_IMAGES:
                 text = "more images have such faults; `sret data check DIR` lists all of a folder"
-            note(text)
+            show_note(text)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from sret_cli.data.decode import decode
+from sret_cli.data.decode import decode_image
 from sret_cli.data.sources import Indexed, Listed, Source
 from sret_cli.data.streams import Shards
 from sret_cli.runtime.errors import DATA, SretError
@@ -144,7 +144,7 @@ def read_image(found: Source, index: int) -> Any:
     if hasattr(image, "read"):
         with image:
             return image.read()
-    return decode(image, "RGB").tobytes()
+    return decode_image(image, "RGB").tobytes()
 
 
 def _size(path: str) -> int:

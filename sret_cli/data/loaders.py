@@ -14,7 +14,7 @@ from timm.data.transforms import MaybePILToTensor
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sret_cli.data.augment import Pixels, seeded
+from sret_cli.data.augment import Pixels, temporarily_seeded
 from sret_cli.data.class_names import ClassList, match_classes
 from sret_cli.data.fingerprint import Images, refuse_other_labels
 from sret_cli.data.image_notes import Noted, noted, tell_warnings, without_notes
@@ -22,8 +22,8 @@ from sret_cli.data.readers import known_source, stored_source
 from sret_cli.data.soft_labels import StoredLabels, stored_classes
 from sret_cli.data.sources import Source, digits, synthetic, test_folder, train_folder
 from sret_cli.data.streams import Shards, Stream, find_shards
-from sret_cli.runtime.errors import DATA, SretError, note, note_once
-from sret_cli.runtime.processes import share
+from sret_cli.runtime.errors import DATA, SretError, show_note, show_note_once
+from sret_cli.runtime.processes import places_of_rank
 from sret_cli.runtime.signals import ignore_ended_processes
 from sret_cli.spec.backbone import Spec
 from sret_cli.spec.train import TrainSpec
@@ -68,7 +68,7 @@ class Samples(Dataset):
             return error
         if self.seed is None:
             return self.transform(image), target
-        with seeded(f"{self.seed} {epoch} {index} {repeat}"):
+        with temporarily_seeded(f"{self.seed} {epoch} {index} {repeat}"):
             return self.transform(image), target
 
 
@@ -117,7 +117,7 @@ class Batches(Sampler[list[Key]]):
             if first and len(places) < self.batch_size:
                 return
             parts = self.parts if len(places) == self.batch_size else 1
-            mine = share(len(places), self.rank, self.world_size, parts)
+            mine = places_of_rank(len(places), self.rank, self.world_size, parts)
             yield [
                 (self.epoch, int(order[place // self.repeats]), place % self.repeats)
                 for place in (places[offset] for offset in mine)
@@ -195,7 +195,7 @@ class Loader:
             for text in map(str, errors):
                 if text not in self.bad_images:
                     self.bad_images.append(text)
-                    note(f"{text}; it is left out")
+                    show_note(f"{text}; it is left out")
             yield images, targets
 
     @property
@@ -360,7 +360,7 @@ def _stream_loader(
         )
     if seed is not None and train.soft_labels is not None:
         raise SretError("soft_labels need images by index, and wds is a stream; use a teacher")
-    note_once(
+    show_note_once(
         "wds is a stream: the order of its samples depends on the numbers of workers and processes,"
         " and a run that goes on with others is not the same run"
     )

@@ -20,14 +20,14 @@ from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_inter
 from torch import Tensor
 from torchvision.transforms import functional
 
-from sret_cli.data.augment import MODES, seeded
+from sret_cli.data.augment import MODES, temporarily_seeded
 from sret_cli.data.class_names import ClassList, match_classes
 from sret_cli.data.folders import folder_classes
 from sret_cli.data.sources import Source
 from sret_cli.runtime.errors import CHECKPOINT, DATA, SretError
 from sret_cli.runtime.files import read_json, sha256
 from sret_cli.spec.backbone import Spec
-from sret_cli.spec.strict import Count, Share, Strict, as_tuples
+from sret_cli.spec.strict import Count, Fraction, Strict, as_tuples
 from sret_cli.spec.train import TrainSpec
 
 LABELS_FILE, HEADER_FILE, PROGRESS_FILE = "labels.bin", "labels.json", "labels.part.json"
@@ -57,7 +57,7 @@ class LabelsSpec(Strict):
     in_chans: Count
     img_size: Count
     scale: tuple[float, float]
-    hflip: Share
+    hflip: Fraction
     interpolation: Literal["bilinear", "bicubic"]
     seed: Annotated[int, Field(ge=0)]
     crops: Count
@@ -105,7 +105,7 @@ class Crop(NamedTuple):
 
 def draw_crop(image: Image.Image, spec: LabelsSpec, index: int, number: int) -> Crop:
     """The crop of that number of an image, from the seed, by timm's rule."""
-    with seeded(f"{spec.seed} {index} crop {number}"):
+    with temporarily_seeded(f"{spec.seed} {index} crop {number}"):
         top, left, height, width = RandomResizedCropAndInterpolation.get_params(
             image, spec.scale, RATIO
         )
@@ -234,7 +234,7 @@ def read_labels_spec(directory: Path) -> LabelsSpec:
         ) from None
 
 
-def spread(best: Tensor, num_classes: int) -> Tensor:
+def spread_probabilities(best: Tensor, num_classes: int) -> Tensor:
     """Probabilities of all classes `[B, num_classes]` from those of the best `[B, 2, top_k]`.
 
     What is left to one is spread evenly over the other classes (Shen and Xing's marginal

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from sret_cli.data.class_names import DIGITS, ClassList, natural_key, order_classes
-from sret_cli.data.decode import UNREADABLE, decode, is_image, unreadable
+from sret_cli.data.decode import UNREADABLE, decode_image, is_image, unreadable_error
 from sret_cli.data.folders import (
     class_folders,
     find_test,
@@ -61,9 +61,9 @@ class Source:
         try:
             found, target = self.images[index]
             number = int(target)
-            return decode(found, mode), self.numbers[number] if self.numbers else number
+            return decode_image(found, mode), self.numbers[number] if self.numbers else number
         except UNREADABLE as error:
-            raise unreadable(self.filename(index), error) from None
+            raise unreadable_error(self.filename(index), error) from None
 
     @property
     def class_list(self) -> ClassList:

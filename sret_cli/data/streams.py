@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from sret_cli.data.augment import seeded
+from sret_cli.data.augment import temporarily_seeded
 from sret_cli.data.class_names import order_classes
-from sret_cli.data.decode import EXTENSIONS, UNREADABLE, decode, unreadable
+from sret_cli.data.decode import EXTENSIONS, UNREADABLE, decode_image, unreadable_error
 from sret_cli.data.folders import TEST_NAMES, refuse_cut
 from sret_cli.data.image_notes import noted
 from sret_cli.runtime.errors import DATA, SretError
@@ -276,15 +276,17 @@ class Stream(IterableDataset):
             label = read_label(sample, self.label_column)
             if not extensions or label is None:
                 raise ValueError(f"it has no image, or {_missing(self.label_column)}")
-            image = decode(io.BytesIO(sample[extensions[0]]), self.mode)
+            image = decode_image(io.BytesIO(sample[extensions[0]]), self.mode)
             if isinstance(label, str) and label not in self.numbers:
                 raise ValueError(f"it has the class {label!r}, which was not there before")
             target = self.numbers[label] if isinstance(label, str) else label
             if not 0 <= target < self.classes:
                 raise ValueError(f"it has the class {target}, and the model {self.classes} classes")
         except UNREADABLE as error:
-            return unreadable(name, error)
+            return unreadable_error(name, error)
         if self.seed is None:
             return self.transform(image), target
-        with seeded(f"{self.seed} {self.epoch} {Path(sample['__url__']).name} {sample['__key__']}"):
+        with temporarily_seeded(
+            f"{self.seed} {self.epoch} {Path(sample['__url__']).name} {sample['__key__']}"
+        ):
             return self.transform(image), target

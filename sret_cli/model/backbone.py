@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from sret_cli.model.blocks import NLL
 from sret_cli.model.layer_places import place_parameters
 from sret_cli.model.sret import build_model
-from sret_cli.runtime.errors import SretError, note_once
+from sret_cli.runtime.errors import SretError, show_note_once
 from sret_cli.spec.backbone import MISFITS, BackboneSpec, Spec
 from sret_cli.spec.depth import MAX_LAYERS, divisors
 from sret_cli.spec.model import ModelSpec
@@ -173,10 +173,10 @@ def group_matcher(model: nn.Module, coarse: bool = False) -> Callable[[str], int
     """Where a parameter stands from input to output, by its name, for layer decay by timm."""
     block_of_nll = {
         f"{name}.nlls.{number}": f"{name}.{block}"
-        for name, passes in sequences(model).items()
+        for name, passes in block_sequences(model).items()
         for number, block in enumerate(passes.blocks_of_nlls())
     }
-    return place_parameters(model, tuple(sequences(model)), block_of_nll, coarse)
+    return place_parameters(model, tuple(block_sequences(model)), block_of_nll, coarse)
 
 
 def recompute_passes(model: nn.Module, enable: bool = True) -> None:
@@ -187,7 +187,7 @@ def recompute_passes(model: nn.Module, enable: bool = True) -> None:
     Raises:
         SretError: the model has no passes that are known.
     """
-    found = sequences(model)
+    found = block_sequences(model)
     if enable and not found:
         raise SretError(
             "its passes cannot be recomputed: no sequence of blocks; use recompute none"
@@ -196,12 +196,12 @@ def recompute_passes(model: nn.Module, enable: bool = True) -> None:
         passes.grad_checkpointing = enable
 
 
-def sequences(model: nn.Module) -> dict[str, Passes]:
+def block_sequences(model: nn.Module) -> dict[str, Passes]:
     """The sequences of blocks of a backbone, one a stage, by their names."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Passes)}
 
 
-def describe(model: Any) -> dict[str, dict[str, int]]:
+def describe_backbone(model: Any) -> dict[str, dict[str, int]]:
     """Of each sequence of blocks: sets of block weights, layers, and parameters with its NLLs."""
     return {
         name: {
@@ -209,7 +209,7 @@ def describe(model: Any) -> dict[str, dict[str, int]]:
             "layers": passes.layers,
             "params": sum(p.numel() for p in passes.parameters()),
         }
-        for name, passes in sequences(model).items()
+        for name, passes in block_sequences(model).items()
     }
 
 
@@ -217,7 +217,7 @@ def count_layers(model: Any) -> int | None:
     """Passes of all stages of a model of either kind; None where timm's model has no sequences."""
     if isinstance(model.spec, ModelSpec):
         return model.spec.layers
-    return sum(passes.layers for passes in sequences(model).values()) or None
+    return sum(passes.layers for passes in block_sequences(model).values()) or None
 
 
 def build_nll(width: int, nll_ratio: float) -> NLL:
@@ -315,7 +315,7 @@ def _check(model: nn.Module, spec: BackboneSpec) -> dict[str, int]:
         grids[name] = _grid_tokens(model, x)
         calls[name, index] += 1
 
-    for name, passes in sequences(probe).items():
+    for name, passes in block_sequences(probe).items():
         for index in range(len(passes)):
             passes[index].register_forward_hook(partial(watch, name, index))
     try:
@@ -346,7 +346,7 @@ def _note_few_tokens(spec: BackboneSpec, grids: dict[str, int]) -> None:
     if grids[name] < FEW_TOKENS:
         tokens = "1 token" if grids[name] == 1 else f"{grids[name]} tokens"
         where = "its blocks" if len(grids) == 1 else name
-        note_once(
+        show_note_once(
             f"{spec.backbone} at {spec.img_size} px has {tokens} of the image in {where}, and "
             "attention little to do; use larger images or, where the model takes it, a smaller "
             "model.timm_args.patch_size"

@@ -89,10 +89,10 @@ class Block(nn.Module):
         if drop_2B11 is not None:
             c2, c4 = c2 * drop_2B11[0], c4 * drop_2B11[1]
         if self.post_norm:
-            x_BNC = self.norm1(residual(x_BNC, self.attn(x_BNC, slices), c1, c2))
-            return self.norm2(residual(x_BNC, self.mlp(x_BNC), c3, c4))
-        x_BNC = residual(x_BNC, self.attn(self.norm1(x_BNC), slices), c1, c2)
-        return residual(x_BNC, self.mlp(self.norm2(x_BNC)), c3, c4)
+            x_BNC = self.norm1(add_residual(x_BNC, self.attn(x_BNC, slices), c1, c2))
+            return self.norm2(add_residual(x_BNC, self.mlp(x_BNC), c3, c4))
+        x_BNC = add_residual(x_BNC, self.attn(self.norm1(x_BNC), slices), c1, c2)
+        return add_residual(x_BNC, self.mlp(self.norm2(x_BNC)), c3, c4)
 
     def _coefficients(self, lrc_4: Tensor | None) -> tuple[Coefficient, ...]:
         if lrc_4 is not None:
@@ -105,11 +105,11 @@ class Block(nn.Module):
     def fuse(self) -> None:
         """Folds what multiplies the branches into their last projections, for inference."""
         keep1, scale1, keep2, scale2 = self._coefficients(self.lrc)
-        fold(self.attn.proj, scale1)
-        fold(self.mlp.fc2, scale2)
+        fold_scale(self.attn.proj, scale1)
+        fold_scale(self.mlp.fc2, scale2)
         self.lrc, self.scale1, self.scale2, self.scale = None, None, None, 1.0
-        hold(self, "keep1", keep1)
-        hold(self, "keep2", keep2)
+        hold_coefficient(self, "keep1", keep1)
+        hold_coefficient(self, "keep2", keep2)
 
 
 class NLL(nn.Module):
@@ -129,8 +129,8 @@ class NLL(nn.Module):
         """Returns c1*x + c2*MLP(LN(x))."""
         c1, c2 = self._coefficients()
         if self.post_norm:
-            return self.norm(residual(x_BNC, self.mlp(x_BNC), c1, c2))
-        return residual(x_BNC, self.mlp(self.norm(x_BNC)), c1, c2)
+            return self.norm(add_residual(x_BNC, self.mlp(x_BNC), c1, c2))
+        return add_residual(x_BNC, self.mlp(self.norm(x_BNC)), c1, c2)
 
     def _coefficients(self) -> tuple[Coefficient, ...]:
         if self.lrc is not None:
@@ -141,12 +141,12 @@ class NLL(nn.Module):
     def fuse(self) -> None:
         """Folds what multiplies the branch into its last projection, for inference."""
         keep1, scale1 = self._coefficients()
-        fold(self.mlp.fc2, scale1)
+        fold_scale(self.mlp.fc2, scale1)
         self.lrc, self.scale1, self.scale = None, None, 1.0
-        hold(self, "keep1", keep1)
+        hold_coefficient(self, "keep1", keep1)
 
 
-def residual(x: Tensor, branch: Tensor, keep: Coefficient, scale: Coefficient) -> Tensor:
+def add_residual(x: Tensor, branch: Tensor, keep: Coefficient, scale: Coefficient) -> Tensor:
     """Returns keep * x + scale * branch, in one pass over memory where a coefficient is 1."""
     if isinstance(scale, Tensor):
         if isinstance(keep, float) and keep == 1.0:
@@ -172,13 +172,13 @@ def learned_scale(spec: ModelSpec, stage: int) -> nn.Parameter | None:
     return None
 
 
-def fold(linear: nn.Linear, scale: Coefficient) -> None:
+def fold_scale(linear: nn.Linear, scale: Coefficient) -> None:
     """Multiplies what a linear layer puts out, by its weights; `scale` has one value or `out`."""
     linear.weight.mul_(scale.unsqueeze(-1) if isinstance(scale, Tensor) else scale)
     linear.bias.mul_(scale)
 
 
-def hold(module: nn.Module, name: str, value: Coefficient) -> None:
+def hold_coefficient(module: nn.Module, name: str, value: Coefficient) -> None:
     """Keeps a coefficient as a number, or as a buffer that the state dict has not."""
     if isinstance(value, Tensor):
         delattr(module, name)

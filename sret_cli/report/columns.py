@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sret_cli.spec.run import Row
-from sret_cli.study.axes import show
+from sret_cli.study.axes import format_value
 
 FLOPS_NOTE = "FLOPs: one multiply-add counts as one."
 
@@ -91,11 +91,11 @@ class Group:
         return [row[column] for row in self.rows if row.get(column) is not None]
 
 
-def group(rows: Sequence[Row], fields: Sequence[str]) -> list[Group]:
+def group_seeds(rows: Sequence[Row], fields: Sequence[str]) -> list[Group]:
     """Rows that agree in their fields, and in their layers, together; by field and depth."""
     groups: dict[tuple, Group] = {}
     for row in rows:
-        shown = {key: show(row.get(key)) for key in fields}
+        shown = {key: format_value(row.get(key)) for key in fields}
         key = (*shown.values(), row["layers"])
         groups.setdefault(key, Group(shown, [])).rows.append(row)
     return list(groups.values())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from sret_cli.report.figures import COLORS, save_figure, style
+from sret_cli.report.figures import COLORS, save_figure, series_style
 from sret_cli.runtime.files import make_directory
 
 
@@ -19,7 +19,7 @@ def write_training_figure(run_directory: Path, directory: Path) -> list[Path]:
     epochs = [line for line in lines if "top1_percent" in line]
     if not epochs:
         return []
-    with style():
+    with series_style():
         figure = Figure(figsize=(9, 3.4), layout="constrained")
         loss, accuracy = figure.subplots(1, 2)
         per_epoch = len(steps) / len(epochs)

@@ -13,18 +13,18 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from sret_cli.report.columns import COLUMNS, FLOPS_NOTE, heading, mean_and_deviation
 from sret_cli.runtime.files import write_atomically
 from sret_cli.spec.run import Row
-from sret_cli.study.axes import show, varying
+from sret_cli.study.axes import format_value, varying_fields
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe, Ito
 MARKERS = "osD^vPX"
 
 
-def plots(row: Row, x: str, y: str) -> bool:
+def can_plot(row: Row, x: str, y: str) -> bool:
     """Whether a row has numbers for both axes."""
     return all(isinstance(row.get(c), int | float) for c in (x, y))
 
 
-def style() -> Any:
+def series_style() -> Any:
     """Matplotlib's settings for every figure."""
     return matplotlib.rc_context(
         {
@@ -40,15 +40,15 @@ def style() -> Any:
     )
 
 
-def plot(rows: Sequence[Row], x: str, columns: Sequence[str]) -> Figure:
+def plot_rows(rows: Sequence[Row], x: str, columns: Sequence[str]) -> Figure:
     """One panel a column over x: a marker for each run, and a band where there are several seeds.
 
     The line joins means, the band is one standard deviation to each side. Runs that differ in
     other fields than x's are series of their own.
     """
     follows = {"layers": ["model.recursions"]}.get(x, [x])
-    fields = [f for f in varying(rows) if f not in follows]
-    with style():
+    fields = [f for f in varying_fields(rows) if f not in follows]
+    with series_style():
         figure = Figure(figsize=(max(4.2 * len(columns), 5.5), 3.6), layout="constrained")
         panels = figure.subplots(1, len(columns), squeeze=False)[0]
         for axes, column in zip(panels, columns, strict=True):
@@ -61,12 +61,12 @@ def plot(rows: Sequence[Row], x: str, columns: Sequence[str]) -> Figure:
 
 
 def _draw(axes: Axes, rows: Sequence[Row], x: str, column: str, fields: Sequence[str]) -> None:
-    plotted = [row for row in rows if plots(row, x, column)]
+    plotted = [row for row in rows if can_plot(row, x, column)]
     unit_x = COLUMNS[x].divisor if x in COLUMNS else 1
     unit_y = COLUMNS[column].divisor if column in COLUMNS else 1
     series: dict[tuple[str, ...], dict[float, list[float]]] = {}
     for row in plotted:
-        points = series.setdefault(tuple(show(row.get(f)) for f in fields), {})
+        points = series.setdefault(tuple(format_value(row.get(f)) for f in fields), {})
         points.setdefault(row[x] / unit_x, []).append(row[column] / unit_y)
     for index, (label, points) in enumerate(series.items()):
         color, marker = COLORS[index % len(COLORS)], MARKERS[(index + index // 7) % len(MARKERS)]
@@ -110,7 +110,7 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
     files = []
     for suffix in ("png", "svg"):
         data = io.BytesIO()
-        with style():
+        with series_style():
             figure.savefig(
                 data, format=suffix, metadata={"Date": None} if suffix == "svg" else None
             )

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from sret_cli.report.columns import COLUMNS, FLOPS_NOTE, group, heading, mean_and_deviation
+from sret_cli.report.columns import COLUMNS, FLOPS_NOTE, group_seeds, heading, mean_and_deviation
 from sret_cli.spec.model import ModelSpec
 from sret_cli.spec.run import Row
-from sret_cli.study.axes import varying
+from sret_cli.study.axes import varying_fields
 
 if TYPE_CHECKING:
     from sret_cli.cost.breakdown import Profile
@@ -45,17 +45,17 @@ CLASS_COLUMNS = (
 )
 
 
-def cells(rows: Sequence[Row], columns: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+def table_cells(rows: Sequence[Row], columns: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Headings and lines of a table: one line for each group of seeds, as mean ± deviation."""
-    fields = varying(rows)
+    fields = varying_fields(rows)
     fields = fields if "name" in fields else ["name", *fields]
     columns = [c for c in columns if any(row.get(c) is not None for row in rows)]
-    seeds = any(len(g.rows) > 1 for g in group(rows, fields))
+    seeds = any(len(g.rows) > 1 for g in group_seeds(rows, fields))
     failed = any(row.get("error") for row in rows)
     headings = [heading(f) for f in fields] + ["Runs"] * seeds
     headings += [COLUMNS[c].heading for c in columns] + ["Error"] * failed
     lines = []
-    for member in group(rows, fields):
+    for member in group_seeds(rows, fields):
         line = list(member.fields.values()) + [str(len(member.rows))] * seeds
         for column in columns:
             values = member.values(column)
@@ -99,7 +99,7 @@ def _is_number(text: str) -> bool:
     return text == "–" or text[:1].isdigit() or text[:1] == "-"
 
 
-def markdown(headings: list[str], lines: list[list[str]]) -> str:
+def markdown_table(headings: list[str], lines: list[list[str]]) -> str:
     """The table in Markdown, the FLOPs convention under it."""
     numeric = [all(_is_number(line[i]) for line in lines) for i in range(len(headings))]
     rows = [headings, ["---:" if right else "---" for right in numeric], *lines]

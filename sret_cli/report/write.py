@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sret_cli.report.tables import RUN_TABLE, cells, csv_text, markdown
+from sret_cli.report.tables import RUN_TABLE, csv_text, markdown_table, table_cells
 from sret_cli.runtime.files import make_directory, write_atomically
 from sret_cli.spec.run import Row
 from sret_cli.study.file import ReportSpec
@@ -13,19 +13,19 @@ COST = ("params", "macs", "peak_memory_bytes", "activation_bytes")
 
 def write_report(rows: Sequence[Row], spec: ReportSpec, directory: Path) -> list[Path]:
     """Writes table.md, table.csv and the figures that the rows allow; returns the files."""
-    from sret_cli.report.figures import plot, plots, save_figure
+    from sret_cli.report.figures import can_plot, plot_rows, save_figure
 
     make_directory(directory)
     files = [directory / "table.md", directory / "table.csv"]
-    write_atomically(files[0], markdown(*cells(rows, RUN_TABLE)))
+    write_atomically(files[0], markdown_table(*table_cells(rows, RUN_TABLE)))
     write_atomically(files[1], csv_text(rows))
     figures = {"accuracy": ["top1_percent"], "cost": _cost_columns(rows)}
     shown = {column for columns in figures.values() for column in columns}
     figures |= {column: [column] for column in spec.y if column not in shown}
     for name, columns in figures.items():
-        measured = [c for c in columns if any(plots(row, spec.x, c) for row in rows)]
+        measured = [c for c in columns if any(can_plot(row, spec.x, c) for row in rows)]
         if measured:
-            files += save_figure(plot(rows, spec.x, measured), directory / name)
+            files += save_figure(plot_rows(rows, spec.x, measured), directory / name)
     return files
 
 

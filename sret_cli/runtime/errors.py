@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cache
 
-from sret_cli.runtime.processes import leads
+from sret_cli.runtime.processes import is_leader
 
 USAGE, SPEC, DATA, CHECKPOINT, SOME_FAILED, RESOURCES = 2, 3, 4, 5, 6, 7
 
@@ -35,11 +35,11 @@ class SretError(Exception):
         self.code = code
         self.table = table
         self.status = status
-        self.agreed = False
-        self.tells: bool | None = None
+        self.on_all_ranks = False
+        self.reported_here: bool | None = None
 
 
-def out_of_memory(error: BaseException) -> SretError | None:
+def as_out_of_memory(error: BaseException) -> SretError | None:
     """The user's error where torch or Python ran out of memory, else None."""
     text = str(error)
     told = ("out of memory", "can't allocate memory")
@@ -54,7 +54,7 @@ class LoaderLost(SretError):
     """A process that loads images is gone."""
 
 
-def lost_loader(error: BaseException) -> LoaderLost | None:
+def as_loader_lost(error: BaseException) -> LoaderLost | None:
     """The user's error where torch says that a loader's process is gone, else None."""
     if not isinstance(error, RuntimeError) or "DataLoader worker (pid" not in str(error):
         return None
@@ -65,7 +65,7 @@ def lost_loader(error: BaseException) -> LoaderLost | None:
     return LoaderLost(message, RESOURCES, status="loader_lost")
 
 
-def nearest(word: str, choices: list[str]) -> str:
+def nearest_choice(word: str, choices: list[str]) -> str:
     """Names the choice that looks most like a misspelt word, or lists all choices."""
     match = get_close_matches(word, choices, n=1, cutoff=0.5)
     return f"did you mean {match[0]!r}?" if match else f"choose from {', '.join(choices)}"
@@ -92,13 +92,13 @@ def notes_shown_by(show: Callable[[str], None]) -> Iterator[None]:
         _shown_by.pop()
 
 
-def note(text: str) -> None:
+def show_note(text: str) -> None:
     """Tells the user, in one line, what is no error: on stderr, or as `notes_shown_by` has it."""
     _shown_by[-1](text)
 
 
 @cache
-def note_once(text: str) -> None:
+def show_note_once(text: str) -> None:
     """Tells the user what need not be told again, or by another process."""
-    if leads():
-        note(text)
+    if is_leader():
+        show_note(text)

@@ -30,11 +30,11 @@ def make_directory(path: Path) -> Path:
         if not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise cannot_write(path, error) from None
+        raise cannot_write_error(path, error) from None
     return path
 
 
-def cannot_write(path: Path, error: OSError, needed: int | None = None) -> SretError:
+def cannot_write_error(path: Path, error: OSError, needed: int | None = None) -> SretError:
     """The user's error for a file or directory that could not be written, of so many bytes."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
@@ -79,7 +79,7 @@ def write_atomically(path: Path, data: str | bytes) -> None:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise cannot_write(path, error, len(data)) from None
+            raise cannot_write_error(path, error, len(data)) from None
         raise
 
 
@@ -92,7 +92,7 @@ def sync_directory(path: Path) -> None:
         os.close(directory)
 
 
-def refuse_shorter(path: Path, position: int) -> None:
+def check_not_shorter(path: Path, position: int) -> None:
     """Makes sure that a file has all the bytes that a checkpoint counts.
 
     Raises:
@@ -119,13 +119,13 @@ class LineFile:
     def __init__(self, path: Path, position: int = 0) -> None:
         self.path, self.position = path, position
         try:
-            refuse_shorter(path, position)
+            check_not_shorter(path, position)
             self.file = open(path, "r+b" if position else "wb", buffering=0)
             if position:
                 self.file.truncate(position)
                 self.file.seek(position)
         except OSError as error:
-            raise cannot_write(path, error) from None
+            raise cannot_write_error(path, error) from None
 
     def write(self, line: str) -> None:
         """Writes a line, whole or not at all: the system may take a part of it on a full disk."""
@@ -138,7 +138,7 @@ class LineFile:
             with suppress(OSError):
                 self.file.truncate(self.position)
                 self.file.seek(self.position)
-            raise cannot_write(self.path, error, len(data)) from None
+            raise cannot_write_error(self.path, error, len(data)) from None
         self.position += len(data)
         reached(f"{self.path.name} line")
 
@@ -147,7 +147,7 @@ class LineFile:
         try:
             os.fsync(self.file.fileno())
         except OSError as error:
-            raise cannot_write(self.path, error) from None
+            raise cannot_write_error(self.path, error) from None
 
     def __enter__(self) -> Self:
         return self
@@ -161,7 +161,7 @@ class Busy(SretError):
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked_directory(directory: Path) -> Iterator[None]:
     """Keeps every other process from working on a run; the system frees it if this one dies.
 
     Raises:
@@ -178,7 +178,7 @@ def locked(directory: Path) -> Iterator[None]:
         raise Busy(message, USAGE) from None
     try:
         if lock.lock_counter == 1:
-            mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
+            mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": utc_now()}
             write_json(directory / HOLDER_FILE, mine)
             for stale in directory.glob(".*.tmp"):  # of a process that was killed while it wrote
                 stale.unlink(missing_ok=True)
@@ -216,7 +216,7 @@ def read_json(path: Path) -> Any:
         raise SretError(f"{path} is not JSON; remove it and run again", DATA) from None
 
 
-def now() -> str:
+def utc_now() -> str:
     """The time, in UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 

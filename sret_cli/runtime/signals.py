@@ -12,8 +12,13 @@ from typing import Any, NoReturn
 
 # Exit codes; 75 is sysexits.h's EX_TEMPFAIL: Slurm warns by one of these before the time is up, and
 # a script that sees it should requeue the job.
-AGAIN = 75
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: AGAIN, signal.SIGUSR2: AGAIN}
+START_AGAIN = 75
+EXIT_CODES = {
+    signal.SIGINT: 130,
+    signal.SIGTERM: 143,
+    signal.SIGUSR1: START_AGAIN,
+    signal.SIGUSR2: START_AGAIN,
+}
 PATIENCE = 10  # seconds
 
 
@@ -23,7 +28,7 @@ class Interrupted(Exception):
     def __init__(self, code: int) -> None:
         super().__init__(code)
         self.code = code
-        self.agreed = True  # of several processes, all stop
+        self.on_all_ranks = True  # of several processes, all stop
 
 
 class Stop:
@@ -35,7 +40,7 @@ class Stop:
 
     def __call__(self, number: int, frame: Any) -> None:
         """Sets the flag; a second Ctrl-C ends the process at once."""
-        self.code = CODES[signal.Signals(number)]
+        self.code = EXIT_CODES[signal.Signals(number)]
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.gives_up:
             signal.setitimer(signal.ITIMER_REAL, PATIENCE)
@@ -82,21 +87,21 @@ def ignore_ended_processes() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def leave(code: int) -> NoReturn:
+def exit_as_signalled(code: int) -> NoReturn:
     """Ends the process by the way of the signal that asked for that exit code."""
-    if code == CODES[signal.SIGINT]:
+    if code == EXIT_CODES[signal.SIGINT]:
         raise KeyboardInterrupt
     raise SystemExit(code)
 
 
 @contextmanager
-def listening() -> Iterator[Stop]:
+def catching_signals() -> Iterator[Stop]:
     """Signals set the flag that is handed out, until the end; outside the main thread none does."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, stop) for number in CODES}
+    before = {number: signal.signal(number, stop) for number in EXIT_CODES}
     before[signal.SIGALRM] = signal.signal(signal.SIGALRM, stop.give_up)
     try:
         yield stop

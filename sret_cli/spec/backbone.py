@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from sret_cli.runtime.errors import SretError, nearest
+from sret_cli.runtime.errors import SretError, nearest_choice
 from sret_cli.spec.depth import MAX_LAYERS
 from sret_cli.spec.model import ModelSpec
 from sret_cli.spec.presets import PRESETS
@@ -55,16 +55,29 @@ class BackboneSpec(Strict):
     """
 
     backbone: str
+    """Name of a timm model, in place of `preset`."""
     img_size: Annotated[int, Field(ge=1, le=16_384)]
+    """Height and width of the images; the model's own if not given."""
     in_chans: Count = 3
+    """Channels of the images."""
     num_classes: Annotated[int, Field(ge=0)] = 1000
+    """Classes; those of the data where a run trains."""
     recursions: Annotated[int, Field(ge=1, le=MAX_LAYERS)] = 1
+    """Passes through each block."""
     loop: Literal["internal", "external"] = "internal"
+    """`internal` repeats each block before the next, `external` repeats the list of blocks."""
     share: Count | Literal["all"] = 1
+    """Consecutive blocks that have one set of weights, or `all` blocks of a stage."""
     nll: Literal["per_pass", "per_block", "none"] = "none"
+    """Non-linear projection layers after the passes: one for each pass, one for each block, or
+    none.
+    """
     nll_ratio: Annotated[float, Field(gt=0, le=64)] = 1.0
+    """Hidden units of an NLL, as a multiple of its channels."""
     drop_path_rate: Rate = 0.0
+    """Drop path, as timm's model spreads it over its blocks."""
     timm_args: Arguments = ()
+    """Further arguments of timm's model, such as `{ patch_size = 4 }`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -169,7 +182,8 @@ def check_arguments(backbone: str, arguments: Arguments) -> None:
                 with torch.device("meta"):
                     known = _parameters(type(timm.create_model(backbone)))
                 raise SretError(
-                    f"timm_args.{name}: {backbone} takes no such argument; {nearest(name, known)}"
+                    f"timm_args.{name}: {backbone} takes no such argument; "
+                    f"{nearest_choice(name, known)}"
                 ) from None
     except MISFITS:
         return  # what is wrong with a value is said where the model is built

@@ -70,27 +70,60 @@ class ModelSpec(Strict):
     """
 
     img_size: Annotated[int, Field(ge=1, le=16_384)] = 224
+    """Height and width of the images, in pixels."""
     in_chans: Annotated[int, Field(ge=1, le=4096)] = 3
+    """Channels of the images."""
     num_classes: Annotated[int, Field(ge=0, le=1_000_000)] = 1000
+    """Classes; those of the data where a run trains."""
     stem_strides: tuple[Stride, Stride, Stride] = (2, 2, 2)
+    """Strides of the three convolutions of the stem."""
     embed_dims: tuple[Width, ...] = (128, 256, 512)
+    """Channels of each stage."""
     num_heads: tuple[Count, ...] = (2, 4, 8)
+    """Attention heads of each stage."""
     blocks: tuple[Count, ...] = (2, 5, 3)
+    """Blocks of each stage: sets of shared weights."""
     recursions: tuple[Count, ...] = (2, 2, 2)
+    """Passes through each block, by stage."""
     loop: Literal["internal", "external"] = "internal"
+    """`internal` repeats each block before the next (b0 b0 b1 b1), `external` repeats the list of
+    blocks (b0 b1 b0 b1).
+    """
     order: tuple[tuple[Annotated[int, Field(ge=0)], ...], ...] | None = None
+    """The blocks of a stage's passes, one by one, instead of `loop` and `recursions`: [0, 0, 1, 0].
+    """
     slices: tuple[Count, ...] = (4, 4, 1)
+    """Groups that attention is confined to, on the first pass through a block. A single number
+    takes its greatest common divisor with each stage's tokens.
+    """
     recursive_slices: tuple[Count, ...] = (4, 4, 1)
+    """The same on later passes; `slices` where only that is given."""
     shuffle: Literal["random", "fixed", "none"] = "random"
+    """Permutation of tokens before later sliced passes: `random` is drawn anew at each training
+    step and fixed in evaluation, `fixed` is seeded, `none` leaves the order.
+    """
     mlp_ratio: Annotated[float, Field(gt=0, le=64)] = 3.0
+    """Hidden units of a block's MLP, as a multiple of its channels."""
     nll: Literal["per_pass", "per_block", "none"] = "per_block"
+    """Non-linear projection layers after the passes: one for each pass (the reference), one for
+    each block (no parameters with depth), or none.
+    """
     nll_ratio: Annotated[float, Field(gt=0, le=64)] = 1.0
+    """Hidden units of an NLL, as a multiple of its channels."""
     residual: Literal["lrc", "plain", "layerscale", "rezero", "sqrt", "loop", "deepnorm"] = "lrc"
+    """How a branch is added to the stream; docs/models.md compares the rules."""
     lrc: Literal["per_block", "per_pass"] = "per_block"
+    """Learned residual coefficients for each block, or for each pass."""
     drop_rate: Rate = 0.0
+    """Dropout of the MLPs and projections."""
     attn_drop_rate: Rate = 0.0
+    """Dropout of the attention weights."""
     drop_path_rate: Rate = 0.0
+    """Drop path of the last pass; earlier passes drop in proportion to their depth."""
     drop_path_ramp: Literal["per_pass", "per_block"] = "per_pass"
+    """`per_pass` climbs over all passes; `per_block` gives all passes through a block one rate, by
+    the formula of the SReT code.
+    """
 
     @model_validator(mode="before")
     @classmethod

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sret_cli.runtime.errors import SretError, nearest
+from sret_cli.runtime.errors import SretError, nearest_choice
 from sret_cli.spec.model import ModelSpec
 
 _TINY: dict[str, Any] = {
@@ -62,5 +62,5 @@ def preset(name: str) -> ModelSpec:
         SretError: there is none; the message names the nearest.
     """
     if not isinstance(name, str) or name not in PRESETS:
-        raise SretError(f"unknown preset {name!r}; {nearest(str(name), list(PRESETS))}")
+        raise SretError(f"unknown preset {name!r}; {nearest_choice(str(name), list(PRESETS))}")
     return PRESETS[name]

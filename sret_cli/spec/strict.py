@@ -12,11 +12,11 @@ from pydantic import (
     model_validator,
 )
 
-from sret_cli.runtime.errors import SretError, nearest
+from sret_cli.runtime.errors import SretError, nearest_choice
 
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 NOT_STAGES = ("scale", "stem_strides", "recursions_range", "decay_milestones")
 
 
@@ -36,12 +36,12 @@ def without_none(data: dict[str, Any], cls: type[BaseModel]) -> dict[str, Any]:
     return {**data, **dict.fromkeys(off)}
 
 
-def explain(error: ValidationError, cls: type[BaseModel]) -> str:
+def first_mistake(error: ValidationError, cls: type[BaseModel]) -> str:
     """One line for the first thing that pydantic found wrong in a spec."""
     first = error.errors(include_url=False)[0]
     field = str(first["loc"][0]) if first["loc"] else cls.__name__
     if first["type"] == "extra_forbidden":
-        return f"unknown key {field!r}; {nearest(field, list(cls.model_fields))}"
+        return f"unknown key {field!r}; {nearest_choice(field, list(cls.model_fields))}"
     stage = len(first["loc"]) > 1 and field not in NOT_STAGES
     place = f" (stage {int(first['loc'][1]) + 1})" if stage else ""
     message = first["msg"][0].lower() + first["msg"][1:]
@@ -57,6 +57,7 @@ class Strict(BaseModel):
         extra="forbid",
         allow_inf_nan=False,
         validate_default=True,
+        use_attribute_docstrings=True,
         ignored_types=(cached_property,),
     )
 
@@ -66,7 +67,7 @@ class Strict(BaseModel):
         try:
             return handler(data)
         except ValidationError as error:
-            raise SretError(explain(error, cls)) from None
+            raise SretError(first_mistake(error, cls)) from None
 
     def with_values(self, **values: Any) -> Self:
         """A copy with other values, checked like a new one."""

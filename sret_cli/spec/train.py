@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from sret_cli.runtime.errors import USAGE, SretError, nearest
+from sret_cli.runtime.errors import USAGE, SretError, nearest_choice
 from sret_cli.spec.recipes import RATES, RECIPES, UNLABELLED
-from sret_cli.spec.strict import Count, Rate, Share, Strict, as_tuples, without_none
+from sret_cli.spec.strict import Count, Fraction, Rate, Strict, as_tuples, without_none
 
 COMPILE_MODES = ("off", "on", "auto")
 
@@ -19,7 +19,7 @@ def check_compile_mode(mode: Any) -> Any:
         SretError: there is not.
     """
     if mode not in COMPILE_MODES:
-        choice = nearest(str(mode), list(COMPILE_MODES))
+        choice = nearest_choice(str(mode), list(COMPILE_MODES))
         raise SretError(f"unknown mode of compilation {mode!r}; {choice}", USAGE)
     return mode
 
@@ -73,56 +73,110 @@ class TrainSpec(Strict):
     """
 
     recipe: Literal["none", "sret", "deit", "finetune", "small"] = "none"
+    """Published or own settings that fill the fields that are not given."""
     dataset: str = "digits"
+    """digits, synthetic, folder, tar, wds, hfds, hfds/NAME or torch/NAME; `folder` where `data_dir`
+    is given.
+    """
     data_dir: str | None = None
+    """Where the images are; not part of the run id, which depends on the images themselves."""
     label_column: str | None = None
+    """Column of the classes, where a dataset has several or an unusual name."""
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 15
+    """Epochs of training."""
     batch_size: Annotated[int, Field(ge=2, le=1_000_000)] = 64
+    """Images of one optimiser step, on all processes together."""
     accumulation: Count = 1
+    """Equal parts that the images of a step are taken in."""
     opt: str = "adamw"
+    """Optimiser, by timm's name."""
     lr: Annotated[float, Field(gt=0)] = 2e-3
+    """Learning rate; that of a recipe is in proportion to `batch_size`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """Weight decay."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor of the learning rate from each block to the one before; 1 is none."""
     sched: Literal["cosine", "tanh", "poly", "step", "multistep", "constant", "wsd", "rsqrt"] = (
         "cosine"
     )
+    """Learning-rate schedule, by timm's name."""
     decay_epochs: Count = 30
+    """Epochs between decays (`step`), or of the decay (`wsd`, `rsqrt`)."""
     decay_milestones: tuple[Count, ...] = (30, 60)
+    """Epochs at which the rate decays (`multistep`)."""
     decay_rate: Annotated[float, Field(gt=0)] = 0.1
+    """Factor of a decay (`step`, `multistep`); the power of `poly`."""
     min_lr: Annotated[float, Field(ge=0)] = 1e-5
+    """Learning rate at the end of the schedule."""
     warmup_lr: Annotated[float, Field(ge=0)] | None = None
+    """Learning rate at the first step of the warm-up."""
     warmup_epochs: Annotated[int, Field(ge=0)] = 1
+    """Epochs in which the learning rate rises."""
     sched_on_updates: bool = True
+    """Whether the schedule steps at every update, or at every epoch."""
     smoothing: Rate = 0.1
+    """Label smoothing."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of the gradient; 0 does not clip."""
     mixup: Annotated[float, Field(ge=0)] = 0.0
+    """Mixup alpha; 0 is none."""
     cutmix: Annotated[float, Field(ge=0)] = 0.0
+    """CutMix alpha; 0 is none."""
     model_ema_decay: Rate = 0.0
+    """Decay of the averaged weights; 0 keeps none."""
     model_ema_warmup: bool = False
+    """Whether the decay of the averaged weights rises from 0."""
     init: str | None = None
+    """Directory with weights to start from."""
     reset_head: bool = False
+    """Whether the head of `init` is left out, for other classes."""
     teacher: str | None = None
+    """Name of a timm model, or directory of a trained model, to distil from."""
     teacher_checkpoint: str | None = None
+    """File with the weights of a timm teacher."""
     teacher_img_size: Count | None = None
+    """Image size of the teacher, where it is not timm's default."""
     soft_labels: str | None = None
+    """Directory that `sret distill-labels` wrote."""
     distill_temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Temperature of the teacher's and the student's probabilities."""
     scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (
         0.5,
         1,
     )
+    """Smallest and largest area of a random crop, as parts of the image."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    """How images are resized."""
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
-    hflip: Share = 0.0
-    color_jitter: Share = 0.0
+    """Side of the centre crop of test images, as a part of the resized image; 0.875 for
+    photographs.
+    """
+    hflip: Fraction = 0.0
+    """Probability of a horizontal flip; 0.5 for photographs."""
+    color_jitter: Fraction = 0.0
+    """Strength of the colour jitter."""
     auto_augment: str | None = None
-    reprob: Share = 0.0
+    """timm's policy, such as `rand-m9-mstd0.5-inc1`; `none` switches a recipe's off."""
+    reprob: Fraction = 0.0
+    """Probability of random erasing."""
     aug_repeats: Annotated[int, Field(ge=0, le=100)] = 0
+    """Times that an image is repeated within an epoch, each time augmented anew; 0 or 1 is once."""
     on_bad_image: Literal["stop", "skip"] = "stop"
+    """What an image that cannot be read does: `stop` the training, or `skip` the image and count
+    it.
+    """
     precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32, or bf16 by autocast."""
     recompute: Literal["none", "pass", "auto"] | Count = "none"
+    """What the backward pass recomputes: nothing, each pass, segments of that many passes, or what
+    needs least memory (`auto`).
+    """
     compile: Literal["off", "on", "auto"] = "off"
+    """Whether each kind of pass is compiled; `auto` where there is a compiler."""
     recursions_range: tuple[Count, Count] | None = None
+    """Smallest and largest recursion count; each step draws one."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Random seed for weights, data order and augmentation."""
 
     @model_validator(mode="before")
     @classmethod
@@ -136,7 +190,7 @@ class TrainSpec(Strict):
             data = {"hflip": 0.5, "crop_pct": 0.875, **data}
         name = data.get("recipe", "none")
         if not isinstance(name, str) or name not in RECIPES:
-            raise SretError(f"unknown recipe {name!r}; {nearest(str(name), list(RECIPES))}")
+            raise SretError(f"unknown recipe {name!r}; {nearest_choice(str(name), list(RECIPES))}")
         unlabelled = UNLABELLED if data.get("soft_labels") is not None else {}
         given, data = data, {**RECIPES[name], **unlabelled, **data}
         if name in RATES and "lr" not in data and isinstance(data["batch_size"], int):
@@ -181,7 +235,7 @@ class TrainSpec(Strict):
         kind, slash, _ = str(value).partition("/")
         if (kind if slash else value) not in (NAMED if slash else DATASETS):
             choices = [*DATASETS, *(f"{kind}/NAME" for kind in NAMED)]
-            raise SretError(f"unknown dataset {value!r}; {nearest(str(value), choices)}")
+            raise SretError(f"unknown dataset {value!r}; {nearest_choice(str(value), choices)}")
         return value
 
     @field_validator("compile", mode="before")

@@ -7,7 +7,7 @@ from sret_cli.spec.contents import CONTENTS_OF
 from sret_cli.spec.run import Row
 
 
-def show(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A spec field's value as a short text: tuples as 8-4-1, none as a dash."""
     if value is None:
         return "–"
@@ -16,7 +16,7 @@ def show(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def varying(rows: Sequence[Row]) -> list[str]:
+def varying_fields(rows: Sequence[Row]) -> list[str]:
     """The fields, beside the seed, that tell rows apart: spec fields, `study` and `name`.
 
     A field that follows from the name or, like the recursions from the layers, from what every
@@ -26,7 +26,8 @@ def varying(rows: Sequence[Row]) -> list[str]:
     differ = [
         found
         for key in ("study", "name", *keys)
-        if (found := _telling(rows, key)) and len({show(row.get(found)) for row in rows}) > 1
+        if (found := _telling(rows, key))
+        and len({format_value(row.get(found)) for row in rows}) > 1
     ]
     for known in ("study", "name", "model.slices", "layers"):
         if known in differ or known == "layers":
@@ -56,7 +57,7 @@ def _telling(rows: Sequence[Row], key: str) -> str | None:
 
 
 def _follows(rows: Sequence[Row], known: str, field: str) -> bool:
-    pairs = {(show(row.get(known)), show(row.get(field))) for row in rows}
+    pairs = {(format_value(row.get(known)), format_value(row.get(field))) for row in rows}
     return len(pairs) == len({first for first, _ in pairs})
 
 
@@ -67,7 +68,9 @@ def run_labels(rows: Sequence[Row]) -> list[str]:
         rows: those of all runs of the study; they need no measurements.
     """
     short = {
-        field: _short(rows, field) for field in varying(rows) if field not in ("study", "name")
+        field: _short(rows, field)
+        for field in varying_fields(rows)
+        if field not in ("study", "name")
     }
     labels = []
     for row in rows:
@@ -75,7 +78,7 @@ def run_labels(rows: Sequence[Row]) -> list[str]:
         parts += [f"{row['layers']} layers"] if row["layers"] is not None else []
         parts += [f"seed {row['train.seed']}"] if "train.seed" in row else []
         parts += [
-            f"{field.rpartition('.')[2]} {texts[show(row[field])]}"
+            f"{field.rpartition('.')[2]} {texts[format_value(row[field])]}"
             for field, texts in short.items()
             if field in row
         ]
@@ -85,6 +88,6 @@ def run_labels(rows: Sequence[Row]) -> list[str]:
 
 def _short(rows: Sequence[Row], field: str) -> dict[str, str]:
     """Short texts of a field's values: of paths the last parts, where these differ."""
-    values = {show(row.get(field)) for row in rows}
+    values = {format_value(row.get(field)) for row in rows}
     last = {value: value.rpartition("/")[2] for value in values}
     return last if len(set(last.values())) == len(values) else {value: value for value in values}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sret_cli.runtime.errors import DATA, SretError
-from sret_cli.runtime.files import Busy, locked, read_json
+from sret_cli.runtime.files import Busy, locked_directory, read_json
 from sret_cli.spec.run import CONFIG_FILE
 from sret_cli.study.rows import read_row
 
@@ -60,7 +60,7 @@ def remove_checkpoints(found: list[Checkpoints]) -> int:
     for checkpoints in found:
         with ExitStack() as stack:
             try:
-                stack.enter_context(locked(checkpoints.run))
+                stack.enter_context(locked_directory(checkpoints.run))
             except Busy:
                 continue
             now = _checkpoints(checkpoints.run, locks=False)
@@ -82,7 +82,7 @@ def _needed(run: Path, locks: bool) -> str | None:
         return "the run is not finished"
     if locks:
         try:
-            with locked(run):
+            with locked_directory(run):
                 pass
         except Busy as error:
             return str(error).partition(";")[0]

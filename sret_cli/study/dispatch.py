@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from sret_cli.runtime.errors import USAGE, SretError, print_note
-from sret_cli.runtime.processes import started_as
+from sret_cli.runtime.processes import rank_and_world_size
 from sret_cli.runtime.progress import OnStep
 from sret_cli.spec.run import Row, Run
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Options:
+class RunOptions:
     """How and where runs are done, which does not change what they do.
 
     `measure_batch_size` is None where nothing is to be timed; `compiles` is as in `compile_model`,
@@ -46,13 +46,13 @@ class Team:
         SretError: they cannot find each other, or weights are to be sharded and there is but one.
     """
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: RunOptions) -> None:
         self.options = options
         self.ranks: Ranks | None = None  # starting them takes torch, which one process may not need
-        if started_as()[1] > 1:
-            from sret_cli.training.ranks import start
+        if rank_and_world_size()[1] > 1:
+            from sret_cli.training.ranks import start_ranks
 
-            self.ranks = start(options.device)
+            self.ranks = start_ranks(options.device)
         elif options.shard:
             raise SretError(
                 "--shard shares the weights out among several processes; start them by torchrun "
@@ -61,9 +61,9 @@ class Team:
             )
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether this process writes files and talks to the user."""
-        return self.ranks is None or self.ranks.leads
+        return self.ranks is None or self.ranks.is_leader
 
     @property
     def lost(self) -> bool:
@@ -82,7 +82,7 @@ class Team:
         from sret_cli.training.session import Saving, train
 
         options, ranks = self.options, self.ranks or ALONE
-        if ranks.leads:
+        if ranks.is_leader:
             ranks.broadcast((run, directory))
         return train(
             run,
@@ -103,7 +103,7 @@ class Team:
         """Takes part in the trainings that the leading process begins, until it ends."""
         assert self.ranks is not None
         while True:
-            with self.ranks.ending_all():
+            with self.ranks.end_together():
                 wanted = self.ranks.broadcast()
             if isinstance(wanted, int):
                 self.ranks.close()

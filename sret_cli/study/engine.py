@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from sret_cli.runtime.errors import SretError
-from sret_cli.runtime.files import Busy, locked, read_json
+from sret_cli.runtime.files import Busy, locked_directory, read_json
 from sret_cli.runtime.progress import Display
 from sret_cli.spec.backbone import BackboneSpec
 from sret_cli.spec.contents import Contents
 from sret_cli.spec.run import CONFIG_FILE, Row, Run
 from sret_cli.study.axes import run_labels
-from sret_cli.study.dispatch import Options, Team
+from sret_cli.study.dispatch import RunOptions, Team
 from sret_cli.study.execute import _measure, _missing, profile_run
 from sret_cli.study.file import Study
 from sret_cli.study.paths import PATH_FIELDS, check_path
@@ -37,7 +37,7 @@ class Outcome:
 
 
 def run_study(
-    study: Study, root: Path, options: Options, console: Console, trains: bool = True
+    study: Study, root: Path, options: RunOptions, console: Console, trains: bool = True
 ) -> Outcome:
     """Profiles and, where asked, trains each run of a study, and writes their rows.
 
@@ -50,14 +50,14 @@ def run_study(
             a run's backbone cannot be built, which is found out before the first run starts.
     """
     team = Team(options) if trains else None
-    if team is not None and not team.leads:
+    if team is not None and not team.is_leader:
         team.follow()
     with nullcontext() if team is None else team.leading():
         return _run_study(study, root, options, console, trains, team)
 
 
 def _run_study(
-    study: Study, root: Path, options: Options, console: Console, trains: bool, team: Team | None
+    study: Study, root: Path, options: RunOptions, console: Console, trains: bool, team: Team | None
 ) -> Outcome:
     if trains:
         _check_paths(study)
@@ -85,7 +85,7 @@ def _run_study(
                 if "training" in missing:
                     _note_other_contents(run, root, display)
                 try:
-                    with locked(directory):
+                    with locked_directory(directory):
                         _measure(missing, row, run, directory, options, display, team)
                 except SretError as error:
                     if team is not None and team.lost:

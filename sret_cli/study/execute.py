@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sret_cli.cost.published import published_columns
-from sret_cli.runtime.errors import RESOURCES, SOME_FAILED, SretError, note, out_of_memory
+from sret_cli.runtime.errors import RESOURCES, SOME_FAILED, SretError, as_out_of_memory, show_note
 from sret_cli.runtime.files import read_json, write_json
 from sret_cli.runtime.progress import Display
 from sret_cli.spec.backbone import BackboneSpec
 from sret_cli.spec.run import CONFIG_FILE, Row, Run
 from sret_cli.spec.train import TrainSpec
-from sret_cli.study.dispatch import Options, Team
+from sret_cli.study.dispatch import RunOptions, Team
 from sret_cli.study.rows import provenance
 from sret_cli.training.config import refuse_other_config, write_config
 
@@ -23,7 +23,7 @@ from sret_cli.study.rows import planned_row
 MEASURED_IMAGES = 8  # a step, of models that are only measured
 
 
-def profile_run(run: Run, options: Options) -> tuple[Row, "Profile"]:
+def profile_run(run: Run, options: RunOptions) -> tuple[Row, "Profile"]:
     """The row of a run that is measured and not kept, beside published figures of its model.
 
     Where the device's memory does not suffice, the row has an `error` in place of measurements.
@@ -43,26 +43,26 @@ def profile_run(run: Run, options: Options) -> tuple[Row, "Profile"]:
     return row, costs
 
 
-def _speed(run: Run, options: Options) -> Row:
-    from sret_cli.cost.timing import measure
+def _speed(run: Run, options: RunOptions) -> Row:
+    from sret_cli.cost.timing import measure_speed
     from sret_cli.runtime.device import choose_device
 
     assert options.measure_batch_size is not None
     device = choose_device(options.device)
     with _out_of_memory_is_an_error():
-        return measure(
+        return measure_speed(
             run.model,
             device,
             options.measure_batch_size,
             options.precision,
             options.compiles,
-            lambda reason: note(f"not compiled: {reason}"),
+            lambda reason: show_note(f"not compiled: {reason}"),
         )
 
 
-def predict_memory(
+def predicted_memory_columns(
     run: Run,
-    options: Options,
+    options: RunOptions,
     recompute: str | int | None = None,
     precision: str | None = None,
 ) -> Row:
@@ -73,7 +73,7 @@ def predict_memory(
     training's own; its batch is the images of one step, or of one of its `accumulation` parts.
     """
     from sret_cli.cost.footprint import Setting
-    from sret_cli.cost.memory import largest_batch, predict
+    from sret_cli.cost.memory import largest_batch, predict_memory
     from sret_cli.runtime.device import device_type
 
     device = "cpu" if device_type(options.device) == "cpu" else "cuda"
@@ -92,7 +92,7 @@ def predict_memory(
     }
     if isinstance(run.model, BackboneSpec):
         return row
-    memory, plan = predict(run.model, setting, chosen, options.gpu_memory)
+    memory, plan = predict_memory(run.model, setting, chosen, options.gpu_memory)
     row |= {**memory.row(), **plan._asdict(), "fits": None, "largest_batch": None}
     if options.gpu_memory is not None:
         row["fits"] = memory.training_memory_bytes <= options.gpu_memory
@@ -105,7 +105,7 @@ def _measure(
     row: Row,
     run: Run,
     directory: Path,
-    options: Options,
+    options: RunOptions,
     display: Display,
     team: Team | None,
 ) -> None:
@@ -133,7 +133,7 @@ def _measure(
     write_json(directory / "row.json", row)
 
 
-def _missing(row: Row, run: Run, options: Options, trains: bool) -> list[str]:
+def _missing(row: Row, run: Run, options: RunOptions, trains: bool) -> list[str]:
     missing = ["cost"] if row["macs"] is None else []
     if options.measure_batch_size is not None and (
         row["forward_seconds"] is None
@@ -152,7 +152,7 @@ def _do(
     measurement: str,
     run: Run,
     directory: Path,
-    options: Options,
+    options: RunOptions,
     display: Display,
     team: Team | None,
 ) -> Row:
@@ -173,7 +173,7 @@ def _out_of_memory_is_an_error() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        found = out_of_memory(error)
+        found = as_out_of_memory(error)
         if found is None:
             raise
         raise found from None

@@ -14,8 +14,8 @@ from itertools import product
 from pathlib import Path
 from typing import NoReturn
 
-from sret_cli.cost.budget import TWIN_KINDS, twin
-from sret_cli.runtime.errors import USAGE, SretError, nearest
+from sret_cli.cost.budget import TWIN_KINDS, twin_spec
+from sret_cli.runtime.errors import USAGE, SretError, nearest_choice
 from sret_cli.spec.backbone import BackboneSpec
 from sret_cli.spec.model import ModelSpec
 from sret_cli.spec.run import HANDLING, Run, Table, put
@@ -30,7 +30,7 @@ from sret_cli.study.points import (
     shown,
     written,
 )
-from sret_cli.study.resolve import BACKBONE_KEYS, resolve
+from sret_cli.study.resolve import BACKBONE_KEYS, resolve_run
 from sret_cli.study.rows import MEASUREMENTS
 
 TABLES = ("model", "train", "grid", "zip", "runs", "twins", "baselines", "report")
@@ -49,7 +49,9 @@ class ReportSpec(Strict):
     """What a study's figures show: columns of its rows."""
 
     x: str = "layers"
+    """Column along the x axis of the figures."""
     y: tuple[str, ...] = ("top1_percent", "macs")
+    """Columns along the y axes, one figure each."""
 
     @classmethod
     def of(cls, table: Table) -> "ReportSpec":
@@ -62,7 +64,7 @@ class ReportSpec(Strict):
             if is_timm_argument(column):
                 continue
             if column not in (*MEASUREMENTS, *fields):
-                hint = nearest(column, [*MEASUREMENTS, *fields])
+                hint = nearest_choice(column, [*MEASUREMENTS, *fields])
                 raise SretError(f"[report] unknown column {column!r}; {hint}")
             if column not in (*NUMBERS, *MEASUREMENTS):
                 raise SretError(
@@ -92,7 +94,7 @@ def load_study(path: Path, train: Table | None = None) -> Study:
     if path.stem in RESERVED:
         raise SretError(f"{path}: runs/{path.stem} has another use; give the study another name")
     try:
-        return study_of(path.stem, tables, path.parent, train or {})
+        return study_from_tables(path.stem, tables, path.parent, train or {})
     except SretError as error:
         raise SretError(f"{path}: {error}", error.code) from None
 
@@ -123,7 +125,7 @@ def read_study(path: Path) -> Table:
         raise SretError(f"{path} is not a study, which is a TOML file: {reason}") from None
 
 
-def study_of(
+def study_from_tables(
     name: str, tables: Table, folder: Path | None = None, flags: Table | None = None
 ) -> Study:
     """A study of the tables of its file.
@@ -137,11 +139,13 @@ def study_of(
     flags = flags or {}
     for key, value in tables.items():
         if key not in TABLES:
-            raise SretError(f"unknown table [{key}]; {nearest(key, list(TABLES))}")
+            raise SretError(f"unknown table [{key}]; {nearest_choice(key, list(TABLES))}")
         if key == "twins":
             for kind in named_list(key, value, ", ".join(TWIN_KINDS)):
                 if kind not in TWIN_KINDS:
-                    raise SretError(f"twins: unknown kind {kind!r}; {nearest(kind, [*TWIN_KINDS])}")
+                    raise SretError(
+                        f"twins: unknown kind {kind!r}; {nearest_choice(kind, [*TWIN_KINDS])}"
+                    )
         elif key == "baselines":
             named_list(key, value, "timm's names of models")
         elif not isinstance(value, list if key == "runs" else dict):
@@ -170,7 +174,7 @@ def study_of(
                 check_path("data_dir", train.get("data_dir"), folder)
         train |= flags
         if "model" in tables or "runs" in tables or model or "baselines" not in tables:
-            run = resolve(name, model, train if trains else None, label)
+            run = resolve_run(name, model, train if trains else None, label)
             known = _canonical(run)
             if known in distinct:
                 _refuse_same(distinct[known], run, texts[known], text)
@@ -178,7 +182,7 @@ def study_of(
         images = {k: model[k] for k in ("img_size", "in_chans", "num_classes") if k in model}
         for backbone in tables.get("baselines", ()):
             baseline = {**images, "backbone": backbone}
-            baselines.append(resolve(name, baseline, train if trains else None))
+            baselines.append(resolve_run(name, baseline, train if trains else None))
     runs = with_twins(list(distinct.values()), tables.get("twins", []))
     distinct = {_canonical(run): run for run in [*runs, *baselines]}
     report = ReportSpec.of(tables.get("report", {}))
@@ -197,7 +201,7 @@ def with_baselines(study: Study, backbones: list[str]) -> Study:
     """The study, and after its runs models of timm's for the images of its first model."""
     first = study.runs[0].model
     images = {key: getattr(first, key) for key in ("img_size", "in_chans", "num_classes")}
-    baselines = [resolve(study.name, {**images, "backbone": name}, None) for name in backbones]
+    baselines = [resolve_run(study.name, {**images, "backbone": name}, None) for name in backbones]
     return replace(study, runs=(*study.runs, *baselines))
 
 
@@ -212,7 +216,7 @@ def with_twins(runs: list[Run], kinds: list[str]) -> list[Run]:
 
     Models of timm's have none.
     """
-    found, control, added = {_canonical(run) for run in runs}, cache(twin), []
+    found, control, added = {_canonical(run) for run in runs}, cache(twin_spec), []
     for run, kind in product(runs, kinds):
         if isinstance(run.model, BackboneSpec):
             continue

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-from sret_cli.runtime.errors import SretError, nearest
+from sret_cli.runtime.errors import SretError, nearest_choice
 from sret_cli.spec.run import Table
 from sret_cli.spec.train import TrainSpec
 from sret_cli.study.resolve import BACKBONE_KEYS, MODEL_KEYS
@@ -125,4 +125,4 @@ def check_key(place: str, key: str) -> None:
     keys = field_keys()
     if key not in keys and not is_timm_argument(key):
         hint = f'; write it in quotes, "{key}.…"' if key in ("model", "train") else ""
-        raise SretError(f"{place} unknown key {key!r}{hint}; {nearest(key, keys)}")
+        raise SretError(f"{place} unknown key {key!r}{hint}; {nearest_choice(key, keys)}")

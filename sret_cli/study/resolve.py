@@ -4,9 +4,16 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from sret_cli.cost.budget import fit_width, twin
+from sret_cli.cost.budget import fit_width, twin_spec
 from sret_cli.data.classes import dataset_classes
-from sret_cli.runtime.errors import CHECKPOINT, DATA, USAGE, SretError, nearest, note_once
+from sret_cli.runtime.errors import (
+    CHECKPOINT,
+    DATA,
+    USAGE,
+    SretError,
+    nearest_choice,
+    show_note_once,
+)
 from sret_cli.runtime.files import read_json
 from sret_cli.spec.backbone import BackboneSpec, Spec, read_spec
 from sret_cli.spec.contents import Contents, are_known
@@ -22,7 +29,7 @@ MODEL_KEYS = ("preset", "layers", "params", "macs", "twin", *ModelSpec.model_fie
 BACKBONE_KEYS = tuple(BackboneSpec.model_fields)
 
 
-def resolve(study: str, model: Table, train: Table | None, name: str | None = None) -> Run:
+def resolve_run(study: str, model: Table, train: Table | None, name: str | None = None) -> Run:
     """The run that a model table and a training table stand for, every default filled in.
 
     The default preset is `nano` where the run trains on `digits`, else `deep`; the number of
@@ -36,7 +43,7 @@ def resolve(study: str, model: Table, train: Table | None, name: str | None = No
             raise SretError(f"[train] {error}", error.code) from None
         for field, value in TrainSpec.fitted(train).items():
             given = "epochs" if field == "warmup_epochs" else "lr"
-            note_once(f"{field} is set to {value:g} to fit {given} = {train[given]:g}")
+            show_note_once(f"{field} is set to {value:g} to fit {given} = {train[given]:g}")
     else:
         train_spec = None
     trains_digits = train_spec is not None and train_spec.dataset == "digits"
@@ -82,7 +89,7 @@ def resolve_sret(table: Table) -> ModelSpec:
         spec = base.with_fitted(**values)
         spec = spec if layers is None else spec.at(layers=layers)
         spec = fit_width(spec, **budget) if budget else spec
-        return spec if kind is None else twin(spec, kind)
+        return spec if kind is None else twin_spec(spec, kind)
     except SretError as error:
         raise SretError(f"[model] {error}", error.code) from None
 
@@ -108,10 +115,10 @@ def _whole_number(table: Table, key: str) -> int:
 def _check_keys(place: str, table: Table, keys: list[str]) -> None:
     for key in table:
         if key not in keys:
-            raise SretError(f"[{place}] unknown key {key!r}; {nearest(key, keys)}")
+            raise SretError(f"[{place}] unknown key {key!r}; {nearest_choice(key, keys)}")
 
 
-def continued(
+def continue_run(
     directory: Path,
     epochs: int | None,
     on_bad_image: str | None = None,

@@ -13,7 +13,7 @@ from typing import Any
 
 from sret_cli import __version__
 from sret_cli.runtime.errors import DATA, SretError
-from sret_cli.runtime.files import now, read_json
+from sret_cli.runtime.files import read_json, utc_now
 from sret_cli.spec.contents import CONTENTS_OF
 from sret_cli.spec.run import Row, Run, flat
 from sret_cli.training.config import _flat
@@ -121,7 +121,7 @@ def provenance() -> Row:
         "sret_version": __version__,
         "python_version": platform.python_version(),
         "git_commit": git_commit(),
-        "started_at": now(),
+        "started_at": utc_now(),
     }
 
 

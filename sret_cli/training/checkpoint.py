@@ -51,7 +51,7 @@ class Checkpoint(NamedTuple):
     state: State
 
 
-class Writer:
+class CheckpointWriter:
     """Writes the checkpoints of one run in a thread, one after another, and keeps the newest.
 
     `path` is the checkpoint that the run goes on from, if it does: it and those before it stay
@@ -62,8 +62,8 @@ class Writer:
         self.directory = directory
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[None] | None = None
-        step = -1 if path is None else step_of(path)
-        self.kept = [p for p in finished(directory) if step_of(p) <= step]
+        step = -1 if path is None else checkpoint_step(path)
+        self.kept = [p for p in finished_checkpoints(directory) if checkpoint_step(p) <= step]
         self.step = step
 
     def write(
@@ -83,7 +83,7 @@ class Writer:
         """
         self.wait()
         if step != self.step:
-            tensors, values = flatten(state)
+            tensors, values = flatten_state(state)
             self.pending = self.thread.submit(self._write, step, tensors, values, sync, finished)
             self.step = step
         elif finished:
@@ -113,7 +113,7 @@ class Writer:
     ) -> None:
         path = self.directory / f"{PREFIX}{step}"
         try:
-            write(path, tensors, values, sync, finished)
+            write_checkpoint(path, tensors, values, sync, finished)
         except SretError as error:
             shutil.rmtree(path, ignore_errors=True)
             intact = f"; {self.kept[-1]} is intact" if self.kept else ""
@@ -124,7 +124,7 @@ class Writer:
     def _keep(self, count: int) -> None:
         """Removes all but so many checkpoints, the newest."""
         self.kept = self.kept[-count:]
-        for other in folders(self.directory):
+        for other in checkpoint_folders(self.directory):
             if other not in self.kept:
                 remove_checkpoint(other)
 
@@ -137,7 +137,7 @@ def remove_checkpoint(path: Path) -> None:
     reached("old checkpoint removed")
 
 
-def flatten(state: State) -> tuple[Tensors, Any]:
+def flatten_state(state: State) -> tuple[Tensors, Any]:
     """Copies of a state's tensors on the CPU, by name, and the tree as JSON that names them."""
     tensors: Tensors = {}
     names: dict[Any, str] = {}
@@ -165,10 +165,10 @@ def flatten(state: State) -> tuple[Tensors, Any]:
     return tensors, {key: walk(value, key) for key, value in state.items()}
 
 
-def unflatten(tensors: Tensors, value: Any) -> Any:
-    """The state that `flatten` took apart."""
+def unflatten_state(tensors: Tensors, value: Any) -> Any:
+    """The state that `flatten_state` took apart."""
     if isinstance(value, list):
-        return [unflatten(tensors, item) for item in value]
+        return [unflatten_state(tensors, item) for item in value]
     if not isinstance(value, dict):
         return value
     if "$tensor" in value:
@@ -176,17 +176,17 @@ def unflatten(tensors: Tensors, value: Any) -> Any:
     if "$dtype" in value:
         return getattr(torch, value["$dtype"])
     if "$tuple" in value:
-        return tuple(unflatten(tensors, item) for item in value["$tuple"])
+        return tuple(unflatten_state(tensors, item) for item in value["$tuple"])
     items = value["$dict"] if "$dict" in value else value.items()
-    return {key: unflatten(tensors, item) for key, item in items}
+    return {key: unflatten_state(tensors, item) for key, item in items}
 
 
-def write(
+def write_checkpoint(
     path: Path, tensors: Tensors, values: Any, sync: Callable[[], None], finished: bool = False
 ) -> None:
     """Writes one checkpoint's folder, the manifest last; one that is there is written anew.
 
-    Where the run is `finished`, tensors that its files of weights have are left to these.
+    Tensors that a finished run's files of weights have are left to these files.
     """
     (path / MANIFEST_FILE).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
@@ -202,7 +202,9 @@ def write(
     sync_directory(path.parent)
     sync()
     reached("checkpoint without its manifest")
-    write_atomically(path / MANIFEST_FILE, manifest({k: describe(v) for k, v in contents.items()}))
+    write_atomically(
+        path / MANIFEST_FILE, manifest_bytes({k: file_entry(v) for k, v in contents.items()})
+    )
     reached("checkpoint durable")
 
 
@@ -220,18 +222,18 @@ def _without_weights(path: Path, tensors: Tensors) -> tuple[Tensors, dict[str, b
     return tensors, files
 
 
-def describe(data: bytes) -> dict[str, Any]:
+def file_entry(data: bytes) -> dict[str, Any]:
     """What a manifest says of a file."""
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def manifest(files: Any) -> bytes:
+def manifest_bytes(files: Any) -> bytes:
     """The manifest of files: no other bytes stand for it."""
     own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     return (json.dumps({"files": files, "sha256": own}, indent=2) + "\n").encode()
 
 
-def read(path: Path) -> State:
+def read_checkpoint(path: Path) -> State:
     """The state in a checkpoint's folder, of which every byte is verified.
 
     Raises:
@@ -251,7 +253,7 @@ def read(path: Path) -> State:
     own = {TENSORS_FILE, VALUES_FILE}
     try:
         files = json.loads(whole)["files"]
-        sound = manifest(files) == whole and own <= set(files) <= own | set(WEIGHTS.values())
+        sound = manifest_bytes(files) == whole and own <= set(files) <= own | set(WEIGHTS.values())
     except (ValueError, LookupError, TypeError):
         sound = False
     if not sound:
@@ -260,7 +262,7 @@ def read(path: Path) -> State:
     for name, expected in files.items():
         if len(contents[name]) != expected["bytes"]:
             raise damaged(name, f"has {len(contents[name]):,} bytes of {expected['bytes']:,}")
-        if describe(contents[name]) != expected:
+        if file_entry(contents[name]) != expected:
             raise damaged(name, "is not what was written: its SHA-256 differs")
     try:
         # Copies lie where torch aligns them, so that no kernel sums in another order.
@@ -268,12 +270,12 @@ def read(path: Path) -> State:
         for part, name in WEIGHTS.items():
             weights = load(contents[name]) if name in contents else {}
             tensors |= {f"{part}/{key}": value.clone() for key, value in weights.items()}
-        return unflatten(tensors, json.loads(contents[VALUES_FILE]))
+        return unflatten_state(tensors, json.loads(contents[VALUES_FILE]))
     except (SafetensorError, ValueError, LookupError, TypeError) as error:
         raise damaged(TENSORS_FILE, f"is of another version: {error}") from None
 
 
-def newest(directory: Path, note: Callable[[str], None]) -> Checkpoint | None:
+def newest_checkpoint(directory: Path, note: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint of a run that is sound, or None where there is none at all.
 
     Args:
@@ -284,9 +286,9 @@ def newest(directory: Path, note: Callable[[str], None]) -> Checkpoint | None:
         SretError: there are some, and all of them are damaged.
     """
     reasons: list[str] = []
-    for path in reversed(finished(directory)):
+    for path in reversed(finished_checkpoints(directory)):
         try:
-            checkpoint = Checkpoint(path, read(path))
+            checkpoint = Checkpoint(path, read_checkpoint(path))
         except SretError as error:
             reasons.append(str(error))
             continue
@@ -302,9 +304,9 @@ def newest(directory: Path, note: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
-def finished(directory: Path) -> list[Path]:
+def finished_checkpoints(directory: Path) -> list[Path]:
     """The checkpoints of a run that have a manifest, by their steps."""
-    return [path for path in folders(directory) if (path / MANIFEST_FILE).exists()]
+    return [path for path in checkpoint_folders(directory) if (path / MANIFEST_FILE).exists()]
 
 
 def trained_classes(directory: Path, continues: str | None) -> ClassList | None:
@@ -313,7 +315,7 @@ def trained_classes(directory: Path, continues: str | None) -> ClassList | None:
     They keep their numbers, whatever order the data give them now. `continues` is the run's.
     """
     sources = [directory] if continues is None else [directory, directory.parent / continues]
-    source = next((found for found in sources if finished(found)), None)
+    source = next((found for found in sources if finished_checkpoints(found)), None)
     if source is None or not (source / CONFIG_FILE).is_file():
         return None
     names = config_classes(read_json(source / CONFIG_FILE))
@@ -321,13 +323,15 @@ def trained_classes(directory: Path, continues: str | None) -> ClassList | None:
     return None if names is None else ClassList(names, f"the run {source}", remedy, CHECKPOINT)
 
 
-def folders(directory: Path) -> list[Path]:
+def checkpoint_folders(directory: Path) -> list[Path]:
     """The folders of checkpoints in a run's directory, finished or not, by their steps."""
     found = directory.glob(f"{PREFIX}*")
-    return sorted((p for p in found if p.name.removeprefix(PREFIX).isdecimal()), key=step_of)
+    return sorted(
+        (p for p in found if p.name.removeprefix(PREFIX).isdecimal()), key=checkpoint_step
+    )
 
 
-def step_of(path: Path) -> int:
+def checkpoint_step(path: Path) -> int:
     """The step of a checkpoint's folder."""
     return int(path.name.removeprefix(PREFIX))
 

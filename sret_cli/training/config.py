@@ -57,7 +57,7 @@ def _flat(config: Any) -> Row:
     }
 
 
-def describe(run: Run, classes: tuple[str, ...] | None = None) -> Row:
+def run_config(run: Run, classes: tuple[str, ...] | None = None) -> Row:
     """What `config.json` says of a run, and the names of its classes where they are known."""
     config = {"study": run.study, "name": run.name, **run.spec()}
     if classes is not None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sret_cli.data.class_names import ClassList
-from sret_cli.data.soft_labels import spread
+from sret_cli.data.soft_labels import spread_probabilities
 from sret_cli.spec.backbone import Spec
 from sret_cli.spec.train import TrainSpec
 from sret_cli.training.teacher import Teacher
@@ -42,7 +42,7 @@ class Distillation:
             target: stored labels `[B, 2, top_k]`; with a teacher, anything.
         """
         if self.teacher is None:
-            soft = spread(target, output.shape[1])
+            soft = spread_probabilities(target, output.shape[1])
         else:
             soft = (self.teacher(x) / self.temperature).softmax(1)
         return F.cross_entropy(output / self.temperature, soft)

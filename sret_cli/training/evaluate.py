@@ -187,7 +187,7 @@ def evaluate(
     loss, top1, top5, images, whole = 0.0, 0, 0, 0, 0
     tested: list[Tensor] = []
     correct: list[Tensor] = []
-    with torch.inference_mode(), ranks.agreeing(stop):
+    with torch.inference_mode(), ranks.raise_together(stop):
         for done, (x, target) in enumerate(loader.epoch(0)):
             target = target.to(device)
             whole = max(whole, len(x))

@@ -7,7 +7,7 @@ import threading
 from typing import Any
 
 from sret_cli.runtime.errors import SretError
-from sret_cli.runtime.signals import AGAIN
+from sret_cli.runtime.signals import START_AGAIN
 
 BEAT_SECONDS = 1.0
 
@@ -21,7 +21,7 @@ SOON_BEATS = 5  # and for so few where a connection has broken: of pauses of all
 GRACE_SECONDS = 10.0  # for a thread that waits for a dead rank, where nothing tells it
 
 
-class Watch(threading.Thread):
+class Heartbeat(threading.Thread):
     """This rank's heart: tells that it lives, and finds out which rank does not, and why.
 
     A thread that waits on a GPU for a rank which is dead cannot be woken; the process is then ended
@@ -58,7 +58,7 @@ class Watch(threading.Thread):
                 self.loss = self._of_told(json.loads(told)) if told else self._of_dead(dead)
                 self.known.set()
         if not self.ended.wait(GRACE_SECONDS):
-            if self.loss.tells:
+            if self.loss.reported_here:
                 os.write(2, f"sret: {self.loss}\n".encode())
             os._exit(self.loss.code)
 
@@ -77,7 +77,7 @@ class Watch(threading.Thread):
         except RuntimeError:
             pass  # nobody is left to be told
         if isinstance(error, SretError):
-            error.tells = self.rank == 0
+            error.reported_here = self.rank == 0
         self.ended.set()
 
     def explain(self) -> SretError:
@@ -91,7 +91,7 @@ class Watch(threading.Thread):
         error = SretError(
             f"rank {told['rank']}: {told['message']}", told["code"], status=told["status"]
         )
-        error.tells = self.rank == 0
+        error.reported_here = self.rank == 0
         return error
 
     def _of_dead(self, dead: list[int]) -> SretError:
@@ -105,8 +105,8 @@ class Watch(threading.Thread):
         error = SretError(
             f"{', '.join(names) or 'a rank'} died; start the same command again to go on from the "
             "last checkpoint",
-            AGAIN,
+            START_AGAIN,
             status="rank_lost",
         )
-        error.tells = self.rank == min(set(range(self.world_size)) - set(dead), default=0)
+        error.reported_here = self.rank == min(set(range(self.world_size)) - set(dead), default=0)
         return error

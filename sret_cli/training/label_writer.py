@@ -33,14 +33,14 @@ from sret_cli.runtime.errors import (
     CHECKPOINT,
     USAGE,
     SretError,
-    lost_loader,
-    note,
+    as_loader_lost,
     notes_shown_by,
     print_note,
+    show_note,
 )
 from sret_cli.runtime.files import (
-    cannot_write,
-    locked,
+    cannot_write_error,
+    locked_directory,
     read_json,
     sha256,
     sync_directory,
@@ -156,15 +156,15 @@ def _write_labels(
         **{k: getattr(train, k) for k in ("scale", "hflip", "interpolation", "seed")},
         **{k: getattr(train, k) for k in ("distill_temperature", "precision")},
     )
-    note(
+    show_note(
         f"labels of {spec.images:,} images, {crops} crops each, {spec.record.itemsize} bytes a "
         f"crop: {_megabytes(spec.size_bytes())}; as many of ImageNet's {IMAGENET_IMAGES:,} images "
         f"would take {_megabytes(spec.size_bytes(IMAGENET_IMAGES))}"
     )
-    with locked(directory):
+    with locked_directory(directory):
         done = _images_done(directory, spec)
         if done is None:
-            note(f"{directory} has them already")
+            show_note(f"{directory} has them already")
             return read_labels_spec(directory)
         write_fingerprints(directory, {"train": images})
         batches = _batches(
@@ -252,7 +252,7 @@ def _write(
             for error in (found for found in batch if isinstance(found, SretError)):
                 if on_bad_image == "stop":
                     raise SretError(str(error), error.code)
-                note(f"{error}; it has no label")
+                show_note(f"{error}; it has no label")
             for number, records in enumerate(labeller.records(batch)):
                 file.seek((number * spec.images + done) * size)
                 file.write(records.tobytes())
@@ -263,7 +263,7 @@ def _write(
                 save()
                 saved_at = time.monotonic()
     except RuntimeError as error:
-        lost = lost_loader(error)
+        lost = as_loader_lost(error)
         if lost is None:
             raise
         raise lost from None
@@ -322,7 +322,7 @@ def _reserved(directory: Path, spec: LabelsSpec) -> BinaryIO:
             raise
         sync_directory(directory)
     except OSError as error:
-        raise cannot_write(path, error, spec.size_bytes()) from None
+        raise cannot_write_error(path, error, spec.size_bytes()) from None
     return file
 
 

@@ -13,7 +13,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from sret_cli.runtime.errors import SretError, nearest
+from sret_cli.runtime.errors import SretError, nearest_choice
 from sret_cli.spec.train import TrainSpec
 
 
@@ -24,7 +24,7 @@ def create_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer
         SretError: there is none, or it cannot work here.
     """
     if spec.opt not in list_optimizers():
-        raise SretError(f"unknown opt {spec.opt!r}; {nearest(spec.opt, list_optimizers())}")
+        raise SretError(f"unknown opt {spec.opt!r}; {nearest_choice(spec.opt, list_optimizers())}")
     decay = spec.layer_decay if spec.layer_decay < 1 else None
     try:
         optimizer = create_optimizer_v2(
@@ -78,7 +78,7 @@ def create_mixup(spec: TrainSpec, num_classes: int) -> Mixup | None:
     return Mixup(spec.mixup, spec.cutmix, label_smoothing=spec.smoothing, num_classes=num_classes)
 
 
-def mix(mixup: Mixup, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def mix_batch(mixup: Mixup, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Images mixed in pairs, and their soft targets `[B, classes]`; an odd one out stays plain."""
     even = len(x) // 2 * 2
     if even == len(x):
@@ -102,7 +102,7 @@ def create_ema(model: nn.Module, spec: TrainSpec) -> Any:
     return ModelEmaV3(model, decay=spec.model_ema_decay, use_warmup=spec.model_ema_warmup)
 
 
-def seed_step(seed: int, step: int, rank: int) -> int:
+def step_seed(seed: int, step: int, rank: int) -> int:
     """Seeds every generator for one training step, so that it can be done again by itself.
 
     torch's differ between the ranks, for dropout. Returns the number that the others start from,
@@ -117,7 +117,7 @@ def seed_step(seed: int, step: int, rank: int) -> int:
     return number
 
 
-def drawn_recursions(spec: TrainSpec, step: int) -> int:
+def draw_recursions(spec: TrainSpec, step: int) -> int:
     """The recursion count of a training step: the same in every process."""
     assert spec.recursions_range is not None
     return random.Random(f"{spec.seed} {step}").randint(*spec.recursions_range)

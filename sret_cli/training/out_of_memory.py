@@ -1,7 +1,7 @@
 """How a training treats its memory, what it shows of that, and what to say if it is too little."""
 
 from sret_cli.cost.footprint import Setting
-from sret_cli.cost.memory import largest_batch, predict
+from sret_cli.cost.memory import largest_batch, predict_memory
 from sret_cli.runtime.device import free_bytes, peak_gigabytes, used_bytes
 from sret_cli.runtime.errors import RESOURCES, SretError
 from sret_cli.spec.model import ModelSpec
@@ -18,14 +18,14 @@ def describe_step(trainer: Trainer, loss: float, lr: float) -> str:
     )
 
 
-def not_enough(error: BaseException, trainer: Trainer) -> SretError:
+def out_of_memory_error(error: BaseException, trainer: Trainer) -> SretError:
     """The user's error, with what was in use and predicted, and what can be done about it."""
     spec, step = trainer.spec, trainer.progress.step + 1
     at_once = -(-spec.batch_size // (spec.accumulation * trainer.ranks.world_size))
     fits, predicted = 0, ""
     if isinstance(trainer.run.model, ModelSpec):
         setting = Setting(at_once, spec.precision, trainer.device.type, spec.opt)
-        needed = predict(trainer.run.model, setting, spec.recompute)[0].training_memory_bytes
+        needed = predict_memory(trainer.run.model, setting, spec.recompute)[0].training_memory_bytes
         predicted = f", {needed / 1e9:.1f} GB predicted"
         room = free_bytes(trainer.device) + used_bytes(trainer.device)
         fits = largest_batch(trainer.run.model, setting, spec.recompute, room)

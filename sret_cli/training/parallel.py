@@ -149,7 +149,7 @@ def shard(model: nn.Module, ranks: Ranks) -> None:
 
 
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
+def gathered_weights(model: nn.Module) -> Iterator[None]:
     """Sharded weights are whole within: ranks that call the model differently often need not meet.
 
     All ranks have to ask.
@@ -164,24 +164,24 @@ def gathered(model: nn.Module) -> Iterator[None]:
         module.reshard()
 
 
-def full(value: Tensor) -> Tensor:
+def full_tensor(value: Tensor) -> Tensor:
     """A tensor with what other ranks have of it; all have to ask."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def whole(tree: Any) -> Any:
+def full_state(tree: Any) -> Any:
     """A tree of values with every sharded tensor gathered, on the CPU; all ranks have to ask."""
-    return tree_map(lambda v: full(v).cpu() if isinstance(v, DTensor) else v, tree)
+    return tree_map(lambda v: full_tensor(v).cpu() if isinstance(v, DTensor) else v, tree)
 
 
-def load_whole(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Loads a state dict that `whole` gave, of which a sharded model takes its shares."""
+def load_full_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Loads a state dict that `full_state` gave, of which a sharded model takes its shares."""
     own = model.state_dict()
     model.load_state_dict({k: _share_of(v, own[k]) if k in own else v for k, v in state.items()})
 
 
-def load_whole_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads an optimizer's state dict that `whole` gave."""
+def load_full_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Loads an optimizer's state dict that `full_state` gave."""
     parameters = [q for group in optimizer.param_groups for q in group["params"]]
     shares = {
         index: {

@@ -18,10 +18,10 @@ from timm.utils.distributed import world_info_from_env
 from torch import Tensor
 
 from sret_cli.runtime.device import choose_device
-from sret_cli.runtime.errors import USAGE, SretError, lost_loader
-from sret_cli.runtime.processes import started_as
+from sret_cli.runtime.errors import USAGE, SretError, as_loader_lost
+from sret_cli.runtime.processes import rank_and_world_size
 from sret_cli.runtime.signals import Interrupted, Stop
-from sret_cli.training.heartbeat import BEAT_SECONDS, LATE_BEATS, Watch
+from sret_cli.training.heartbeat import BEAT_SECONDS, LATE_BEATS, Heartbeat
 
 
 class Ranks:
@@ -35,24 +35,24 @@ class Ranks:
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | None = None,
-        watch: Watch | None = None,
+        watch: Heartbeat | None = None,
     ) -> None:
         self.rank, self.world_size, self.device, self.watch = rank, world_size, device, watch
         self.lost = False
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether this rank writes files and talks to the user."""
         return self.rank == 0
 
     @property
-    def several(self) -> bool:
+    def is_distributed(self) -> bool:
         """Whether there are others."""
         return self.world_size > 1
 
     def gather(self, *values: int) -> list[tuple[int, ...]]:
         """Each rank's numbers, in the order of the ranks."""
-        if not self.several:
+        if not self.is_distributed:
             return [values]
         own = torch.tensor(values)
         found = [torch.empty_like(own) for _ in range(self.world_size)]
@@ -62,25 +62,25 @@ class Ranks:
     def gather_objects(self, value: Any) -> list[Any]:
         """Each rank's value, in the order of the ranks."""
         found = [value] * self.world_size
-        if self.several:
+        if self.is_distributed:
             dist.all_gather_object(found, value)
         return found
 
     def broadcast(self, value: Any = None) -> Any:
         """The leading rank's value."""
         found = [value]
-        if self.several:
+        if self.is_distributed:
             dist.broadcast_object_list(found)
         return found[0]
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over the ranks, in place."""
-        if self.several:
+        if self.is_distributed:
             dist.all_reduce(tensor)
         return tensor
 
     @contextmanager
-    def agreeing(self, stop: Stop | None = None) -> Iterator[None]:
+    def raise_together(self, stop: Stop | None = None) -> Iterator[None]:
         """What one rank raises within, a user's error or the wish to stop, all raise at its end.
 
         A signal that came ends the loader's processes too, which is no error then; else it is the
@@ -96,20 +96,20 @@ class Ranks:
                     assert stop.code is not None
                     own = Interrupted(stop.code)
                 else:
-                    own = lost_loader(error)
+                    own = as_loader_lost(error)
                     if own is None:
                         raise
-            if not self.several:
+            if not self.is_distributed:
                 raise own from None
-        if self.several:
+        if self.is_distributed:
             for found in self.gather_objects(own):
                 if isinstance(found, SretError):
-                    found.agreed, found.tells = True, self.leads
+                    found.on_all_ranks, found.reported_here = True, self.is_leader
                 if found is not None:
                     raise found
 
     @contextmanager
-    def ending_all(self) -> Iterator[None]:
+    def end_together(self) -> Iterator[None]:
         """What one rank raises within and the others do not ends them all, with its reason.
 
         Raises:
@@ -121,15 +121,15 @@ class Ranks:
             if self.watch is None or getattr(error, "agreed", False):
                 raise
             self.lost = True
-            if self.is_loss(error):
+            if self.is_lost_rank(error):
                 raise self.watch.explain() from None
             self.watch.tell(error)
             raise
 
-    def is_loss(self, error: BaseException) -> bool:
+    def is_lost_rank(self, error: BaseException) -> bool:
         """Whether an error says that another rank is gone."""
         text = str(error).lower()
-        return self.several and (
+        return self.is_distributed and (
             isinstance(error, dist.DistError)
             or (isinstance(error, RuntimeError) and ("gloo" in text or "nccl" in text))
         )
@@ -146,7 +146,7 @@ class Ranks:
 ALONE = Ranks()
 
 
-def start(device: str) -> Ranks:
+def start_ranks(device: str) -> Ranks:
     """The ranks that torchrun or Slurm started, once they have all found each other.
 
     On CUDA each has the GPU of its number on its machine, and tensors go by NCCL; all else goes by
@@ -155,11 +155,12 @@ def start(device: str) -> Ranks:
     Raises:
         SretError: the device is not there, or they cannot find each other.
     """
-    if started_as()[1] < 2:
+    if rank_and_world_size()[1] < 2:
         return ALONE
     if ":" in device:
         raise SretError(
-            f"--device {device} is one GPU, and each of {started_as()[1]} processes takes its own; "
+            f"--device {device} is one GPU, and each of {rank_and_world_size()[1]} processes takes "
+            "its own; "
             "use --device cuda",
             USAGE,
         )
@@ -174,8 +175,9 @@ def start(device: str) -> Ranks:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise SretError(
-            f"{started_as()[1]} processes need {' and '.join(missing)}, the first one's host and a "
-            "free port, to find each other; export them, or unset SLURM_NTASKS to train in one",
+            f"{rank_and_world_size()[1]} processes need {' and '.join(missing)} (the first one's "
+            "host and a free port) to find each other; export them, or unset SLURM_NTASKS to train "
+            "in one",
             USAGE,
         )
     # torchrun keeps its store when it starts its processes again: the addresses of those before
@@ -202,7 +204,7 @@ def start(device: str) -> Ranks:
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise SretError(f"the processes do not find each other: {reason}", USAGE) from None
-    watch = Watch(rank, world_size, dist.PrefixStore(f"{prefix}/watch", own))
+    watch = Heartbeat(rank, world_size, dist.PrefixStore(f"{prefix}/watch", own))
     ranks = Ranks(rank, world_size, target, watch)
     ranks.gather(0)  # now all beat
     watch.start()

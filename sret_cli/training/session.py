@@ -20,30 +20,35 @@ from sret_cli.runtime.errors import (
     SOME_FAILED,
     LoaderLost,
     SretError,
-    lost_loader,
-    note_once,
+    as_loader_lost,
+    as_out_of_memory,
     notes_shown_by,
-    out_of_memory,
     print_note,
+    show_note_once,
 )
 from sret_cli.runtime.files import (
-    locked,
+    check_not_shorter,
+    locked_directory,
     make_directory,
-    refuse_shorter,
     write_atomically,
     write_json,
 )
 from sret_cli.runtime.progress import OnStep
-from sret_cli.runtime.signals import Interrupted, Stop, leave, listening
+from sret_cli.runtime.signals import Interrupted, Stop, catching_signals, exit_as_signalled
 from sret_cli.spec.run import CONFIG_FILE, EMA_DIRECTORY, Row, Run
-from sret_cli.training.checkpoint import Checkpoint, Writer, newest, trained_classes
-from sret_cli.training.config import describe, write_config
+from sret_cli.training.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    newest_checkpoint,
+    trained_classes,
+)
+from sret_cli.training.config import run_config, write_config
 from sret_cli.training.evaluate import Evaluation, default_workers, evaluate
 from sret_cli.training.identify import Identifier, refuse_others
 from sret_cli.training.metrics import METRICS_FILE, Metrics
 from sret_cli.training.notes import training_notes
-from sret_cli.training.out_of_memory import describe_step, not_enough
-from sret_cli.training.parallel import gathered, whole
+from sret_cli.training.out_of_memory import describe_step, out_of_memory_error
+from sret_cli.training.parallel import full_state, gathered_weights
 from sret_cli.training.ranks import ALONE, Ranks
 from sret_cli.training.trainer import Diverged, Trainer
 from sret_cli.weights.store import save_weights
@@ -95,41 +100,41 @@ def train(
     directory = directory or Identifier().identify(run).directory(Path("runs"))
     use_deterministic_kernels(target_device)
     workers = default_workers(run.train) if workers is None else workers
-    with notes_shown_by(note), ExitStack() as stack, ranks.ending_all():
+    with notes_shown_by(note), ExitStack() as stack, ranks.end_together():
         if run.train.recipe == "finetune" and run.train.init is None:
-            note_once(
+            show_note_once(
                 "recipe finetune without train.init: this trains from scratch, at a learning rate "
                 f"({run.train.lr:g}) for weights that are trained already"
             )
-        with ranks.agreeing():
-            order = trained_classes(directory, run.continues) if ranks.leads else None
+        with ranks.raise_together():
+            order = trained_classes(directory, run.continues) if ranks.is_leader else None
         order = ranks.broadcast(order)
-        with ranks.agreeing():
+        with ranks.raise_together():
             where = workers, ranks.rank, ranks.world_size
             loaders = load_data(run.train, run.model, *where, order, known)
             run, found = refuse_others(run, directory, [loader.found for loader in loaders])
             trainer = Trainer(run, loaders[0], target_device, gpu_memory, ranks, shards)
-            if ranks.leads:
-                stack.enter_context(locked(directory))
-                write_config(directory, describe(run))
+            if ranks.is_leader:
+                stack.enter_context(locked_directory(directory))
+                write_config(directory, run_config(run))
                 write_fingerprints(directory, found)
         trainer.join()
-        stop = stack.enter_context(listening())
-        stop.gives_up = not ranks.several
-        stack.enter_context(collecting_rarely())
+        stop = stack.enter_context(catching_signals())
+        stop.gives_up = not ranks.is_distributed
+        stack.enter_context(rare_garbage_collection())
         session = Session(trainer, loaders[1], directory, saving, stop, on_step, note)
         stack.callback(session.close)
         try:
             session.resume(tensorboard)
             for text in training_notes(trainer.spec, loaders[0]):
-                note_once(text)
+                show_note_once(text)
             return session.run()
         except Interrupted as asked:
-            leave(asked.code)
+            exit_as_signalled(asked.code)
         except (RuntimeError, MemoryError) as error:
-            if out_of_memory(error) is None or ranks.is_loss(error):
+            if as_out_of_memory(error) is None or ranks.is_lost_rank(error):
                 raise
-            raise not_enough(error, trainer) from None
+            raise out_of_memory_error(error, trainer) from None
 
 
 class Session:
@@ -152,36 +157,36 @@ class Session:
         self.trainer, self.test_loader, self.directory = trainer, test_loader, directory
         self.saving, self.stop, self.on_step, self.note = saving, stop, on_step, note
         self.ranks = trainer.ranks
-        self.writer: Writer | None = None  # these are the leading rank's
+        self.writer: CheckpointWriter | None = None  # these are the leading rank's
         self.metrics: Metrics | None = None
         self.saved_at = time.monotonic()
 
     def resume(self, tensorboard: bool) -> None:
         """Goes on from the newest checkpoint that is sound, where there is one."""
         found: Checkpoint | None = None
-        with self.ranks.agreeing():
-            if self.ranks.leads:
+        with self.ranks.raise_together():
+            if self.ranks.is_leader:
                 found = self._find()
         found = self.ranks.broadcast(found)
-        with self.ranks.agreeing():
+        with self.ranks.raise_together():
             changed = [] if found is None else self.trainer.load(found)
-            if self.ranks.leads:
+            if self.ranks.is_leader:
                 if found is not None and changed:
                     was = ", ".join(changed)
                     self.note(f"{found.path} was written by {was}: last digits may differ")
                 self._open_metrics(found, tensorboard)
-                config = describe(self.trainer.run, self.trainer.loader.class_list.names)
+                config = run_config(self.trainer.run, self.trainer.loader.class_list.names)
                 write_config(self.directory, config)
         bad, known = self.trainer.progress.bad_images, self.trainer.loader.bad_images
         known += [text for text in bad if text not in known]
 
     def _find(self) -> Checkpoint | None:
         continues = self.trainer.run.continues
-        found = newest(self.directory, self.note)
-        self.writer = Writer(self.directory, None if found is None else found.path)
+        found = newest_checkpoint(self.directory, self.note)
+        self.writer = CheckpointWriter(self.directory, None if found is None else found.path)
         if found is None and continues is not None:
             source = self.directory.parent / continues
-            found = newest(source, self.note)
+            found = newest_checkpoint(source, self.note)
             if found is None:
                 raise SretError(
                     f"{source} has no checkpoint to go on from (`sret clean` removes them); train "
@@ -195,7 +200,7 @@ class Session:
         p = self.trainer.progress
         if found is not None and found.path.parent != self.directory:
             source = found.path.parent / METRICS_FILE
-            refuse_shorter(source, p.metrics_bytes)
+            check_not_shorter(source, p.metrics_bytes)
             lines = source.read_bytes() if p.metrics_bytes else b""
             write_atomically(self.directory / METRICS_FILE, lines[: p.metrics_bytes])
         self.metrics = Metrics(self.directory, p.metrics_bytes, p.step, tensorboard, self.note)
@@ -223,7 +228,7 @@ class Session:
             if isinstance(error, SretError) and not self._is_between_steps(error):
                 raise
             if isinstance(error, RuntimeError):
-                if self.ranks.several or not self.stop.explains(error):
+                if self.ranks.is_distributed or not self.stop.explains(error):
                     raise
                 assert self.stop.code is not None
                 error = Interrupted(self.stop.code)  # the signal ended the loader's processes, too
@@ -234,7 +239,7 @@ class Session:
             raise error from None
         bad = {*trainer.loader.bad_images, *self.test_loader.bad_images}
         bad_images = len(set().union(*self.ranks.gather_objects(bad)))
-        with self.ranks.agreeing():
+        with self.ranks.raise_together():
             self.stop.check()
         return {
             "bad_images": bad_images,
@@ -249,21 +254,21 @@ class Session:
 
     def _is_between_steps(self, error: SretError) -> bool:
         """Whether an error, of a loss, an image or a loader, leaves a state that all can save."""
-        agreed = error.agreed or not self.ranks.several
+        agreed = error.on_all_ranks or not self.ranks.is_distributed
         return agreed and (error.code in (DATA, SOME_FAILED) or isinstance(error, LoaderLost))
 
     def _save_weights(self) -> None:
         trainer = self.trainer
         directories = (self.directory, self.directory / EMA_DIRECTORY)
         for model, directory in zip(trainer.models(), directories, strict=False):
-            state = whole(model.state_dict())
-            if not self.ranks.leads:
+            state = full_state(model.state_dict())
+            if not self.ranks.is_leader:
                 continue
             if model is not trainer.module:
                 make_directory(directory)
                 write_json(
                     directory / CONFIG_FILE,
-                    describe(trainer.run, trainer.loader.class_list.names),
+                    run_config(trainer.run, trainer.loader.class_list.names),
                 )
             save_weights(state, directory)
 
@@ -283,7 +288,7 @@ class Session:
                 failure = error
             except RuntimeError as error:
                 if not self.stop.explains(error):
-                    failure = lost_loader(error)
+                    failure = as_loader_lost(error)
                     if failure is None:
                         raise
             counts, codes, due, failures = zip(
@@ -296,7 +301,7 @@ class Session:
             if due[0] and 0 < p.batch < steps:
                 self._save()
             if any(failures):
-                with self.ranks.agreeing():
+                with self.ranks.raise_together():
                     if failure is not None:
                         raise failure
             if any(codes):
@@ -345,7 +350,7 @@ class Session:
 
     def _evaluate(self, model: torch.nn.Module) -> Evaluation:
         trainer = self.trainer
-        with gathered(model):
+        with gathered_weights(model):
             found = evaluate(
                 *(model, self.test_loader, trainer.device, trainer.spec.precision),
                 ranks=self.ranks,
@@ -383,14 +388,14 @@ class Session:
 
     def _wait(self) -> None:
         """Waits until the last checkpoint is durable, on all ranks."""
-        with self.ranks.agreeing():
+        with self.ranks.raise_together():
             if self.writer is not None:
                 self.writer.wait()
 
     def _report(self, error: Diverged, lr: float) -> None:
         """Writes where a training diverged, and on which images."""
         p, steps = self.trainer.progress, len(self.trainer.loader)
-        if not self.ranks.leads:
+        if not self.ranks.is_leader:
             return
         report: Row = {"error": str(error), "steps_done": p.step, "epoch": p.epoch + 1, "lr": lr}
         report["batch_indices"] = self.trainer.batch_indices() if p.batch < steps else []
@@ -398,7 +403,7 @@ class Session:
 
 
 @contextmanager
-def collecting_rarely() -> Iterator[None]:
+def rare_garbage_collection() -> Iterator[None]:
     """Has Python look for garbage in what is new, and rarely in all that is there.
 
     A full collection walks through every pass of the graph: at 10,000 layers it would take a third

@@ -11,7 +11,7 @@ from sret_cli.data.augment import Pixels, per_channel
 from sret_cli.data.class_names import ClassList, all_outputs, config_classes, match_classes
 from sret_cli.model.backbone import build_backbone
 from sret_cli.runtime.device import autocast
-from sret_cli.runtime.errors import CHECKPOINT, SretError, note_once
+from sret_cli.runtime.errors import CHECKPOINT, SretError, show_note_once
 from sret_cli.spec.backbone import BackboneSpec, Spec, read_spec
 from sret_cli.spec.train import TrainSpec
 from sret_cli.weights.match import load_state
@@ -132,7 +132,7 @@ def _timm_teacher(
         own = {key.partition(".")[0] for key in model.state_dict()}
         weights = read_weights(Path(checkpoint), own)
         for text in weights.notes:
-            note_once(f"teacher: {text}")
+            show_note_once(f"teacher: {text}")
         tensors = weights.tensors
         stem, head = (tensors.get(f"{layer}.weight") for layer in _ends(model.pretrained_cfg))
         if stem is not None and head is not None and stem.ndim > 1:

@@ -22,8 +22,8 @@ from sret_cli.model.backbone import build_any
 from sret_cli.model.compile import compile_model
 from sret_cli.model.sret import SReT
 from sret_cli.runtime.device import autocast, device_name
-from sret_cli.runtime.errors import SOME_FAILED, SretError, note
-from sret_cli.runtime.processes import share
+from sret_cli.runtime.errors import SOME_FAILED, SretError, show_note
+from sret_cli.runtime.processes import places_of_rank
 from sret_cli.spec.run import Row, Run
 from sret_cli.training.checkpoint import Checkpoint, State, random_states, set_random_states
 from sret_cli.training.config import refuse_other_config
@@ -33,19 +33,19 @@ from sret_cli.training.optimizer import (
     create_mixup,
     create_optimizer,
     create_schedule,
-    drawn_recursions,
-    mix,
-    seed_step,
+    draw_recursions,
+    mix_batch,
     set_rate,
+    step_seed,
 )
 from sret_cli.training.parallel import (
-    full,
-    load_whole,
-    load_whole_optimizer,
+    full_state,
+    full_tensor,
+    load_full_optimizer_state,
+    load_full_state,
     replicate,
     shard,
     synchronise_norms,
-    whole,
 )
 from sret_cli.training.ranks import ALONE, Ranks
 from sret_cli.weights.store import load_weights
@@ -56,7 +56,7 @@ class Diverged(SretError):
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """How far a training is: plain values, all of them in its checkpoints.
 
     `batch` counts the batches of the epoch that are done, `loss_sum` sums their losses, and
@@ -109,7 +109,7 @@ class Trainer:
             self.module.set_recursions(self.spec.recursions_range[1])  # refuses what has no weights
         self.model: nn.Module = self.module
         self.ema = create_ema(self.module, self.spec)
-        if ranks.several:
+        if ranks.is_distributed:
             synchronise_norms(self.module)
         if shards:
             shard(self.module, ranks)
@@ -126,17 +126,17 @@ class Trainer:
         compile_model(
             self.module,
             self.spec.compile,
-            lambda why: note(f"not compiled: {why}") if ranks.leads else None,
-            stem=not ranks.several,
+            lambda why: show_note(f"not compiled: {why}") if ranks.is_leader else None,
+            stem=not ranks.is_distributed,
         )
         self.generator = torch.Generator(device)
-        in_parts = ranks.several or self.spec.accumulation > 1
+        in_parts = ranks.is_distributed or self.spec.accumulation > 1
         self.stages = (
             self.module.every_stage() if in_parts and isinstance(self.module, SReT) else []
         )
         for stage in self.stages:
             stage.generator = self.generator
-        self.progress = Progress()
+        self.progress = TrainingProgress()
         norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm)]
         self.statistics = [buffer for norm in norms for buffer in norm.buffers()]
         self.whole = True  # no step is under way
@@ -147,7 +147,7 @@ class Trainer:
 
     def join(self) -> None:
         """Has each step average the gradients of all ranks, which have to be this far."""
-        if self.ranks.several and not self.shards:
+        if self.ranks.is_distributed and not self.shards:
             self.model = replicate(self.module, self.spec, self.ranks)
 
     @property
@@ -176,13 +176,13 @@ class Trainer:
         """
         self.whole = False
         p, counts = self.progress, counts or (len(images),)
-        self.generator.manual_seed(seed_step(self.spec.seed, p.step, self.ranks.rank))
+        self.generator.manual_seed(step_seed(self.spec.seed, p.step, self.ranks.rank))
         if self.spec.recursions_range is not None:
-            self.module.set_recursions(drawn_recursions(self.spec, p.step))
+            self.module.set_recursions(draw_recursions(self.spec, p.step))
         x = self.loader.normalize(images.to(self.device, non_blocking=True))
         target = target.to(self.device, non_blocking=True)
         if self.mixup is not None:
-            x, target = mix(self.mixup, x, target)
+            x, target = mix_batch(self.mixup, x, target)
         with ExitStack() as undoing:
             undoing.callback(self._undo, [buffer.clone() for buffer in self.statistics])
             loss, parameters, norm = self._backward(x, target, counts)
@@ -229,7 +229,9 @@ class Trainer:
             loss += part.detach()
         loss = self.ranks.sum(loss) / self.ranks.world_size
         parameters = [q for q in self.module.parameters() if q.grad is not None]
-        norm = full(nn.utils.get_total_norm([q.grad for q in parameters if q.grad is not None]))
+        norm = full_tensor(
+            nn.utils.get_total_norm([q.grad for q in parameters if q.grad is not None])
+        )
         step, lr = self.progress.step + 1, self.lr
         # One transfer from the device for both.
         loss_value, norm_value = torch.stack([loss, norm.to(loss.dtype)]).tolist()
@@ -243,7 +245,7 @@ class Trainer:
         """Where this rank's images are in the whole batch, in the order that it has them in."""
         count, rank = sum(counts), self.ranks.rank
         parts = self.spec.accumulation if count == self.spec.batch_size else 1
-        places = share(count, rank, self.ranks.world_size, parts)
+        places = places_of_rank(count, rank, self.ranks.world_size, parts)
         if len(places) != counts[rank]:  # some images were left out
             places = list(range(sum(counts[:rank]), sum(counts[: rank + 1])))
         return torch.tensor(places)
@@ -280,7 +282,7 @@ class Trainer:
             SOME_FAILED,
             status="diverged",
         )
-        error.agreed, error.tells = True, self.ranks.leads
+        error.on_all_ranks, error.reported_here = True, self.ranks.is_leader
         return error
 
     def batch_indices(self) -> list[int]:
@@ -307,7 +309,7 @@ class Trainer:
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "random": random_states(),
         }
-        return whole(state) if self.shards else state
+        return full_state(state) if self.shards else state
 
     def load(self, checkpoint: Checkpoint) -> list[str]:
         """Goes on from a checkpoint; returns what is not as it was when it was written.
@@ -322,11 +324,11 @@ class Trainer:
         if self.run.continues is not None:
             config["train"]["epochs"] = state["config"]["train"]["epochs"]
         refuse_other_config(str(checkpoint.path), state["config"], config)
-        load_whole(self.module, state["model"])
-        load_whole_optimizer(self.optimizer, state["optimizer"])
+        load_full_state(self.module, state["model"])
+        load_full_optimizer_state(self.optimizer, state["optimizer"])
         if self.ema is not None:
-            load_whole(self.ema.module, state["ema"])
-        self.progress = Progress(**state["progress"])
+            load_full_state(self.ema.module, state["ema"])
+        self.progress = TrainingProgress(**state["progress"])
         set_rate(self.schedule, self.progress.step, len(self.loader))
         set_random_states(state["random"])
         versions = self.versions()

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sret_cli.runtime.errors import CHECKPOINT, USAGE, SretError, nearest
-from sret_cli.runtime.files import cannot_write, make_directory, write_atomically
+from sret_cli.runtime.errors import CHECKPOINT, USAGE, SretError, nearest_choice
+from sret_cli.runtime.files import cannot_write_error, make_directory, write_atomically
 from sret_cli.spec.run import CONFIG_FILE
 from sret_cli.weights.origin import Origin
 from sret_cli.weights.program import _refused_backbones, to_program
@@ -115,7 +115,7 @@ def check_export(to: str, directory: Path) -> None:
         SretError: the format is unknown, its packages are not installed, or the directory is there.
     """
     if to not in FILES:
-        raise SretError(f"unknown format {to!r}; {nearest(to, list(FILES))}", USAGE)
+        raise SretError(f"unknown format {to!r}; {nearest_choice(to, list(FILES))}", USAGE)
     missing = [name for name in ONNX_PACKAGES if to == "onnx" and find_spec(name) is None]
     if missing:
         raise SretError(
@@ -175,7 +175,7 @@ def export_model(
             write_atomically(temporary / CARD_FILE, card(export))
         os.replace(temporary, directory)
     except OSError as error:
-        raise cannot_write(directory, error) from None
+        raise cannot_write_error(directory, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return export

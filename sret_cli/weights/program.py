@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from sret_cli.model.sret import SReT, build_model
 from sret_cli.model.stage import Stage
-from sret_cli.runtime.errors import SretError, out_of_memory
+from sret_cli.runtime.errors import SretError, as_out_of_memory
 from sret_cli.spec.backbone import MISFITS, BackboneSpec, Spec
 
 MAX_PERIOD = 64  # of cycles that are looked for in a schedule
@@ -151,7 +151,7 @@ def _refused_backbones(spec: Spec, what: str) -> Iterator[None]:
     try:
         yield
     except MISFITS as error:
-        if out_of_memory(error) is not None or not isinstance(spec, BackboneSpec):
+        if as_out_of_memory(error) is not None or not isinstance(spec, BackboneSpec):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SretError(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sret_cli.data.class_names import ClassList, all_outputs, config_classes, match_classes
 from sret_cli.model.backbone import build_any
-from sret_cli.runtime.errors import CHECKPOINT, USAGE, SretError, note_once
+from sret_cli.runtime.errors import CHECKPOINT, USAGE, SretError, show_note_once
 from sret_cli.runtime.files import make_directory, read_json, write_atomically, write_json
 from sret_cli.spec.backbone import read_spec
 from sret_cli.spec.model import ModelSpec
@@ -102,7 +102,7 @@ def load_model(directory: Path, changes: Mapping[str, Any] | None = None) -> Any
     """
     spec = read_spec(load_config(directory)["model"])
     if isinstance(spec, ModelSpec):
-        spec = changed(spec, changes or {})
+        spec = spec_with_changes(spec, changes or {})
     elif changes:
         raise SretError(f"{', '.join(changes)} of a timm model cannot be changed after training")
     path = directory / WEIGHTS_FILE
@@ -139,7 +139,7 @@ def load_weights(
     head = [key for key in _head_keys(model) if key in tensors and key in state]
     for key in head:
         if not reset_head and tensors[key].shape[0] != state[key].shape[0]:
-            note_once(
+            show_note_once(
                 f"train.init = {directory} has {tensors[key].shape[0]:,} classes, and the model "
                 f"{state[key].shape[0]:,}: its head is not taken, and starts anew"
             )
@@ -165,7 +165,7 @@ def _head_keys(model: Any) -> list[str]:
     return [f"{name}.{part}" for name in names for part in ("weight", "bias")]
 
 
-def changed(spec: ModelSpec, changes: Mapping[str, Any]) -> ModelSpec:
+def spec_with_changes(spec: ModelSpec, changes: Mapping[str, Any]) -> ModelSpec:
     """A spec with other fields; single numbers of slices fit each stage, as `--slices` does.
 
     Raises:

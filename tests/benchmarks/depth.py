@@ -16,8 +16,8 @@ from common import arguments, deep_reference, prepare, reference_module, seconds
 from matplotlib import pyplot as plt
 
 from sret_cli.cost.footprint import Setting
-from sret_cli.cost.memory import predict
-from sret_cli.cost.trace import _traced, count_module, saved_bytes, trace
+from sret_cli.cost.memory import predict_memory
+from sret_cli.cost.trace import _traced, count_module, saved_bytes, trace_costs
 from sret_cli.model.sret import build_model
 from sret_cli.spec.presets import PRESETS
 
@@ -34,10 +34,10 @@ def measure_ours(layers: int, rounds: int) -> dict[str, dict[str, float]]:
     """Times and bytes of ours, without and with recomputation."""
     spec = PRESETS["sret_t"].at(layers=layers)
     _traced.clear()
-    profile = seconds(lambda: trace(spec))
+    profile = seconds(lambda: trace_costs(spec))
     model, x = build_model(spec).fused(), torch.randn(1, 3, 224, 224)
-    plain, _ = predict(spec, Setting(1, device="cpu"))
-    least, _ = predict(spec, Setting(1, device="cpu"), "auto")
+    plain, _ = predict_memory(spec, Setting(1, device="cpu"))
+    least, _ = predict_memory(spec, Setting(1, device="cpu"), "auto")
     return {
         "sret": {
             "forward_seconds": forward_seconds(model, x, rounds),

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from common import prepare
 
 from sret_cli.cost.footprint import Setting
-from sret_cli.cost.memory import predict
+from sret_cli.cost.memory import predict_memory
 from sret_cli.cost.plan import Plan
 from sret_cli.cost.timing import peak_memory_bytes
 from sret_cli.model.sret import build_model
@@ -97,7 +97,7 @@ def compare_inference(device: str, presets: list[str], most_bytes: float) -> Non
     ratios, left_out = [], 0
     for name, batch, precision in itertools.product(presets, (1, 2, 8, 64, 256), ("fp32", "bf16")):
         setting = Setting(batch, precision, device)
-        predicted = predict(PRESETS[name], setting)[0].inference_memory_bytes
+        predicted = predict_memory(PRESETS[name], setting)[0].inference_memory_bytes
         if predicted > most_bytes:
             left_out += 1
             continue
@@ -121,7 +121,7 @@ def compare_training(device: str) -> None:
     ):
         spec = PRESETS["sret_t"].at(layers=layers, slices=slices)
         setting = Setting(batch, precision, device)
-        memory, plan = predict(spec, setting, recompute)
+        memory, plan = predict_memory(spec, setting, recompute)
         seen, predicted = measured(spec, setting, plan), memory.training_memory_bytes
         ratios.append(predicted / seen)
         line = f"| {layers} | {slices} | {batch} | {precision} | {recompute} "

@@ -12,7 +12,7 @@ import statistics
 import torch
 from common import arguments, deep_reference, prepare, reference_module, seconds
 
-from sret_cli.cost.trace import _traced, count_module, trace
+from sret_cli.cost.trace import _traced, count_module, trace_costs
 from sret_cli.model.sret import build_model
 from sret_cli.spec.presets import PRESETS
 
@@ -23,7 +23,7 @@ def cold(layers: int) -> float:
     """Seconds of one profile with nothing traced before."""
     _traced.clear()
     spec = PRESETS["deep"].at(layers=layers)
-    return seconds(lambda: trace(spec))
+    return seconds(lambda: trace_costs(spec))
 
 
 def main() -> None:
@@ -45,13 +45,13 @@ def main() -> None:
         for ratio in (2.0, 2.5, 3.0, 3.5, 4.0)
         for depth in range(1, 21)
     ]
-    print(f"{len(specs)} specs of 10 widths: {seconds(lambda: [*map(trace, specs)]):.1f} s")
+    print(f"{len(specs)} specs of 10 widths: {seconds(lambda: [*map(trace_costs, specs)]):.1f} s")
     spec = PRESETS["sret_t"].at(layers=1000)
     image = torch.zeros(1, 3, 224, 224)
     if given.full:
         model = build_model(spec)
         taken = seconds(lambda: count_module(model, image))
-        whole, ours = count_module(model, image), trace(spec)
+        whole, ours = count_module(model, image), trace_costs(spec)
         same = (whole.macs, whole.activations, whole.params) == (
             ours.macs,
             ours.activations,

@@ -18,7 +18,7 @@ import torch
 from common import prepare
 
 from sret_cli.cost.footprint import Setting
-from sret_cli.cost.memory import predict
+from sret_cli.cost.memory import predict_memory
 from sret_cli.cost.plan import Plan, fixed_plan
 from sret_cli.model.sret import SReT, build_model
 from sret_cli.runtime.device import choose_device
@@ -53,7 +53,7 @@ def main() -> None:
         spec = PRESETS["sret_t"].at(layers=layers)
         model = build_model(spec).to(device)
         names = ("none", "auto", "pass")
-        plans = {name: predict(spec, setting, name)[1] for name in names}
+        plans = {name: predict_memory(spec, setting, name)[1] for name in names}
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
         for plan in (plans["auto"], fixed_plan(spec, "none")):
             seconds(model, plan, x, target)
@@ -61,7 +61,7 @@ def main() -> None:
             for name in names:
                 times[name].append(seconds(model, plans[name], x, target))
         for name in names:
-            kept = predict(spec, setting, name)[0].kept_bytes / arguments.batch_size / 1e6
+            kept = predict_memory(spec, setting, name)[0].kept_bytes / arguments.batch_size / 1e6
             line = (
                 f"| {layers:,} | {name}, {'-'.join(map(str, plans[name].segments))} | {kept:.1f} "
             )

@@ -17,8 +17,8 @@ from common import (
     side_by_side,
 )
 
-from sret_cli.cost.timing import inference, training_step
-from sret_cli.cost.trace import trace
+from sret_cli.cost.timing import inference_function, training_step
+from sret_cli.cost.trace import trace_costs
 from sret_cli.model.compile import compile_model
 from sret_cli.model.sret import build_model
 from sret_cli.spec.presets import PRESETS
@@ -52,7 +52,7 @@ def main() -> None:
     precision = "bf16" if device == "cuda" else "fp32"
     autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
     kind = "compiled" if given.compile else "eager"
-    fused = inference(ours, x, precision, "on" if given.compile else "off")
+    fused = inference_function(ours, x, precision, "on" if given.compile else "off")
     theirs.eval()
 
     def their_inference() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
             theirs(x)
 
     ratio = side_by_side(their_inference, fused, device, given.rounds)
-    report(f"inference, {kind}", ratio, batch, trace(spec).macs, device)
+    report(f"inference, {kind}", ratio, batch, trace_costs(spec).macs, device)
     if given.inference_only:
         return
     theirs.train(), ours.train()
@@ -68,7 +68,7 @@ def main() -> None:
     target = torch.randint(1000, (len(x),), device=device)
     their_step, our_step = (training_step(m, x, target, precision)[0] for m in (theirs, ours))
     ratio = side_by_side(their_step, our_step, device, given.rounds)
-    report(f"training step, {kind}", ratio, batch, 3 * trace(spec).macs, device)
+    report(f"training step, {kind}", ratio, batch, 3 * trace_costs(spec).macs, device)
 
 
 def report(what, ratio, batch, macs, device):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from sret_cli.runtime import progress
-from sret_cli.runtime.files import cannot_write, locked
+from sret_cli.runtime.files import cannot_write_error, locked_directory
 from sret_cli.study import engine as launch
 from sret_cli.study.file import load_study
 
@@ -223,7 +223,7 @@ def test_running_out_of_memory_is_a_row_with_its_error_and_exit_7(sret, study, m
 
 def test_a_run_that_another_process_has_is_left_to_it_and_the_others_are_done(sret, study):
     (first, second) = load_study(study).runs
-    with locked(first.directory(study.parent / "runs")):
+    with locked_directory(first.directory(study.parent / "runs")):
         process = start("train", study, cwd=study.parent)
         out, err = process.communicate(timeout=300)
     assert process.returncode == 2
@@ -234,7 +234,7 @@ def test_a_run_that_another_process_has_is_left_to_it_and_the_others_are_done(sr
 
 def test_a_full_disk_ends_the_study_and_leaves_no_row(sret, study, monkeypatch):
     def full(*_):
-        raise cannot_write(study, OSError(28, "No space left on device"), 1_000_000)
+        raise cannot_write_error(study, OSError(28, "No space left on device"), 1_000_000)
 
     monkeypatch.setattr(launch, "_do", full)
     code, _, err = sret("train", study)
@@ -445,11 +445,16 @@ def test_models_of_timm_are_measured_beside_ours(sret):
 
 
 def test_a_bare_compile_means_on_and_other_modes_are_refused(sret):
-    from sret_cli.commands.app import spell_out
+    from sret_cli.commands.app import expand_bare_compile
 
-    assert spell_out(["train", "--compile"]) == ["train", "--compile", "on"]
-    assert spell_out(["train", "--compile", "auto"]) == ["train", "--compile", "auto"]
-    assert spell_out(["run", "--compile", "a.toml"]) == ["run", "--compile", "on", "a.toml"]
+    assert expand_bare_compile(["train", "--compile"]) == ["train", "--compile", "on"]
+    assert expand_bare_compile(["train", "--compile", "auto"]) == ["train", "--compile", "auto"]
+    assert expand_bare_compile(["run", "--compile", "a.toml"]) == [
+        "run",
+        "--compile",
+        "on",
+        "a.toml",
+    ]
     code, _, err = sret("profile", "--preset", "nano", "--device", "cpu", "--compile", "yes")
     assert code == 2
     assert err == ("sret: unknown mode of compilation 'yes'; choose from off, on, auto\n")

@@ -139,8 +139,8 @@ def test_a_gpu_is_chosen_by_its_number(monkeypatch):
 
 
 def test_a_gpu_of_several_processes_is_not_chosen_by_number(monkeypatch):
-    from sret_cli.training.ranks import start
+    from sret_cli.training.ranks import start_ranks
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SretError, match="each of 2 processes takes its own; use --device cuda"):
-        start("cuda:1")
+        start_ranks("cuda:1")

@@ -11,8 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 from sret_cli.cost import footprint
 from sret_cli.cost.allocations import most_allocated
 from sret_cli.cost.footprint import Setting
-from sret_cli.cost.liveness import trace
-from sret_cli.cost.memory import largest_batch, predict, set_recompute
+from sret_cli.cost.liveness import trace_storages
+from sret_cli.cost.memory import largest_batch, predict_memory, set_recompute
 from sret_cli.cost.plan import Plan, fixed_plan
 from sret_cli.cost.timing import _check_memory, peak_memory_bytes
 from sret_cli.model.sret import build_model
@@ -78,7 +78,7 @@ def test_what_is_kept_for_the_backward_pass_is_predicted_to_the_byte(
     tiny, values, recompute, precision
 ):
     spec = tiny.with_values(**values)
-    memory, plan = predict(spec, Setting(3, precision, "cpu"), recompute)
+    memory, plan = predict_memory(spec, Setting(3, precision, "cpu"), recompute)
     _, loss, _ = loss_of(spec, 3, precision, plan)
     loss()
     assert bytes_left_by(loss) == memory.saved_bytes + 4  # and the loss itself
@@ -88,7 +88,7 @@ def test_what_is_kept_for_the_backward_pass_is_predicted_to_the_byte(
 @pytest.mark.parametrize("residual", ["lrc", "deepnorm"])
 def test_what_is_kept_equals_what_autograds_hooks_see(tiny, residual, precision):
     tiny = tiny.with_values(residual=residual)
-    memory, plan = predict(tiny, Setting(3, precision, "cpu"))
+    memory, plan = predict_memory(tiny, Setting(3, precision, "cpu"))
     model, loss, _ = loss_of(tiny, 3, precision, plan)
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept = {}
@@ -109,7 +109,7 @@ def test_what_is_kept_equals_what_autograds_hooks_see(tiny, residual, precision)
 @pytest.mark.parametrize(("precision", "recompute"), [("fp32", "none"), ("bf16", "auto")])
 def test_the_peak_is_predicted_within_a_twentieth(precision, recompute):
     spec = PRESETS["sret_t"].with_values(img_size=112, slices=1, recursive_slices=1)
-    memory, plan = predict(spec, Setting(8, precision, "cpu"), recompute)
+    memory, plan = predict_memory(spec, Setting(8, precision, "cpu"), recompute)
     seen = peak_of(spec, 8, precision, plan, "cpu")
     assert memory.training_memory_bytes == pytest.approx(seen, rel=0.05)
 
@@ -136,14 +136,14 @@ def inference_of(model, x, precision):
 def test_the_peak_of_inference_is_predicted_within_a_fiftieth(values, batch_size, precision):
     spec = PRESETS["nano"].with_values(**values)
     x = torch.randn(batch_size, 3, spec.img_size, spec.img_size)
-    memory, _ = predict(spec, Setting(batch_size, precision, "cpu"))
+    memory, _ = predict_memory(spec, Setting(batch_size, precision, "cpu"))
     seen = inference_of(build_model(spec).eval(), x, precision)
     assert memory.inference_memory_bytes == pytest.approx(seen, rel=0.02)
 
 
 @pytest.mark.parametrize(("name", "precision"), [("sret_t", "bf16"), ("deep", "fp32")])
 def test_the_peak_of_one_images_inference_is_predicted_within_a_fiftieth(name, precision):
-    memory, _ = predict(PRESETS[name], Setting(1, precision, "cpu"))
+    memory, _ = predict_memory(PRESETS[name], Setting(1, precision, "cpu"))
     seen = inference_of(build_model(PRESETS[name]).eval(), torch.randn(1, 3, 224, 224), precision)
     assert memory.inference_memory_bytes == pytest.approx(seen, rel=0.02)
 
@@ -160,14 +160,14 @@ def test_allocations_are_the_most_that_a_call_holds_at_once():
 
 
 def test_inference_holds_the_map_that_entered_a_stage():
-    memory, _ = predict(PRESETS["nano"], Setting(256, "fp32", "cpu"))
+    memory, _ = predict_memory(PRESETS["nano"], Setting(256, "fp32", "cpu"))
     # seen by torch's profiler; 256 maps of 64 tokens, 32 wide, are 2,097,152 of them
     assert memory.inference_memory_bytes == pytest.approx(23_088_032, rel=0.02)
 
 
 def test_inference_in_bf16_keeps_no_copies_of_weights_on_a_gpu_either():
     setting = Setting(1, "bf16", "cuda")
-    memory, _ = predict(PRESETS["sret_t"].at(layers=1000), setting)
+    memory, _ = predict_memory(PRESETS["sret_t"].at(layers=1000), setting)
     rest = memory.inference_memory_bytes - memory.weight_bytes - 32 * 2**20
     assert rest < 5e6  # copies of its weights alone would be 8 MB
 
@@ -180,7 +180,7 @@ def test_the_prediction_says_that_inference_is_not_of_the_fused_copy(sret):
 
 
 def test_the_parts_of_a_prediction_add_up_to_its_peak(tiny):
-    memory, _ = predict(tiny, Setting(8, "bf16", "cuda"))
+    memory, _ = predict_memory(tiny, Setting(8, "bf16", "cuda"))
     parts = (memory.weight_bytes, memory.gradient_bytes, memory.optimizer_bytes)
     parts += (memory.kept_bytes, memory.transient_bytes)
     assert sum(parts) == memory.training_memory_bytes
@@ -189,41 +189,41 @@ def test_the_parts_of_a_prediction_add_up_to_its_peak(tiny):
 
 def test_a_thousand_layers_keep_at_most_45_megabytes_an_image():
     setting = Setting(1, "fp32", "cpu")
-    deep, plan = predict(SRET_T_1000, setting, "auto")
+    deep, plan = predict_memory(SRET_T_1000, setting, "auto")
     assert deep.kept_bytes < 45e6
     assert plan.recomputed[0] == 200
-    assert deep.kept_bytes < 2.5 * predict(PRESETS["sret_t"], setting)[0].kept_bytes
+    assert deep.kept_bytes < 2.5 * predict_memory(PRESETS["sret_t"], setting)[0].kept_bytes
 
 
 def test_depth_is_predicted_from_the_same_traces(monkeypatch, tiny):
     traced = []
-    real = trace
+    real = trace_storages
     monkeypatch.setattr(footprint, "_traced", {})
     monkeypatch.setattr(footprint, "trace", lambda *a, **k: traced.append(k) or real(*a, **k))
-    predict(tiny.at(layers=40), Setting(2, "fp32", "cpu"))
+    predict_memory(tiny.at(layers=40), Setting(2, "fp32", "cpu"))
     count = len(traced)
     assert count == 2 * (5 + 4)  # first and later passes; stem, pools, head: training, inference
-    predict(tiny.at(layers=4000), Setting(64, "fp32", "cpu"), "auto")
+    predict_memory(tiny.at(layers=4000), Setting(64, "fp32", "cpu"), "auto")
     assert len(traced) == count
 
 
 def test_a_budget_recomputes_no_more_than_it_must():
     setting = Setting(64, "bf16", "cuda")
     spec = PRESETS["sret_t"].at(layers=100)
-    none, _ = predict(spec, setting)
-    least, least_plan = predict(spec, setting, "auto")
+    none, _ = predict_memory(spec, setting)
+    least, least_plan = predict_memory(spec, setting, "auto")
     full = none.training_memory_bytes
     assert least.training_memory_bytes < 0.2 * full
-    memory, plan = predict(spec, setting, "auto", full)
+    memory, plan = predict_memory(spec, setting, "auto", full)
     assert (memory, plan) == (none, fixed_plan(spec, "none"))
     recomputed = []
     for share in (0.9, 0.6, 0.3):
-        memory, plan = predict(spec, setting, "auto", int(share * full))
+        memory, plan = predict_memory(spec, setting, "auto", int(share * full))
         assert memory.training_memory_bytes <= share * full
         recomputed.append(sum(n for n, k in zip(plan.recomputed, plan.segments, strict=True) if k))
     assert recomputed == sorted(recomputed)
     assert recomputed[0] < 30
-    memory, plan = predict(spec, setting, "auto", 10**6)  # nothing fits: the least there is
+    memory, plan = predict_memory(spec, setting, "auto", 10**6)  # nothing fits: the least there is
     assert memory.training_memory_bytes == least.training_memory_bytes
 
 
@@ -232,7 +232,7 @@ def test_the_largest_batch_fits_and_one_more_image_does_not():
     for recompute in ("none", "auto"):
         most = largest_batch(PRESETS["sret_t"], setting, recompute, budget)
         needs = [
-            predict(PRESETS["sret_t"], setting._replace(batch_size=n), recompute)[0]
+            predict_memory(PRESETS["sret_t"], setting._replace(batch_size=n), recompute)[0]
             for n in (most, most + 1)
         ]
         assert needs[0].training_memory_bytes <= budget < needs[1].training_memory_bytes
@@ -241,7 +241,7 @@ def test_the_largest_batch_fits_and_one_more_image_does_not():
 
 def test_predicting_changes_no_random_state(tiny):
     state = torch.get_rng_state()
-    predict(tiny.with_values(mlp_ratio=2.5, **DROPS), Setting(2, "bf16", "cuda"))
+    predict_memory(tiny.with_values(mlp_ratio=2.5, **DROPS), Setting(2, "bf16", "cuda"))
     assert torch.equal(state, torch.get_rng_state())
     assert not torch.is_autocast_enabled("cuda")
 
@@ -308,7 +308,7 @@ def test_the_peak_on_cuda_is_predicted_within_a_tenth(
     layers, slices, recompute, batch_size, precision
 ):
     spec = PRESETS["sret_t"].at(layers=layers, slices=slices)
-    memory, plan = predict(spec, Setting(batch_size, precision, "cuda"), recompute)
+    memory, plan = predict_memory(spec, Setting(batch_size, precision, "cuda"), recompute)
     torch.cuda.empty_cache()
     seen = peak_of(spec, batch_size, precision, plan, "cuda")
     assert memory.training_memory_bytes == pytest.approx(seen, rel=0.1)

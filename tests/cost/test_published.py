@@ -1,7 +1,7 @@
 import pytest
 
 from sret_cli.cost.published import published_columns, published_table
-from sret_cli.cost.trace import trace
+from sret_cli.cost.trace import trace_costs
 from sret_cli.spec.presets import PRESETS
 
 # Measured by running the reference implementation under fvcore 0.1.5.post20221221, batch of one.
@@ -21,7 +21,7 @@ VARIANTS = list(dict.fromkeys(line.preset for line in published_table()))
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_published_variant_has_its_printed_digits_and_exact_integers(name):
-    costs = trace(PRESETS[name])
+    costs = trace_costs(PRESETS[name])
     for line in published_table():
         if line.preset == name:
             assert round(costs.macs / 1e9, 1) == line.gmacs

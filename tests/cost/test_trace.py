@@ -6,8 +6,8 @@ from helpers import REFERENCE, UNSLICED
 from torch import nn
 
 from sret_cli.cost import trace as profiler
-from sret_cli.cost.timing import measure
-from sret_cli.cost.trace import count_module, saved_bytes, trace
+from sret_cli.cost.timing import measure_speed
+from sret_cli.cost.trace import count_module, saved_bytes, trace_costs
 from sret_cli.model.sret import build_model
 from sret_cli.runtime.device import choose_device
 from sret_cli.runtime.errors import SretError
@@ -24,7 +24,7 @@ def full(spec):
 
 @pytest.mark.parametrize(("name", "values", "params", "macs"), REFERENCE)
 def test_costs_are_those_of_the_reference_to_the_unit(name, values, params, macs):
-    costs = trace(PRESETS[name].with_values(**values))
+    costs = trace_costs(PRESETS[name].with_values(**values))
     assert (costs.params, costs.macs) == (params, macs)
 
 
@@ -33,7 +33,7 @@ def test_costs_are_those_of_the_reference_to_the_unit(name, values, params, macs
 @pytest.mark.parametrize("loop", ["internal", "external"])
 def test_traced_signatures_add_up_to_the_full_trace_to_the_unit(name, values, loop):
     spec = PRESETS[name].with_values(**values, loop=loop)
-    costs, whole = trace(spec), full(spec)
+    costs, whole = trace_costs(spec), full(spec)
     assert costs.params == whole.params
     assert costs.macs == whole.macs
     assert costs.activations == whole.activations
@@ -53,20 +53,22 @@ def test_traced_signatures_add_up_to_the_full_trace_to_the_unit(name, values, lo
 )
 def test_other_designs_add_up_too(values, tiny):
     spec = tiny.with_values(**values)
-    costs, whole = trace(spec), full(spec)
+    costs, whole = trace_costs(spec), full(spec)
     assert (costs.params, costs.macs) == (whole.params, whole.macs)
     assert costs.activation_bytes == whole.activation_bytes
 
 
 def test_what_is_kept_does_not_depend_on_dropout_nor_on_what_was_traced_before(tiny, monkeypatch):
-    plain = trace(tiny).activation_bytes
+    plain = trace_costs(tiny).activation_bytes
     monkeypatch.setattr(profiler, "_traced", {})
-    assert trace(tiny.with_values(drop_rate=0.1, attn_drop_rate=0.1)).activation_bytes == plain
-    assert trace(tiny).activation_bytes == plain
+    assert (
+        trace_costs(tiny.with_values(drop_rate=0.1, attn_drop_rate=0.1)).activation_bytes == plain
+    )
+    assert trace_costs(tiny).activation_bytes == plain
 
 
 def test_recursion_adds_macs_but_no_parameters():
-    shallow, deep = trace(PRESETS["deep"]), trace(PRESETS["deep"].at(layers=1000))
+    shallow, deep = trace_costs(PRESETS["deep"]), trace_costs(PRESETS["deep"].at(layers=1000))
     assert shallow.params == deep.params == 14_657_700
     assert deep.macs > 40 * shallow.macs
 
@@ -78,10 +80,10 @@ def test_each_signature_is_traced_once_whatever_the_depth(monkeypatch, tiny):
     monkeypatch.setattr(
         profiler, "count_module", lambda module, x: traced.append(module) or real(module, x)
     )
-    trace(tiny.at(layers=400))
+    trace_costs(tiny.at(layers=400))
     # first and later passes, two returns to the tokens' own order; stem, two pools, head
     assert len(traced) == 5 + 2 + 4
-    trace(tiny.at(layers=4000))
+    trace_costs(tiny.at(layers=4000))
     assert len(traced) == 5 + 2 + 4
 
 
@@ -131,16 +133,16 @@ def test_counting_changes_neither_the_module_nor_the_random_state():
     assert all(torch.equal(before[k], v) for k, v in norm.state_dict().items())
     assert norm.training
     state = torch.get_rng_state()
-    trace(PRESETS["nano"].with_values(mlp_ratio=2.5))
+    trace_costs(PRESETS["nano"].with_values(mlp_ratio=2.5))
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_speed_and_memory_are_measured_on_a_device(tiny):
-    row = measure(tiny, torch.device("cpu"), batch_size=4, precision="fp32")
+    row = measure_speed(tiny, torch.device("cpu"), batch_size=4, precision="fp32")
     assert row["inference_images_per_second"] == pytest.approx(4 / row["forward_seconds"])
     assert row["step_seconds"] > 0 and row["forward_seconds"] > 0
-    weights = 4 * trace(tiny).params
-    kept = 4 * trace(tiny).activation_bytes
+    weights = 4 * trace_costs(tiny).params
+    kept = 4 * trace_costs(tiny).activation_bytes
     # weights, gradients and AdamW's two moments, and what 4 images keep
     assert row["peak_memory_bytes"] > 3 * weights + kept
     assert row["peak_memory_bytes"] < 8 * weights + 3 * kept
@@ -157,7 +159,7 @@ def test_cuda_that_is_not_there_is_said_so(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_memory_and_speed_are_measured_on_cuda():
     spec = PRESETS["sret_t"]
-    row = measure(spec, torch.device("cuda"), batch_size=32, precision="bf16")
-    assert row["peak_memory_bytes"] > 16 * trace(spec).params
+    row = measure_speed(spec, torch.device("cuda"), batch_size=32, precision="bf16")
+    assert row["peak_memory_bytes"] > 16 * trace_costs(spec).params
     assert row["step_seconds"] > 0 and row["forward_seconds"] > 0
     assert row["measured_device_name"] == torch.cuda.get_device_name()

@@ -14,13 +14,13 @@ from sret_cli.data.class_names import ClassList, config_classes, match_classes, 
 from sret_cli.data.loaders import load_data
 from sret_cli.data.readers import known_source
 from sret_cli.model.sret import build_model
-from sret_cli.runtime.errors import SretError, note_once
+from sret_cli.runtime.errors import SretError, show_note_once
 from sret_cli.spec.contents import Contents
 from sret_cli.spec.model import ModelSpec
 from sret_cli.spec.presets import PRESETS
 from sret_cli.spec.run import Run
 from sret_cli.spec.train import TrainSpec
-from sret_cli.study.resolve import continued
+from sret_cli.study.resolve import continue_run
 from sret_cli.training.evaluate import evaluate
 from sret_cli.training.identify import Identifier
 from sret_cli.training.label_writer import write_labels
@@ -37,7 +37,7 @@ QUICK = {"batch_size": 16, "warmup_epochs": 0, "crop_pct": 1.0, "epochs": 1}
 
 @pytest.fixture(autouse=True)
 def _notes_are_new():
-    note_once.cache_clear()
+    show_note_once.cache_clear()
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def test_timms_weights_for_imagenet_have_names_where_the_images_have_them(
     others = ClassList(("tench", *synsets[1:]), "the images")
     with pytest.raises(SretError, match="'n01440764' is only in the first, 'tench' is only in"):
         Teacher(spec, student, CPU, others)
-    note_once.cache_clear()
+    show_note_once.cache_clear()
     plain = ClassList(tuple(map(str, range(1000))), "the images")
     assert Teacher(spec, student, CPU, plain).order is None
     assert "the names of the classes of the teacher test_resnet are not known: only the number" in (
@@ -273,7 +273,7 @@ def test_a_run_keeps_the_numbers_of_its_classes_to_the_bit(
     was = first.directory(tmp_path / "was")
     train(first, was, "cpu", 0)
     shutil.copytree(tmp_path / "was", tmp_path / "now")
-    runs = [continued(first.directory(tmp_path / name), 2) for name in ("was", "now")]
+    runs = [continue_run(first.directory(tmp_path / name), 2) for name in ("was", "now")]
     train(runs[0], runs[0].directory(tmp_path / "was"), "cpu", 0)
     as_text(monkeypatch, read=False)
     capsys.readouterr()
@@ -292,7 +292,7 @@ def test_a_run_does_not_go_on_with_other_classes(eleven, numbered, tmp_path):
     train(first, first.directory(tmp_path), "cpu", 0)
     for split in ("train", "test"):
         (numbered / split / "10").rename(numbered / split / "ten")
-    longer = continued(first.directory(tmp_path), 2)
+    longer = continue_run(first.directory(tmp_path), 2)
     with pytest.raises(SretError, match="'10' is only in the first, 'ten' is only") as refused:
         train(longer, longer.directory(tmp_path), "cpu", 0)
     assert refused.value.code == 5

@@ -16,16 +16,16 @@ from sret_cli.data import readers
 from sret_cli.data.fingerprint import Images
 from sret_cli.data.sources import Indexed, Source, train_folder
 from sret_cli.model.sret import build_model
-from sret_cli.report.columns import group
+from sret_cli.report.columns import group_seeds
 from sret_cli.runtime.errors import SretError
 from sret_cli.spec.contents import Contents
 from sret_cli.spec.run import Run
 from sret_cli.spec.train import TrainSpec
-from sret_cli.study.axes import varying
-from sret_cli.study.dispatch import Options
+from sret_cli.study.axes import varying_fields
+from sret_cli.study.dispatch import RunOptions
 from sret_cli.study.engine import run_study
-from sret_cli.study.file import study_of
-from sret_cli.study.resolve import continued
+from sret_cli.study.file import study_from_tables
+from sret_cli.study.resolve import continue_run
 from sret_cli.training.identify import Identifier, find_splits
 from sret_cli.training.session import train
 from sret_cli.weights.store import save_model
@@ -110,7 +110,7 @@ def test_a_requeued_command_goes_on_where_its_images_lie_now(sret, tiny, images,
     assert code == 0, err
     (row,) = rows_of(out)
     config = json.loads(Path("runs", "train", row["run_id"], "config.json").read_text())
-    run = continued(Path("runs", "train", row["run_id"]), 2)
+    run = continue_run(Path("runs", "train", row["run_id"]), 2)
     run = Run("train", run.name, run.model, run.train)
     run = Identifier().identify(run)
     with pytest.raises(SystemExit):
@@ -169,7 +169,10 @@ def test_other_images_at_the_same_place_are_another_run_and_it_is_said(sret, ima
         f"runs/train/{first['run_id']} has the same settings, but other images: "
         f"{second['run_id']} is a new run and shares nothing with it"
     )
-    assert [len(g.rows) for g in group([first, second], varying([first, second]))] == [1, 1]
+    assert [len(g.rows) for g in group_seeds([first, second], varying_fields([first, second]))] == [
+        1,
+        1,
+    ]
     assert sret("train", "--data-dir", images, *FLAGS)[2].count("shares nothing") == 0
 
 
@@ -179,12 +182,12 @@ def test_rows_of_one_set_of_images_are_seeds_of_one_model_wherever_they_lay():
         {"layers": 8, "train.seed": seed, "data_sample_sha256": f"s{seed}", **sums, **values}
         for seed, values in ((0, {}), (1, {"train.data_dir": "there"}))
     ]
-    assert varying(rows) == []
+    assert varying_fields(rows) == []
     others = [*rows, {**rows[0], "data_files_sha256": "g", "data_sample_sha256": "t"}]
-    assert varying(others) == ["data_files_sha256"]
+    assert varying_fields(others) == ["data_files_sha256"]
     named = [*rows, {**rows[0], "data_files_sha256": "g", "train.data_dir": "other"}]
     named[1]["train.data_dir"] = "here"
-    assert varying(named) == ["train.data_dir"]
+    assert varying_fields(named) == ["train.data_dir"]
 
 
 def test_the_bytes_of_256_files_are_compared_that_the_seed_chooses(many):
@@ -397,8 +400,8 @@ def test_a_study_lists_its_images_once(tiny, images, tmp_path, monkeypatch):
         "grid": {"train.seed": [0, 1, 2]},
     }
     tables["model"].pop("order")
-    found = study_of("seeds", tables)
-    outcome = run_study(found, tmp_path / "runs", Options("cpu", 0), Console(quiet=True))
+    found = study_from_tables("seeds", tables)
+    outcome = run_study(found, tmp_path / "runs", RunOptions("cpu", 0), Console(quiet=True))
     assert len({row["run_id"] for row in outcome.rows}) == 3
     assert all(row["status"] == "done" for row in outcome.rows)
     assert len(listed) == 1

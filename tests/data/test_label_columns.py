@@ -8,7 +8,7 @@ from sret_cli.data.loaders import load_data
 from sret_cli.data.streams import find_shards
 from sret_cli.model.sret import build_model
 from sret_cli.runtime.errors import SretError
-from sret_cli.study.resolve import resolve
+from sret_cli.study.resolve import resolve_run
 from sret_cli.weights.store import save_model
 
 
@@ -39,7 +39,7 @@ def test_of_several_columns_of_classes_label_is_trained_on_unless_another_is_cho
         ({"label_column": "fine"}, ("tabby", "siam", "collie", "pug"), [0, 1, 2, 3]),
     ):
         train = data_spec("hfds", hugging_face, **values)
-        assert resolve("s", {}, train.model_dump()).model.num_classes == len(classes)
+        assert resolve_run("s", {}, train.model_dump()).model.num_classes == len(classes)
         loader, test = load_data(train, NANO)
         assert loader.classes == test.classes == classes
         assert sorted(levels(loader)) == levels(test) == list(enumerate(targets, 1))
@@ -136,7 +136,7 @@ def test_names_of_classes_in_shards_are_read_from_the_chosen_files_or_field(tmp_
     write_shard(tmp_path / "train-0.tar", **train)
     write_shard(tmp_path / "val-0.tar", a=named("cat10"))
     spec = data_spec("wds", tmp_path, label_column=column)
-    assert resolve("s", {}, spec.model_dump()).model.num_classes == 3
+    assert resolve_run("s", {}, spec.model_dump()).model.num_classes == 3
     loader, test = load_data(spec, NANO)
     assert loader.class_list.names == test.classes == ("Ape", "cat2", "cat10")
     assert sorted(levels(loader)) == [(1, 2), (2, 1), (3, 0), (4, 1)]

@@ -5,13 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from sret_cli.data.augment import Erasing, seeded
-from sret_cli.data.decode import eight_bits
+from sret_cli.data.augment import Erasing, temporarily_seeded
+from sret_cli.data.decode import to_eight_bits
 from sret_cli.data.loaders import Batches, load_batches, load_data
 from sret_cli.data.sources import digits
 from sret_cli.data.sources import test_folder as read_test_folder
 from sret_cli.data.sources import train_folder as read_train_folder
-from sret_cli.runtime.errors import LoaderLost, SretError, lost_loader
+from sret_cli.runtime.errors import LoaderLost, SretError, as_loader_lost
 from sret_cli.spec.presets import PRESETS
 from sret_cli.spec.train import TrainSpec
 
@@ -80,7 +80,7 @@ def test_whatever_breaks_as_a_process_of_the_loader_dies_is_known_as_its_death(e
     assert next(batches) == "a batch"
     with pytest.raises(RuntimeError) as broken:
         next(batches)
-    found = lost_loader(broken.value)
+    found = as_loader_lost(broken.value)
     assert isinstance(found, LoaderLost)
     assert (found.code, found.status) == (7, "loader_lost")
 
@@ -99,7 +99,7 @@ def test_errors_of_the_data_set_itself_are_no_death_of_a_process(error, workers)
     with pytest.raises(type(error)) as raised:
         list(load_batches(Breaks(error, workers)))
     assert raised.value is error
-    assert lost_loader(error) is None
+    assert as_loader_lost(error) is None
 
 
 def test_every_epoch_has_an_order_of_its_own_and_takes_each_image_once(folder):
@@ -194,7 +194,7 @@ def test_images_are_eight_bits_and_normalised_later(folder):
 def test_random_erasing_fills_a_rectangle_with_normal_noise():
     erase = Erasing(1.0, (0.5,), (0.1,))
     image = torch.full((1, 200, 200), 7, dtype=torch.uint8)
-    with seeded("a"):
+    with temporarily_seeded("a"):
         erased = erase(image)
     changed = erased != 7
     rows, columns = changed[0].any(1).nonzero(), changed[0].any(0).nonzero()
@@ -203,7 +203,7 @@ def test_random_erasing_fills_a_rectangle_with_normal_noise():
     noise = (erased[changed] / 255 - 0.5) / 0.1
     assert noise.mean().abs() < 0.05
     assert noise.std() == pytest.approx(1, abs=0.05)
-    with seeded("a"):
+    with temporarily_seeded("a"):
         assert torch.equal(erase(image), erased)
     assert torch.equal(Erasing(0.0, (0.5,), (0.1,))(image), image)
 
@@ -265,7 +265,7 @@ def test_loading_leaves_the_random_states_of_the_process_alone(folder):
 def test_seeded_draws_the_same_for_the_same_text():
     draws = []
     for text in ("a", "a", "b"):
-        with seeded(text):
+        with temporarily_seeded(text):
             draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
     assert draws[0] == draws[1] != draws[2]
 
@@ -335,7 +335,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped(folder):
     pixels = np.asarray(train.open(train.images.images.index(str(path)), "RGB")[0])
     assert (pixels[0, 0, 0], pixels[8, 0, 0], pixels[15, 15, 0]) == (0, 128, 255)
     with pytest.raises(ValueError, match="pixels of mode F have no known range"):
-        eight_bits(Image.fromarray(np.full((4, 4), 0.5, np.float32)))
+        to_eight_bits(Image.fromarray(np.full((4, 4), 0.5, np.float32)))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1", "LA"])

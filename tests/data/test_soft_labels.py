@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from sret_cli.data.augment import seeded
+from sret_cli.data.augment import temporarily_seeded
 from sret_cli.data.loaders import find_source, load_data
-from sret_cli.data.soft_labels import LabelsSpec, StoredLabels, draw_crop, spread
+from sret_cli.data.soft_labels import LabelsSpec, StoredLabels, draw_crop, spread_probabilities
 from sret_cli.model.sret import build_model
 from sret_cli.runtime.errors import SretError
 from sret_cli.spec.run import Run
@@ -95,9 +95,9 @@ def test_a_crop_of_ten_classes_takes_49_bytes_and_ten_of_imagenet_628_megabytes(
 
 def test_what_is_left_to_one_is_spread_over_the_other_classes():
     best = torch.tensor([[[1.0, 3.0], [0.6, 0.2]]])
-    assert spread(best, 4)[0].tolist() == pytest.approx([0.1, 0.6, 0.1, 0.2])
+    assert spread_probabilities(best, 4)[0].tolist() == pytest.approx([0.1, 0.6, 0.1, 0.2])
     whole = torch.tensor([[[1.0, 0.0], [0.75, 0.2505]]])  # as fp16 may round them
-    assert spread(whole, 2).sum().item() == pytest.approx(1.0, abs=1e-6)
+    assert spread_probabilities(whole, 2).sum().item() == pytest.approx(1.0, abs=1e-6)
 
 
 def test_a_crop_is_what_timms_training_transform_cuts():
@@ -105,7 +105,7 @@ def test_a_crop_is_what_timms_training_transform_cuts():
     image = Image.fromarray(generator.integers(0, 256, (60, 40, 3), dtype=np.uint8))
     transform = RandomResizedCropAndInterpolation(16, (0.08, 1.0), interpolation="bicubic")
     for index in range(20):
-        with seeded(f"0 {index} crop 3"):
+        with temporarily_seeded(f"0 {index} crop 3"):
             expected = np.asarray(transform(image)).transpose(2, 0, 1)
         crop = draw_crop(image, header(hflip=0.0), index, 3)
         pixels = crop.cut(image, header())

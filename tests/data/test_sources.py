@@ -10,22 +10,22 @@ from helpers import NANO, add, data_spec, levels, png, write_tar
 from PIL import Image
 
 from sret_cli.data.check import Checked, check_file
-from sret_cli.data.decode import decode, pillow_decodes
+from sret_cli.data.decode import decode_image, pillow_decodes
 from sret_cli.data.folders import folder_classes
 from sret_cli.data.loaders import load_data, load_test_data
 from sret_cli.data.sources import Listed, Source
 from sret_cli.data.streams import find_shards
-from sret_cli.runtime.errors import SretError, note_once
+from sret_cli.runtime.errors import SretError, show_note_once
 from sret_cli.runtime.signals import Interrupted
 from sret_cli.spec.train import TrainSpec
-from sret_cli.study.resolve import resolve
+from sret_cli.study.resolve import resolve_run
 
 
 def test_a_tar_file_of_class_folders_is_a_dataset(tmp_path):
     write_tar(tmp_path / "train.tar", {"cat": (1, 2), "cow": (3,), "dog": (4, 5, 6)})
     write_tar(tmp_path / "val.tar", {"dog": (7,), "cat": (8,)})
     train = data_spec("tar", tmp_path)
-    assert resolve("s", {}, train.model_dump()).model.num_classes == 3
+    assert resolve_run("s", {}, train.model_dump()).model.num_classes == 3
     loader, test = load_data(train, NANO, workers=2)
     assert sorted(levels(loader)) == [(1, 0), (2, 0), (3, 1), (4, 2), (5, 2), (6, 2)]
     assert sorted(levels(test)) == [(7, 2), (8, 0)]
@@ -243,7 +243,7 @@ def shards(tmp_path):
 
 def test_shards_are_read_as_a_stream_of_labelled_images(shards):
     train = data_spec("wds", shards)
-    assert resolve("s", {}, train.model_dump()).model.num_classes == 4
+    assert resolve_run("s", {}, train.model_dump()).model.num_classes == 4
     loader, test = load_data(train, NANO)
     assert len(loader) == 6
     assert sorted(levels(loader)) == [(shade, shade % 4) for shade in range(12)]
@@ -252,7 +252,7 @@ def test_shards_are_read_as_a_stream_of_labelled_images(shards):
 
 
 def test_a_stream_says_once_what_it_cannot_promise(shards, capsys):
-    note_once.cache_clear()
+    show_note_once.cache_clear()
     load_data(data_spec("wds", shards), NANO)
     load_data(data_spec("wds", shards), NANO)
     said = capsys.readouterr().err
@@ -388,7 +388,7 @@ def test_pixels_of_32_bits_that_may_be_of_any_range_are_refused_and_dark_16_bits
 
     dark = np.arange(0, 256, 4).reshape(8, 8)
     with pytest.raises(ValueError, match="at most 252 have no known range; convert it to 8 or 16"):
-        decode(encoded(dark.astype(np.int32), "TIFF"), "L")
-    assert decode(encoded(dark.astype(np.int32) * 257, "TIFF"), "L").getextrema() == (0, 252)
+        decode_image(encoded(dark.astype(np.int32), "TIFF"), "L")
+    assert decode_image(encoded(dark.astype(np.int32) * 257, "TIFF"), "L").getextrema() == (0, 252)
     for kind in ("PNG", "TIFF"):
-        assert decode(encoded(dark.astype(np.uint16), kind), "L").getextrema() == (0, 0)
+        assert decode_image(encoded(dark.astype(np.uint16), kind), "L").getextrema() == (0, 0)

@@ -20,7 +20,7 @@ from helpers import TINY
 from sret_cli.data.loaders import Loader
 from sret_cli.spec.run import Run
 from sret_cli.spec.train import TrainSpec
-from sret_cli.training.ranks import ALONE, start
+from sret_cli.training.ranks import ALONE, start_ranks
 from sret_cli.training.session import train
 
 # Ten steps an epoch, with all that draws: shuffles, drop path, mixup, counts of recursions, of
@@ -61,16 +61,16 @@ def train_until(step, run, folder, ranks=ALONE, shards=False):
 
 def main():
     """Trains as each of the ranks."""
-    folder, ranks = Path(sys.argv[1]), start("cpu")
+    folder, ranks = Path(sys.argv[1]), start_ranks("cpu")
     train_until(20, PUBLISHED, folder / "published", ranks)
     in_double()
     row = train(RUN, folder / "plain", ranks=ranks)
-    if ranks.leads:
+    if ranks.is_leader:
         (folder / "row.json").write_text(json.dumps(row))
     train(RUN, folder / "sharded", ranks=ranks, shards=True)
     train_until(7, RUN, folder / "stopped", ranks, shards=True)
 
 
 if __name__ == "__main__":
-    assert ALONE.leads
+    assert ALONE.is_leader
     main()

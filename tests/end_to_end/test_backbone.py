@@ -5,10 +5,10 @@ import torch
 from helpers import logits
 
 from sret_cli.model.backbone import build_backbone
-from sret_cli.runtime.errors import SretError, note_once
+from sret_cli.runtime.errors import SretError, show_note_once
 from sret_cli.spec.backbone import BackboneSpec
-from sret_cli.study.file import study_of
-from sret_cli.study.resolve import resolve
+from sret_cli.study.file import study_from_tables
+from sret_cli.study.resolve import resolve_run
 from sret_cli.training.evaluate import evaluate_run
 from sret_cli.training.session import train
 from sret_cli.weights.store import load_model, save_model
@@ -73,11 +73,11 @@ def test_timm_args_are_arguments_of_timms_model():
 
 def test_without_timm_args_a_run_keeps_its_id():
     model = {"backbone": "vit_tiny_patch16_224"}
-    run = resolve("s", model, None)
+    run = resolve_run("s", model, None)
     assert run.run_id == "38a274411f"
     assert "timm_args" not in run.spec()["model"]
-    assert resolve("s", {**model, "timm_args": {}}, None).run_id == run.run_id
-    other = resolve("s", {**model, "timm_args": {"depth": 2}}, None)
+    assert resolve_run("s", {**model, "timm_args": {}}, None).run_id == run.run_id
+    other = resolve_run("s", {**model, "timm_args": {"depth": 2}}, None)
     assert other.run_id != run.run_id
     assert other.row()["model.timm_args.depth"] == 2
     assert "model.timm_args" not in other.row()
@@ -89,18 +89,18 @@ def test_timm_args_are_axes_of_a_study():
         "grid": {"model.timm_args.patch_size": [4, 8]},
         "report": {"x": "model.timm_args.patch_size", "y": ["macs"]},
     }
-    runs = study_of("s", tables).runs
+    runs = study_from_tables("s", tables).runs
     assert [run.model.timm_args for run in runs] == [
         (("depth", 2), ("patch_size", 4)),
         (("depth", 2), ("patch_size", 8)),
     ]
     tables["grid"] = {"model.timm_args.patchsize": [4, 8]}
     with pytest.raises(SretError, match="timm_args.patchsize: vit_small takes no such argument"):
-        study_of("s", tables)
+        study_from_tables("s", tables)
     with pytest.raises(SretError, match="unknown key 'model.timm_arg.depth'"):
-        study_of("s", {"grid": {"model.timm_arg.depth": [4, 8]}})
+        study_from_tables("s", {"grid": {"model.timm_arg.depth": [4, 8]}})
     with pytest.raises(SretError, match="timm_args are of timm's models; give a backbone"):
-        study_of("s", {"model": {"timm_args": {"depth": 2}}})
+        study_from_tables("s", {"model": {"timm_args": {"depth": 2}}})
 
 
 def test_a_value_that_timms_model_cannot_have_is_refused_with_it():
@@ -161,7 +161,7 @@ def test_a_model_with_timm_args_is_trained_evaluated_and_read_back(sret, tmp_pat
 def test_an_image_size_that_leaves_a_handful_of_tokens_is_said_once(
     capsys, backbone, img_size, said
 ):
-    note_once.cache_clear()
+    show_note_once.cache_clear()
     for recursions in (1, 2):
         build_backbone(BackboneSpec(backbone=backbone, img_size=img_size, recursions=recursions))
     err = capsys.readouterr().err
@@ -182,7 +182,7 @@ def test_baselines_are_rows_for_every_training_and_image_size():
         "train": {"epochs": 2},
         "grid": {"model.recursions": [1, 2], "train.seed": [0, 1]},
     }
-    runs = study_of("s", tables).runs
+    runs = study_from_tables("s", tables).runs
     assert [(r.name, r.train.seed) for r in runs] == [
         *(("nano", 0), ("nano", 1), ("nano", 0), ("nano", 1)),
         *(("vit_small", 0), ("pit_small", 0), ("vit_small", 1), ("pit_small", 1)),
@@ -190,10 +190,10 @@ def test_baselines_are_rows_for_every_training_and_image_size():
     assert all(run.model.img_size == 32 and run.model.num_classes == 10 for run in runs)
     assert runs[-1].model.untouched
     assert runs[-1].row()["model.backbone"] == "pit_small"
-    alone = study_of("s", {"baselines": ["vit_tiny_patch16_224"], "train": {}})
+    alone = study_from_tables("s", {"baselines": ["vit_tiny_patch16_224"], "train": {}})
     assert [(run.name, run.model.img_size) for run in alone.runs] == [("vit_tiny_patch16_224", 224)]
     with pytest.raises(SretError, match="give a list of timm's names"):
-        study_of("s", {"baselines": "vit_small"})
+        study_from_tables("s", {"baselines": "vit_small"})
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_training_a_recursive_backbone_lowers_the_loss_and_is_repeatable(tmp_pat
         "model": {"backbone": "vit_small", "img_size": 16, "recursions": 2, "share": 2},
         "train": {"epochs": 2, "warmup_epochs": 0, "batch_size": 120},
     }
-    (run,) = study_of("s", tables).runs
+    (run,) = study_from_tables("s", tables).runs
     rows = [train(run, tmp_path / name) for name in ("a", "b")]
     assert rows[0]["final_loss"] == rows[1]["final_loss"] < 2.3
     assert evaluate_run(tmp_path / "a")["top1_percent"] == rows[0]["top1_percent"]

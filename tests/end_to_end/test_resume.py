@@ -19,14 +19,14 @@ from torch.utils.data import DataLoader
 from sret_cli.data.loaders import load_data
 from sret_cli.runtime import signals as interrupt
 from sret_cli.runtime.errors import SretError
-from sret_cli.runtime.files import Busy, locked
+from sret_cli.runtime.files import Busy, locked_directory
 from sret_cli.spec.backbone import BackboneSpec
 from sret_cli.spec.run import Run
 from sret_cli.spec.train import TrainSpec
-from sret_cli.study.resolve import continued
+from sret_cli.study.resolve import continue_run
 from sret_cli.training import out_of_memory as room
-from sret_cli.training.checkpoint import read
-from sret_cli.training.out_of_memory import not_enough
+from sret_cli.training.checkpoint import read_checkpoint
+from sret_cli.training.out_of_memory import out_of_memory_error
 from sret_cli.training.session import Saving, train
 from sret_cli.training.trainer import Diverged, Trainer
 
@@ -87,7 +87,9 @@ def test_a_signal_to_all_processes_of_a_run_loses_no_step(tmp_path):
     assert len(told) == 1 and told[0].startswith("stopped: 0 of 1 runs are done")
     (metrics,) = tmp_path.glob("runs/train/*/metrics.jsonl")
     steps = [json.loads(line)["step"] for line in metrics.open() if "step" in json.loads(line)]
-    assert read(metrics.parent / f"checkpoint-{steps[-1]}")["progress"]["step"] == len(steps)
+    assert read_checkpoint(metrics.parent / f"checkpoint-{steps[-1]}")["progress"]["step"] == len(
+        steps
+    )
 
 
 @pytest.mark.parametrize(
@@ -254,7 +256,7 @@ def test_a_finished_run_keeps_one_checkpoint_without_the_weights_it_has_beside(t
     assert path.name == "checkpoint-10"
     stored = load_file(path / "tensors.safetensors")
     assert {name.partition("/")[0] for name in stored} == {"optimizer", "random"}
-    state = read(path)
+    state = read_checkpoint(path)
     for part, file in (("model", "model.safetensors"), ("ema", "ema/model.safetensors")):
         weights = load_file(tmp_path / file)
         assert state[part].keys() == weights.keys()
@@ -262,7 +264,7 @@ def test_a_finished_run_keeps_one_checkpoint_without_the_weights_it_has_beside(t
     averaged = tmp_path / "ema" / "model.safetensors"
     averaged.write_bytes(averaged.read_bytes()[:-1] + b"?")
     with pytest.raises(SretError, match=r"damaged \(../ema/model.safetensors is not what was"):
-        read(path)
+        read_checkpoint(path)
 
 
 def test_a_run_stopped_in_its_last_evaluation_ends_with_one_checkpoint(tiny, tmp_path, whole):
@@ -286,7 +288,7 @@ def test_more_epochs_go_on_in_a_new_run_with_the_schedule_of_all_of_them(tiny, t
     first = run_of(tiny, recursions_range=None)
     directory = first.directory(tmp_path)
     before = left(directory, train(first, directory))
-    longer = continued(directory, 3)
+    longer = continue_run(directory, 3)
     assert (longer.train.epochs, longer.continues) == (3, first.run_id)
     assert longer.run_id != run_of(tiny, recursions_range=None, epochs=3).run_id
     row = train(longer, longer.directory(tmp_path))
@@ -301,15 +303,15 @@ def test_more_epochs_go_on_in_a_new_run_with_the_schedule_of_all_of_them(tiny, t
     rates = [json.loads(line)["lr"] for line in lines[1] if "lr" in line]
     assert rates[9] < rates[10] < rates[5]  # the cosine of 15 steps is higher at step 11
     with pytest.raises(SretError, match="is a run of 2 epochs; give more than that"):
-        continued(directory, 1)
-    assert continued(directory, None) == first
+        continue_run(directory, 1)
+    assert continue_run(directory, None) == first
 
 
 def test_more_epochs_need_the_metrics_of_those_before(tiny, tmp_path):
     first = run_of(tiny, epochs=1)
     directory = first.directory(tmp_path)
     train(first, directory)
-    longer = continued(directory, 2)
+    longer = continue_run(directory, 2)
     file = directory / "metrics.jsonl"
     lines = file.read_bytes()
     for change in (lambda: file.write_bytes(lines[:-5]), file.unlink):
@@ -323,8 +325,10 @@ def test_a_second_process_is_refused_and_told_of_the_first_which_frees_the_run_b
     tiny, tmp_path
 ):
     code = (
-        "import sys; from pathlib import Path; from sret_cli.runtime.files import locked\n"
-        "with locked(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path\n"
+        "from sret_cli.runtime.files import locked_directory\n"
+        "with locked_directory(Path(sys.argv[1])):\n"
+        "    print('locked', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -334,7 +338,7 @@ def test_a_second_process_is_refused_and_told_of_the_first_which_frees_the_run_b
     assert refused.value.code == 2
     holder.kill()
     holder.communicate()
-    with locked(tmp_path), locked(tmp_path):
+    with locked_directory(tmp_path), locked_directory(tmp_path):
         assert json.loads((tmp_path / ".lock.json").read_text())["pid"] == os.getpid()
 
 
@@ -370,7 +374,7 @@ def test_a_run_that_diverges_leaves_its_state_and_the_images_of_the_step(tiny, t
     assert (report["steps_done"], report["epoch"]) == (1, 1)
     assert report["lr"] == pytest.approx(9.755e29, rel=1e-3)  # of the cosine, after one of 10 steps
     assert len(set(report["batch_indices"])) == 240
-    assert read(tmp_path / "checkpoint-1")["progress"]["batch"] == 1
+    assert read_checkpoint(tmp_path / "checkpoint-1")["progress"]["batch"] == 1
     with pytest.raises(SretError, match="diverged: the loss is .* at step 2 "):
         train(run_of(tiny, lr=1e30, clip_grad=0.0), tmp_path)
 
@@ -391,11 +395,11 @@ def test_the_advice_after_out_of_memory_is_parts_that_fit(tiny, monkeypatch):
     trainer = Trainer(run, load_data(run.train, run.model)[0], torch.device("cpu"))
     for fits, accumulation in ((50, 5), (48, 5), (47, 6), (1, 240), (500, 2), (0, 2)):
         monkeypatch.setattr(room, "largest_batch", Mock(return_value=fits))
-        message = str(not_enough(MemoryError(), trainer))
+        message = str(out_of_memory_error(MemoryError(), trainer))
         assert f"use train.accumulation = {accumulation}, or a smaller batch_size" in message
     timm = Trainer(run, trainer.loader, torch.device("cpu"))
     timm.run = replace(run, model=BackboneSpec(backbone="vit_tiny_patch16_224"))
-    assert "use train.accumulation = 2, or" in str(not_enough(MemoryError(), timm))
+    assert "use train.accumulation = 2, or" in str(out_of_memory_error(MemoryError(), timm))
 
 
 class BrokenWriter:

@@ -17,7 +17,7 @@ from helpers import (
 from timm.models.vision_transformer import VisionTransformer
 
 from sret_cli.cost.trace import count_module, trace_backbone
-from sret_cli.model.backbone import build_backbone, count_layers, sequences
+from sret_cli.model.backbone import block_sequences, build_backbone, count_layers
 from sret_cli.runtime.errors import SretError
 from sret_cli.spec.backbone import BackboneSpec
 
@@ -30,7 +30,7 @@ def test_without_recursion_a_model_is_timms_to_the_bit(family):
     untouched = timm.create_model(f"{family}_small", img_size=32, num_classes=10)
     untouched.load_state_dict(model.state_dict())
     assert torch.equal(logits(model), logits(untouched))
-    assert [len(p) for p in sequences(model).values()] == BLOCKS.get(family, [4])
+    assert [len(p) for p in block_sequences(model).values()] == BLOCKS.get(family, [4])
     assert count_layers(model) == sum(BLOCKS.get(family, [4]))
 
 
@@ -62,7 +62,7 @@ def test_tied_layers_compute_what_copies_of_the_weights_do(family, share):
     tied, untied = backbone_model(family, share=share), backbone_model(family, seed=1)
     untied.load_state_dict(tied.state_dict(), strict=False)
     expected = parameter_count(untied)
-    for passes in sequences(untied).values():
+    for passes in block_sequences(untied).values():
         group = len(passes) if share == "all" else share
         one = sum(p.numel() for p in passes[0].parameters())
         expected -= one * (len(passes) - len(passes) // group)
@@ -118,7 +118,7 @@ def test_recomputing_passes_changes_no_gradient(family):
 def test_tied_weights_stay_tied_when_a_model_is_moved_or_copied():
     model = backbone_model("swin", share=2)
     moved = copy.deepcopy(model).to(torch.float64).to("meta").to_empty(device="cpu")
-    for passes in sequences(moved).values():
+    for passes in block_sequences(moved).values():
         assert passes[1].mlp.fc1.weight is passes[0].mlp.fc1.weight
     assert parameter_count(moved) == parameter_count(model)
     assert moved.state_dict().keys() == model.state_dict().keys()

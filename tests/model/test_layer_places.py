@@ -3,7 +3,7 @@ import timm
 import torch
 from helpers import FAMILIES, backbone_model
 
-from sret_cli.model.backbone import build_any, build_backbone, sequences
+from sret_cli.model.backbone import block_sequences, build_any, build_backbone
 from sret_cli.spec.backbone import BackboneSpec
 from sret_cli.spec.train import TrainSpec
 from sret_cli.training.optimizer import create_optimizer
@@ -28,7 +28,7 @@ def scales_of(model, layer_decay=0.5):
 
 def blocks_and_nlls(model):
     """Of each set of weights: the first block's name, and the names of the NLLs of its passes."""
-    for name, passes in sequences(model).items():
+    for name, passes in block_sequences(model).items():
         found = {index: set() for index in range(0, len(passes), passes.share)}
         for number in range(passes.layers):
             internal = passes.loop == "internal"
@@ -59,7 +59,9 @@ def test_all_that_belongs_to_a_block_decays_with_it(family, nll, share, loop):
         assert len({scales[name] for name in of_block}) == 1
         rates.append(scales[min(of_block)])
         walked |= of_block
-    assert {n for n in scales for name in sequences(model) if n.startswith(f"{name}.")} == walked
+    assert {
+        n for n in scales for name in block_sequences(model) if n.startswith(f"{name}.")
+    } == walked
     assert len(rates) == BANKS.get(family, {1: 4, 2: 2, "all": 1})[share]
     assert rates == sorted(set(rates))  # each block learns faster than the one before it
     assert rates[-1] < scales[next(n for n in scales if n.startswith("head"))] == 1.0
@@ -80,7 +82,7 @@ def test_every_block_of_a_backbone_is_a_layer(family, expected):
     scales = scales_of(model)
     found = [
         scales[f"{name}.nlls.{number}.norm.weight"]
-        for name, passes in sequences(model).items()
+        for name, passes in block_sequences(model).items()
         for number in range(passes.banks)
     ]
     assert found == expected

@@ -6,11 +6,11 @@ import pytest
 
 from sret_cli.report.columns import COLUMNS
 from sret_cli.report.curves import write_training_figure
-from sret_cli.report.figures import plot, save_figure
-from sret_cli.report.tables import cells, csv_text, markdown
+from sret_cli.report.figures import plot_rows, save_figure
+from sret_cli.report.tables import csv_text, markdown_table, table_cells
 from sret_cli.report.write import write_report
-from sret_cli.study.axes import varying
-from sret_cli.study.file import ReportSpec, study_of
+from sret_cli.study.axes import varying_fields
+from sret_cli.study.file import ReportSpec, study_from_tables
 
 
 def rows(**values):
@@ -20,7 +20,7 @@ def rows(**values):
         "train": {},
         "grid": {"model.recursions": [1, 8], "train.seed": [0, 1]},
     }
-    made = [run.row() for run in study_of("depth", tables).runs]
+    made = [run.row() for run in study_from_tables("depth", tables).runs]
     for row, top1 in zip(made, (90.0, 92.0, 94.0, 94.0), strict=True):
         cost = {"params": 331_842, "macs": 10**6 * row["layers"], "activation_bytes": 1000}
         row |= {**cost, "top1_percent": top1, "started_at": "2026", **values}
@@ -28,7 +28,7 @@ def rows(**values):
 
 
 def test_seeds_are_one_line_with_mean_and_deviation():
-    headings, lines = cells(rows(), ("layers", "macs", "top1_percent", "step_seconds"))
+    headings, lines = table_cells(rows(), ("layers", "macs", "top1_percent", "step_seconds"))
     assert headings == ["Model", "Runs", "Layers", "FLOPs (G)", "Top-1 (%)"]
     assert lines == [
         ["nano", "2", "4", "0.00400", "91.00 ± 1.41"],
@@ -40,7 +40,7 @@ def test_what_was_not_measured_is_a_dash_and_what_failed_says_why():
     made = rows()
     made[0] |= {"top1_percent": None, "error": "out of memory"}
     made[1] |= {"top1_percent": None}
-    headings, lines = cells(made, ("layers", "top1_percent"))
+    headings, lines = table_cells(made, ("layers", "top1_percent"))
     assert headings[-1] == "Error"
     assert lines[0] == ["nano", "2", "4", "–", "out of memory"]
     assert lines[1] == ["nano", "2", "32", "94.00", "–"]
@@ -48,13 +48,13 @@ def test_what_was_not_measured_is_a_dash_and_what_failed_says_why():
 
 def test_fields_that_vary_are_columns_and_those_that_follow_are_not():
     made = rows()
-    assert varying(made) == []
+    assert varying_fields(made) == []
     for row in made[2:]:
         row["model.nll"] = "none"
-    assert varying(made) == ["model.nll"]
+    assert varying_fields(made) == ["model.nll"]
     for row in made[2:]:
         row["name"] = "bare"
-    assert varying(made) == ["name"]
+    assert varying_fields(made) == ["name"]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_csv_keeps_every_row_and_every_digit():
 
 
 def test_markdown_is_a_table_with_the_convention_under_it():
-    text = markdown(*cells(rows(), ("layers", "macs")))
+    text = markdown_table(*table_cells(rows(), ("layers", "macs")))
     assert text.splitlines() == [
         "| Model | Runs | Layers | FLOPs (G) |",
         "| --- | ---: | ---: | ---: |",
@@ -106,7 +106,7 @@ def test_a_column_with_a_dot_in_its_name_has_figures_of_its_own(tmp_path):
 
 
 def test_figures_have_units_markers_for_runs_and_a_band_for_seeds():
-    figure = plot(rows(), "layers", ["top1_percent", "macs"])
+    figure = plot_rows(rows(), "layers", ["top1_percent", "macs"])
     accuracy, cost = figure.axes
     assert (accuracy.get_xlabel(), accuracy.get_ylabel()) == ("Layers", "Top-1 (%)")
     assert cost.get_ylabel() == "FLOPs (G)"
@@ -126,7 +126,7 @@ def test_figures_have_units_markers_for_runs_and_a_band_for_seeds():
 
 def test_runs_that_differ_in_more_than_depth_are_series_with_a_legend():
     made = rows() + rows(**{"model.nll": "none"})
-    figure = plot(made, "layers", ["top1_percent"])
+    figure = plot_rows(made, "layers", ["top1_percent"])
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["per_block", "none"]
     assert axes.get_legend().get_title().get_text() == "nll"
@@ -134,7 +134,7 @@ def test_runs_that_differ_in_more_than_depth_are_series_with_a_legend():
 
 def test_the_same_rows_give_the_same_bytes(tmp_path):
     for name in ("a", "b"):
-        save_figure(plot(rows(), "layers", ["top1_percent"]), tmp_path / name)
+        save_figure(plot_rows(rows(), "layers", ["top1_percent"]), tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 

@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from sret_cli.runtime import progress
-from sret_cli.runtime.errors import note, notes_shown_by
+from sret_cli.runtime.errors import notes_shown_by, show_note
 from sret_cli.runtime.progress import Display, Pace
 
 
@@ -95,9 +95,9 @@ def test_notes_of_all_kinds_are_shown_by_the_display_while_it_is_live(terminal, 
     display, screen = display_on(terminal)
     with display.showing() as on_step:
         on_step(1, 10, "")
-        note("[b]cat.png[/b] is left out")
+        show_note("[b]cat.png[/b] is left out")
     assert "[b]cat.png[/b] is left out\n" in screen.getvalue()
-    note("later")
+    show_note("later")
     assert capsys.readouterr() == ("", "sret: later\n")
 
 
@@ -105,6 +105,6 @@ def test_notes_go_to_the_innermost_function(capsys):
     outer, inner = [], []
     with notes_shown_by(outer.append):
         with notes_shown_by(inner.append):
-            note("one")
-        note("two")
+            show_note("one")
+        show_note("two")
     assert (outer, inner, capsys.readouterr().err) == (["two"], ["one"], "")

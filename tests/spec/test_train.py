@@ -6,11 +6,11 @@ import torch
 
 from sret_cli.data.loaders import Loader, load_data
 from sret_cli.model.backbone import build_any
-from sret_cli.runtime.errors import SretError, note_once
+from sret_cli.runtime.errors import SretError, show_note_once
 from sret_cli.spec.backbone import BackboneSpec
 from sret_cli.spec.run import Run
 from sret_cli.spec.train import TrainSpec
-from sret_cli.study.resolve import resolve
+from sret_cli.study.resolve import resolve_run
 from sret_cli.training.evaluate import evaluate_run
 from sret_cli.training.optimizer import create_ema, create_optimizer, create_schedule, set_rate
 from sret_cli.training.session import train
@@ -73,12 +73,12 @@ def test_recipes_differ_where_they_were_published_to_differ():
     ],
 )
 def test_drop_path_is_that_of_the_recipe_and_the_model(model, recipe, rate, ramp):
-    found = resolve("t", model, {"recipe": recipe, "dataset": "synthetic"}).model
+    found = resolve_run("t", model, {"recipe": recipe, "dataset": "synthetic"}).model
     assert (found.drop_path_rate, found.drop_path_ramp) == (rate, ramp)
 
 
 def test_a_backbone_takes_the_rate_of_drop_path_and_timms_ramp():
-    found = resolve("t", {"backbone": "deit_tiny_patch16_224"}, {"recipe": "sret"}).model
+    found = resolve_run("t", {"backbone": "deit_tiny_patch16_224"}, {"recipe": "sret"}).model
     assert found.drop_path_rate == 0.1
 
 
@@ -94,14 +94,14 @@ def test_every_value_can_be_set_over_the_recipes():
     assert (spec.lr, spec.mixup, spec.cutmix, spec.epochs) == (5e-4, 0.0, 1.0, 100)
     assert TrainSpec(recipe="deit", lr=1.0, batch_size=8).lr == 1.0
     assert TrainSpec(recipe="deit", batch_size=8).min_lr == 5e-4 * 8 / 512
-    run = resolve("t", {"drop_path_rate": 0.3}, {"recipe": "sret"})
+    run = resolve_run("t", {"drop_path_rate": 0.3}, {"recipe": "sret"})
     assert run.model.drop_path_rate == 0.3
     assert spec.with_values(seed=1).lr == 5e-4
 
 
 def test_no_recipe_changes_nothing():
     assert TrainSpec(recipe="none") == TrainSpec()
-    assert resolve("t", {}, {}).model.drop_path_rate == 0.0
+    assert resolve_run("t", {}, {}).model.drop_path_rate == 0.0
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_averaged_weights_are_evaluated_and_kept_beside_the_others(tiny, tmp_pat
 
 
 def test_fine_tuning_says_once_what_it_does_not_start_from(tiny, tmp_path, capsys):
-    note_once.cache_clear()
+    show_note_once.cache_clear()
     nowhere = TrainSpec(recipe="finetune", data_dir=str(tmp_path / "none"))
     for _ in range(2):
         with pytest.raises(SretError, match="none"):

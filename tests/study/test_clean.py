@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from sret_cli.runtime.files import locked
+from sret_cli.runtime.files import locked_directory
 
 QUICK = (
     *("train", "--preset", "nano", "--epochs", 1, "--batch-size", 240, "--device", "cpu"),
@@ -90,8 +90,10 @@ def test_checkpoints_of_runs_that_are_not_finished_stay(sret, run, row):
 
 def test_checkpoints_of_a_run_that_a_process_works_on_stay(sret, run):
     code = (
-        "import sys; from pathlib import Path; from sret_cli.runtime.files import locked\n"
-        "with locked(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path\n"
+        "from sret_cli.runtime.files import locked_directory\n"
+        "with locked_directory(Path(sys.argv[1])):\n"
+        "    print('locked', flush=True); sys.stdin.read()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     holder = subprocess.Popen([sys.executable, "-c", code, str(run)], **pipes)
@@ -100,7 +102,7 @@ def test_checkpoints_of_a_run_that_a_process_works_on_stay(sret, run):
     holder.communicate()
     assert out == "no checkpoints of finished runs\n"
     assert f"its checkpoints stay: runs/train/{run.name} is in use by process {holder.pid}" in err
-    with locked(run):
+    with locked_directory(run):
         assert (run / "checkpoint-5" / "manifest.json").exists()
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sret_cli.commands.arguments import from_flags
-from sret_cli.cost.budget import twin
+from sret_cli.commands.arguments import study_from_flags
+from sret_cli.cost.budget import twin_spec
 from sret_cli.cost.count import count
 from sret_cli.runtime.errors import SretError
 from sret_cli.spec.contents import Contents
@@ -14,8 +14,8 @@ from sret_cli.spec.model import ModelSpec
 from sret_cli.spec.presets import PRESETS
 from sret_cli.spec.run import Run
 from sret_cli.spec.train import TrainSpec, read_train
-from sret_cli.study.file import load_study, study_of
-from sret_cli.study.resolve import resolve, resolve_model
+from sret_cli.study.file import load_study, study_from_tables
+from sret_cli.study.resolve import resolve_model, resolve_run
 from sret_cli.training.config import refuse_other_config
 
 # A model too narrow for an untied one to have its parameters within 1 %.
@@ -87,22 +87,22 @@ def test_zipped_axes_move_together_and_runs_are_listed(tmp_path):
 
 
 def test_a_run_id_says_what_a_run_does_and_nothing_else():
-    one = resolve("a", {"preset": "nano"}, {"epochs": 2})
-    same = resolve("b", {"preset": "nano", "recursions": 2}, {"epochs": 2, "seed": 0}, "x")
-    other = resolve("a", {"preset": "nano"}, {"epochs": 3})
+    one = resolve_run("a", {"preset": "nano"}, {"epochs": 2})
+    same = resolve_run("b", {"preset": "nano", "recursions": 2}, {"epochs": 2, "seed": 0}, "x")
+    other = resolve_run("a", {"preset": "nano"}, {"epochs": 3})
     assert one.run_id == same.run_id != other.run_id
     assert len(one.run_id) == 10
 
 
 def test_run_ids_stay_what_they_are():
-    assert resolve("a", {"preset": "nano"}, None).run_id == "e7ee5c964c"
-    assert resolve("a", {}, {}).run_id == "9647993dc4"
-    assert resolve("a", {}, {"recipe": "small"}).run_id == "e06b0e99e5"
-    assert resolve("a", {}, {"seed": 3, "epochs": 2}).run_id == "96ddeef3e7"
-    synthetic = resolve("a", {"preset": "nano", "num_classes": 10}, {"dataset": "synthetic"})
+    assert resolve_run("a", {"preset": "nano"}, None).run_id == "e7ee5c964c"
+    assert resolve_run("a", {}, {}).run_id == "9647993dc4"
+    assert resolve_run("a", {}, {"recipe": "small"}).run_id == "e06b0e99e5"
+    assert resolve_run("a", {}, {"seed": 3, "epochs": 2}).run_id == "96ddeef3e7"
+    synthetic = resolve_run("a", {"preset": "nano", "num_classes": 10}, {"dataset": "synthetic"})
     assert synthetic.run_id == "8629205494"
-    assert replace(resolve("a", {}, {}), continues="abc").run_id == "fb2429d9d9"
-    taught = resolve("a", {"preset": "nano"}, {"teacher": "vit_tiny_patch16_224"})
+    assert replace(resolve_run("a", {}, {}), continues="abc").run_id == "fb2429d9d9"
+    taught = resolve_run("a", {"preset": "nano"}, {"teacher": "vit_tiny_patch16_224"})
     assert replace(taught, contents=Contents()).run_id == "077aa20f9a"
 
 
@@ -135,9 +135,9 @@ def test_a_budget_and_a_twin_in_a_study_are_those_of_the_flags():
     wide = resolve_model({"preset": "sret_t", "params": "14M"})
     assert wide.embed_dims == (112, 224, 448)
     assert resolve_model({"preset": "sret_t", "params": 14e6}) == wide
-    run = resolve("a", {"preset": "sret_t", "params": "14M", "twin": "layers"}, None)
-    assert (run.name, run.model) == ("sret_t twin layers", twin(wide, "layers"))
-    found = from_flags(None, {"preset": "sret_t", "macs": "4.2G", "twin": "macs"}, None, [])
+    run = resolve_run("a", {"preset": "sret_t", "params": "14M", "twin": "layers"}, None)
+    assert (run.name, run.model) == ("sret_t twin layers", twin_spec(wide, "layers"))
+    found = study_from_flags(None, {"preset": "sret_t", "macs": "4.2G", "twin": "macs"}, None, [])
     assert abs(count(found.runs[0].model).macs - 4.2e9) <= 2 * 0.01 * 4.2e9
 
 
@@ -257,8 +257,8 @@ def test_flags_beside_a_study_file_are_refused_but_for_the_data(tmp_path):
     path = tmp_path / "s.toml"
     path.write_text("[train]\nepochs = 3\n")
     with pytest.raises(SretError, match="leave out layers"):
-        from_flags(path, {"layers": 100}, {}, [])
-    assert from_flags(path, {}, {}, []).runs[0].train.epochs == 3
+        study_from_flags(path, {"layers": 100}, {}, [])
+    assert study_from_flags(path, {}, {}, []).runs[0].train.epochs == 3
 
 
 def test_names_of_directories_with_another_use_are_refused(tmp_path):
@@ -271,21 +271,23 @@ def test_the_spelling_of_a_folder_does_not_change_the_run(tmp_path, monkeypatch)
     for name in ("cat", "dog"):
         (tmp_path / "images" / "train" / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    runs = [resolve("s", {}, {"dataset": "folder", "data_dir": d}) for d in ("images", "./images/")]
+    runs = [
+        resolve_run("s", {}, {"dataset": "folder", "data_dir": d}) for d in ("images", "./images/")
+    ]
     assert runs[0].spec() == runs[1].spec()
     assert runs[0].model.num_classes == 2
 
 
 def test_any_field_can_be_set_by_a_flag():
-    found = from_flags(None, {"preset": "nano"}, {}, ["model.mlp_ratio=4", "train.opt=lion"])
+    found = study_from_flags(None, {"preset": "nano"}, {}, ["model.mlp_ratio=4", "train.opt=lion"])
     assert found.runs[0].model.mlp_ratio == 4.0
     assert found.runs[0].train.opt == "lion"
     with pytest.raises(SretError, match="--set unknown key 'model.mlp'"):
-        from_flags(None, {}, {}, ["model.mlp=4"])
+        study_from_flags(None, {}, {}, ["model.mlp=4"])
     with pytest.raises(SretError, match="write it as model.FIELD=VALUE"):
-        from_flags(None, {}, {}, ["mlp_ratio=4"])
+        study_from_flags(None, {}, {}, ["mlp_ratio=4"])
     with pytest.raises(SretError, match="nothing is trained here"):
-        from_flags(None, {}, None, ["train.lr=1"])
+        study_from_flags(None, {}, None, ["train.lr=1"])
 
 
 @pytest.mark.parametrize("folder", ["missing", "empty", "single"])
@@ -294,7 +296,7 @@ def test_a_folder_without_classes_is_a_data_error(folder, tmp_path):
     (tmp_path / "single" / "train" / "cat").mkdir(parents=True)
     tables = {"train": {"dataset": "folder", "data_dir": str(tmp_path / folder)}}
     with pytest.raises(SretError) as refused:
-        study_of("s", tables)
+        study_from_tables("s", tables)
     assert refused.value.code == 4
 
 
@@ -325,7 +327,7 @@ def test_a_flag_does_not_hide_behind_an_axis(tmp_path):
     path = tmp_path / "s.toml"
     path.write_text('[grid]\n"train.data_dir" = ["a", "b"]\n')
     with pytest.raises(SretError, match=r"\[grid\] has values of train.data_dir; leave out the"):
-        from_flags(path, {}, {"data_dir": "c"}, [])
+        study_from_flags(path, {}, {"data_dir": "c"}, [])
 
 
 @pytest.mark.parametrize(
@@ -338,7 +340,7 @@ def test_a_flag_does_not_hide_behind_an_axis(tmp_path):
 )
 def test_a_field_that_has_two_values_is_refused(flags, settings, message):
     with pytest.raises(SretError, match=message) as refused:
-        from_flags(None, {}, flags, settings)
+        study_from_flags(None, {}, flags, settings)
     assert refused.value.code == 2
 
 

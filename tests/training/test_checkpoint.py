@@ -9,13 +9,13 @@ import torch
 
 from sret_cli.runtime.errors import SretError
 from sret_cli.training.checkpoint import (
-    Writer,
-    flatten,
-    newest,
+    CheckpointWriter,
+    flatten_state,
+    newest_checkpoint,
     random_states,
-    read,
+    read_checkpoint,
     set_random_states,
-    unflatten,
+    unflatten_state,
 )
 
 
@@ -37,7 +37,7 @@ def state(value=1.0):
 
 
 def write(directory, *steps):
-    writer = Writer(directory)
+    writer = CheckpointWriter(directory)
     for step in steps:
         writer.write(step, state(float(step)), nothing)
     writer.wait()
@@ -50,7 +50,7 @@ def names(directory):
 
 def test_a_state_comes_back_as_it_was(tmp_path):
     write(tmp_path, 1)
-    found = newest(tmp_path, print).state
+    found = newest_checkpoint(tmp_path, print).state
     assert found["plain"] == [1, 2.5, "three", None, True, (4, (5,)), {"six": 6}]
     assert found["model"]["a.weight"].tolist() == [[1.0, 1.0]] * 3
     assert found["model"]["count"].dtype == torch.int64
@@ -60,30 +60,30 @@ def test_a_state_comes_back_as_it_was(tmp_path):
 
 
 def test_a_shared_tensor_is_stored_once_and_shared_again():
-    tensors, values = flatten(state())
+    tensors, values = flatten_state(state())
     assert "model/a.weight" in tensors and "model/b.weight" not in tensors
-    model = unflatten(tensors, values)["model"]
+    model = unflatten_state(tensors, values)["model"]
     assert model["a.weight"] is model["b.weight"]
 
 
 def test_floats_come_back_to_the_last_bit(tmp_path):
     numbers = [0.1 + 0.2, 1e-310, 2.0**-1074, 1 / 3]
-    tensors, values = flatten({"numbers": numbers})
-    assert unflatten(tensors, json.loads(json.dumps(values)))["numbers"] == numbers
+    tensors, values = flatten_state({"numbers": numbers})
+    assert unflatten_state(tensors, json.loads(json.dumps(values)))["numbers"] == numbers
 
 
 def test_what_changes_while_a_checkpoint_is_written_is_not_in_it(tmp_path):
-    writer, tensor = Writer(tmp_path), torch.zeros(100_000)
+    writer, tensor = CheckpointWriter(tmp_path), torch.zeros(100_000)
     writer.write(1, {"a": tensor}, lambda: tensor.fill_(2))
     tensor.fill_(1)
     writer.wait()
-    assert newest(tmp_path, print).state["a"].unique().tolist() == [0.0]
+    assert newest_checkpoint(tmp_path, print).state["a"].unique().tolist() == [0.0]
     writer.close()
 
 
 def test_the_two_newest_are_kept_and_older_ones_go_once_the_new_one_is_durable(tmp_path):
     seen = []
-    writer = Writer(tmp_path)
+    writer = CheckpointWriter(tmp_path)
     for step in (1, 2, 10):
         writer.write(step, state(), lambda: seen.append(names(tmp_path)))
     writer.wait()
@@ -104,11 +104,11 @@ def test_every_one_of_a_thousand_flipped_bits_is_detected(tmp_path):
         flipped[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
         file.write_bytes(flipped)
         with pytest.raises(SretError, match=f"checkpoint-1 is damaged .{file.name}"):
-            read(path)
+            read_checkpoint(path)
         detected += 1
         file.write_bytes(data)
     assert detected == 1000
-    assert read(path)["plain"][0] == 1
+    assert read_checkpoint(path)["plain"][0] == 1
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "tensors.safetensors", "values.json"])
@@ -119,7 +119,7 @@ def test_every_truncation_is_detected(tmp_path, name):
     for length in range(len(data)):
         file.write_bytes(data[:length])
         with pytest.raises(SretError, match="is damaged"):
-            read(file.parent)
+            read_checkpoint(file.parent)
 
 
 def test_of_a_damaged_checkpoint_and_the_one_before_it_both_are_named(tmp_path):
@@ -127,13 +127,13 @@ def test_of_a_damaged_checkpoint_and_the_one_before_it_both_are_named(tmp_path):
     file = tmp_path / "checkpoint-2" / "tensors.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     said = []
-    assert newest(tmp_path, said.append).path.name == "checkpoint-1"
+    assert newest_checkpoint(tmp_path, said.append).path.name == "checkpoint-1"
     (line,) = said
     assert "checkpoint-2 is damaged (tensors.safetensors has" in line
     assert line.endswith("checkpoint-1")
     (tmp_path / "checkpoint-1" / "values.json").unlink()
     with pytest.raises(SretError, match="no checkpoint is left to go on from") as refused:
-        newest(tmp_path, said.append)
+        newest_checkpoint(tmp_path, said.append)
     assert refused.value.code == 5
 
 
@@ -141,14 +141,14 @@ def test_a_checkpoint_without_its_manifest_counts_as_nothing(tmp_path):
     write(tmp_path, 1, 2)
     (tmp_path / "checkpoint-2" / "manifest.json").unlink()
     said = []
-    assert newest(tmp_path, said.append).path.name == "checkpoint-1"
+    assert newest_checkpoint(tmp_path, said.append).path.name == "checkpoint-1"
     assert said == []
 
 
 def test_a_run_that_goes_on_removes_what_was_damaged_once_it_has_a_newer_one(tmp_path):
     write(tmp_path, 1, 5)
     (tmp_path / "checkpoint-5" / "values.json").write_text("{}")
-    writer = Writer(tmp_path, newest(tmp_path, print).path)
+    writer = CheckpointWriter(tmp_path, newest_checkpoint(tmp_path, print).path)
     writer.write(3, state(), nothing)
     writer.wait()
     writer.close()
@@ -157,7 +157,7 @@ def test_a_run_that_goes_on_removes_what_was_damaged_once_it_has_a_newer_one(tmp
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_the_bytes(tmp_path, monkeypatch):
     write(tmp_path, 1)
-    writer = Writer(tmp_path, tmp_path / "checkpoint-1")
+    writer = CheckpointWriter(tmp_path, tmp_path / "checkpoint-1")
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -169,7 +169,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_the_bytes(tmp_path, mon
     monkeypatch.undo()
     writer.close()
     assert names(tmp_path) == ["checkpoint-1"]
-    assert newest(tmp_path, print).path.name == "checkpoint-1"
+    assert newest_checkpoint(tmp_path, print).path.name == "checkpoint-1"
 
 
 @pytest.fixture
@@ -186,18 +186,18 @@ def small_disk(tmp_path):
 
 def test_a_disk_that_is_full_leaves_the_last_checkpoint(small_disk):
     write(small_disk, 1)
-    writer = Writer(small_disk, small_disk / "checkpoint-1")
+    writer = CheckpointWriter(small_disk, small_disk / "checkpoint-1")
     writer.write(2, {"large": torch.zeros(2**18)}, nothing)
     with pytest.raises(SretError, match=r"\(1,048,656 bytes, and .* are free\)") as refused:
         writer.wait()
     writer.close()
     assert (refused.value.code, refused.value.status) == (7, "disk_full")
     assert names(small_disk) == ["checkpoint-1"]
-    assert read(small_disk / "checkpoint-1")["plain"][0] == 1
+    assert read_checkpoint(small_disk / "checkpoint-1")["plain"][0] == 1
 
 
 def test_generators_go_on_where_they_were():
     states = random_states()
     drawn = [random.random(), torch.rand(2).tolist()]
-    set_random_states(unflatten(*flatten({"states": states}))["states"])
+    set_random_states(unflatten_state(*flatten_state({"states": states}))["states"])
     assert [random.random(), torch.rand(2).tolist()] == drawn

@@ -1,7 +1,7 @@
 import pytest
 
 from sret_cli.data.loaders import load_data
-from sret_cli.runtime.errors import note_once
+from sret_cli.runtime.errors import show_note_once
 from sret_cli.spec.train import TrainSpec
 from sret_cli.training.notes import training_notes
 
@@ -22,7 +22,7 @@ def notes_of(tiny, folder, **values):
 
 
 def test_a_training_says_once_what_its_recipe_comes_to_on_few_images(sret, folder, tmp_path):
-    note_once.cache_clear()
+    show_note_once.cache_clear()
     arguments = (
         *("train", "--preset", "nano", "--set", "model.embed_dims=[8, 16, 32]", "--workers", "0"),
         *("--data-dir", folder, "--set", "train.recipe=deit", "--epochs", "2", "--device", "cpu"),

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sret_cli.runtime.processes import share, started_as
-from sret_cli.training.checkpoint import read
+from sret_cli.runtime.processes import places_of_rank, rank_and_world_size
+from sret_cli.training.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
 TORCHRUN = (*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"),)
@@ -59,7 +59,7 @@ def two(tmp_path_factory):
     stopped = run((*TORCHRUN, "2", f"{tests}/end_to_end/rank_harness.py", "."), folder, check=False)
     assert (folder / "stopped").exists(), stopped.stderr
     # One process goes on with what two sharded ones were stopped at.
-    state = read(folder / "stopped" / "checkpoint-7")
+    state = read_checkpoint(folder / "stopped" / "checkpoint-7")
     run((sys.executable, "-c", double, tests, "stopped"), folder)
     return folder, state
 
@@ -92,7 +92,9 @@ def test_a_signal_on_one_rank_stops_both_after_the_same_step(two):
 @pytest.mark.slow
 def test_checkpoints_of_sharded_weights_are_those_of_whole_ones(two):
     folder, _ = two
-    plain, sharded = (read(folder / kind / "checkpoint-20") for kind in ("plain", "sharded"))
+    plain, sharded = (
+        read_checkpoint(folder / kind / "checkpoint-20") for kind in ("plain", "sharded")
+    )
     for part in ("model", "ema"):
         assert {k: v.shape for k, v in plain[part].items()} == {
             k: v.shape for k, v in sharded[part].items()
@@ -173,10 +175,10 @@ def test_what_fails_on_all_ranks_is_told_once(tmp_path):
 
 
 def test_a_rank_has_two_runs_of_places_that_mirror_each_other():
-    assert [share(8, rank, 2) for rank in (0, 1)] == [[0, 1, 6, 7], [2, 3, 4, 5]]
-    assert share(8, 0, 1) == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert [share(6, rank, 2) for rank in (0, 1)] == [[0, 1, 2], [3, 4, 5]]
-    assert [share(8, rank, 2, 2) for rank in (0, 1)] == [[0, 3, 4, 7], [1, 2, 5, 6]]
+    assert [places_of_rank(8, rank, 2) for rank in (0, 1)] == [[0, 1, 6, 7], [2, 3, 4, 5]]
+    assert places_of_rank(8, 0, 1) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert [places_of_rank(6, rank, 2) for rank in (0, 1)] == [[0, 1, 2], [3, 4, 5]]
+    assert [places_of_rank(8, rank, 2, 2) for rank in (0, 1)] == [[0, 3, 4, 7], [1, 2, 5, 6]]
 
 
 def test_torchrun_comes_before_slurm_and_one_task_is_one_process(monkeypatch):
@@ -184,12 +186,12 @@ def test_torchrun_comes_before_slurm_and_one_task_is_one_process(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_PROCID", "3")
     monkeypatch.setenv("SLURM_NTASKS", "4")
-    assert started_as() == (3, 4)
+    assert rank_and_world_size() == (3, 4)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert started_as() == (0, 2)
+    assert rank_and_world_size() == (0, 2)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert started_as() == (0, 1)
+    assert rank_and_world_size() == (0, 1)
 
 
 def test_sharding_by_one_process_is_refused(sret):

@@ -8,8 +8,8 @@ from helpers import stop_at
 from sret_cli.runtime.errors import SretError
 from sret_cli.spec.run import Run
 from sret_cli.spec.train import TrainSpec
-from sret_cli.study.resolve import continued
-from sret_cli.training.checkpoint import read
+from sret_cli.study.resolve import continue_run
+from sret_cli.training.checkpoint import read_checkpoint
 from sret_cli.training.evaluate import evaluate_run
 from sret_cli.training.identify import Identifier
 from sret_cli.training.session import train
@@ -97,8 +97,8 @@ def test_a_bad_image_loses_no_step_and_can_then_be_left_out(tiny, folder, tmp_pa
     with pytest.raises(SretError, match=r"dog/7.jpg.*leave it out by --on-bad-image skip"):
         train(run, directory)
     (kept,) = directory.glob("checkpoint-*")
-    assert read(kept)["progress"]["step"] < 4
-    skipping = continued(directory, None, on_bad_image="skip")
+    assert read_checkpoint(kept)["progress"]["step"] < 4
+    skipping = continue_run(directory, None, on_bad_image="skip")
     assert skipping.train.on_bad_image == "skip"
     assert skipping.run_id == run.run_id
     assert train(skipping, directory)["bad_images"] == 1

@@ -8,7 +8,7 @@ from sret_cli.runtime.errors import SretError
 from sret_cli.spec.run import Run
 from sret_cli.spec.train import TrainSpec
 from sret_cli.training.evaluate import evaluate, evaluate_run
-from sret_cli.training.optimizer import drawn_recursions
+from sret_cli.training.optimizer import draw_recursions
 from sret_cli.training.session import train
 from sret_cli.weights.store import load_model
 
@@ -88,10 +88,10 @@ def test_recomputing_passes_changes_no_loss(tiny, tmp_path):
 
 def test_recursions_are_drawn_at_each_step_from_the_seed_and_the_step(tiny, tmp_path):
     run = run_of(tiny, recursions_range=(1, 4))
-    drawn = [drawn_recursions(run.train, step) for step in range(100)]
+    drawn = [draw_recursions(run.train, step) for step in range(100)]
     assert sorted(set(drawn)) == [1, 2, 3, 4]
-    assert drawn == [drawn_recursions(run.train, step) for step in range(100)]
-    assert drawn != [drawn_recursions(run.train.with_values(seed=1), step) for step in range(100)]
+    assert drawn == [draw_recursions(run.train, step) for step in range(100)]
+    assert drawn != [draw_recursions(run.train.with_values(seed=1), step) for step in range(100)]
     for name in ("a", "b"):
         train(run, tmp_path / name)
     assert losses(tmp_path / "a") == losses(tmp_path / "b")

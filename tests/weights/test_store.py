@@ -14,7 +14,7 @@ from sret_cli.spec.presets import PRESETS
 from sret_cli.weights.convert import load_reference, read_reference, save_reference
 from sret_cli.weights.match import resample_pos_embed
 from sret_cli.weights.reference import to_reference
-from sret_cli.weights.store import changed, load_model, save_model
+from sret_cli.weights.store import load_model, save_model, spec_with_changes
 
 # Logits of the reference implementation, with weights filled by a rule; see `fill`.
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden.json").read_text())
@@ -212,15 +212,18 @@ def test_slices_that_no_longer_divide_are_reported_with_those_that_do():
     spec = PRESETS["sret_lt_16_14"]
     message = r"stage 2: 14 slices \(slices\) do not divide 576 tokens.*use 12, 16, "
     with pytest.raises(SretError, match=message):
-        changed(spec, {"img_size": 384})
-    fitted = changed(spec, {"img_size": 384, "slices": 16})
+        spec_with_changes(spec, {"img_size": 384})
+    fitted = spec_with_changes(spec, {"img_size": 384, "slices": 16})
     assert fitted.slices == fitted.recursive_slices == (16, 16, 16)
-    assert changed(spec, {"img_size": 384, "slices": 16, "recursive_slices": 1}).slices[0] == 16
+    assert (
+        spec_with_changes(spec, {"img_size": 384, "slices": 16, "recursive_slices": 1}).slices[0]
+        == 16
+    )
 
 
 def test_a_design_that_is_no_preset_is_recognised_from_its_shapes(tmp_path):
     spec = small(blocks=(1, 2, 1), recursions=(3, 2, 4), mlp_ratio=2.7, nll_ratio=1.5)
-    spec = changed(spec, {"slices": 1, "num_classes": 7, "in_chans": 1})
+    spec = spec_with_changes(spec, {"slices": 1, "num_classes": 7, "in_chans": 1})
     model = filled(spec)
     path = saved(model, tmp_path / "other.pth")
     with pytest.raises(SretError, match=r"widths 8-16-32, passes 3-4-4.*model.num_heads") as no:
