@@ -78,7 +78,7 @@ def gpu_memory_of(text: str | None) -> int | None:
 
 def training_options(context: typer.Context) -> Any:
     """How and where to train, by a command's flags; a device that is not there is refused."""
-    from sret_cli.study.dispatch import RunOptions
+    from sret_cli.spec.options import RunOptions
 
     check_device(context.params["device"])
     given = {name: context.params[name] for name in TRAINING}

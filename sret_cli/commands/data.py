@@ -48,8 +48,8 @@ def check(
 
     path = manifest or Path(f"{Path(os.path.abspath(data_dir)).name}.csv")
     refuse_to_overwrite(path)
-    with Display(stderr_console(), f"check {data_dir}", 1).showing() as on_step:
-        findings = check_folder(data_dir, workers, on_step)
+    with Display(stderr_console(), f"check {data_dir}", 1).showing() as progress:
+        findings = check_folder(data_dir, workers, progress.on_step)
     write_manifest(findings, path)
     summary = findings.summary()
     if json_:

@@ -1,5 +1,6 @@
 """`sret eval`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -62,7 +63,8 @@ def evaluate(
     from sret_cli.report.tables import CLASS_COLUMNS, EVAL_TABLE, class_csv, class_table
     from sret_cli.runtime.files import make_directory, write_atomically
     from sret_cli.runtime.progress import Display
-    from sret_cli.training.evaluate import evaluate_run
+    from sret_cli.spec.options import RunOptions
+    from sret_cli.training.evaluate import EvaluationOptions, evaluate_run
 
     check_device(device)
     if out is not None:
@@ -71,11 +73,22 @@ def evaluate(
     given = {"img_size": img_size, "slices": slices, "recursive_slices": recursive_slices}
     changes = {key: value for key, value in given.items() if value is not None}
     counts = recursion_counts(recursions)
-    with Display(stderr_console(), f"evaluate {directory}", 1).showing() as on_step:
+    how = EvaluationOptions(
+        data_dir=data_dir,
+        dataset=dataset,
+        label_column=label_column,
+        batch_size=batch_size,
+        precision=precision,
+        changes=changes,
+        reference_shuffle=reference_shuffle,
+    )
+    with Display(stderr_console(), f"evaluate {directory}", 1).showing() as progress:
         rows = [
             evaluate_run(
-                *(directory, data_dir, batch_size, precision, device, workers, changes),
-                *(reference_shuffle, on_step, count, dataset, label_column),
+                directory,
+                replace(how, recursions=count),
+                options=RunOptions(device=device, workers=workers),
+                progress=progress,
             )
             for count in counts
         ]

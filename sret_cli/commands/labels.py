@@ -70,6 +70,7 @@ def distill_labels(
     """
     from sret_cli.commands.arguments import parse_setting
     from sret_cli.runtime.progress import Display
+    from sret_cli.spec.options import RunOptions
     from sret_cli.training.label_writer import write_labels
 
     check_device(device)
@@ -104,10 +105,16 @@ def distill_labels(
         distill_temperature=temperature,
     )
     display = Display(stderr_console(), f"label {train.dataset}", 1)
-    with display.showing() as on_step:
+    with display.showing() as progress:
         spec = write_labels(
-            *(train, run.model, Path(directory), crops, top_k, crops_a_step, device, workers),
-            *(on_step, display.note),
+            train,
+            run.model,
+            Path(directory),
+            crops=crops,
+            top_k=top_k,
+            batch_size=crops_a_step,
+            options=RunOptions(device=device, workers=workers),
+            progress=progress,
         )
     if json_:
         return print_json(spec.model_dump(mode="json"))

@@ -81,9 +81,9 @@ def profile(
     the GPU, or where there is none on the CPU, unless --device says where.
     """
     from sret_cli.report.tables import COST_TABLE, PARITY_TABLE, breakdown_tables
+    from sret_cli.spec.options import RunOptions
     from sret_cli.spec.run import Run
     from sret_cli.spec.train import check_compile_mode
-    from sret_cli.study.dispatch import RunOptions
     from sret_cli.study.engine import run_study
     from sret_cli.study.execute import MEASURED_IMAGES, profile_run
     from sret_cli.study.file import Study, with_baselines

@@ -4,18 +4,39 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Task, TaskID, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-from sret_cli.runtime.errors import notes_shown_by
+from sret_cli.runtime.errors import notes_shown_by, print_note
 
 OnStep = Callable[[int, int, str], None]  # steps done, steps in all, what to show
+OnNote = Callable[[str], None]  # one line for the user
 SECONDS_A_LINE = 30  # between lines of progress where there is no terminal
 STEPS_TO_MEASURE = 3  # before the time that is left can be told; the first step is not counted
+
+
+def ignore_step(done: int, total: int, text: str) -> None:
+    """Shows no progress."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Who is told how far a long piece of work is, and of notes for the user.
+
+    Attributes:
+        on_step: is called with the steps done, all steps, and a text.
+        note: is called with one line at a time; prints it on stderr by default.
+    """
+
+    on_step: OnStep = ignore_step
+    note: OnNote = print_note
 
 
 class Pace:
@@ -60,7 +81,7 @@ class Display:
         self.console = console
         self.label, self.pace = title, Pace()
         self.line_at = time.monotonic() + SECONDS_A_LINE
-        self.progress = Progress(
+        self.bars = bars.Progress(
             ShortText("{task.description}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
@@ -69,28 +90,32 @@ class Display:
             transient=True,
             disable=not console.is_terminal,
         )
-        self.overall = self.progress.add_task(title, total=total, text="", visible=total > 1)
-        self.current = self.progress.add_task("", total=None, text="", visible=False)
+        self.overall = self.bars.add_task(title, total=total, text="", visible=total > 1)
+        self.current = self.bars.add_task("", total=None, text="", visible=False)
 
     @contextmanager
     def live(self) -> Iterator[None]:
         """Shows the bars; notes of all kinds are shown over them."""
-        with self.progress, notes_shown_by(self.note):
+        with self.bars, notes_shown_by(self.note):
             yield
 
     def start(self, label: str) -> None:
         """Shows which run is under way."""
         self.label, self.pace = label, Pace()
-        self.progress.reset(self.current, visible=True, text="", total=None)
-        self.progress.update(self.current, description=label)
+        self.bars.reset(self.current, visible=True, text="", total=None)
+        self.bars.update(self.current, description=label)
 
     def on_step(self, done: int, total: int, text: str) -> None:
         """Moves the bar of the run under way."""
         self._move(self.current, done, total, text)
 
+    def of_run(self) -> Progress:
+        """Progress of the run under way."""
+        return Progress(self.on_step, self.note)
+
     def _move(self, task: TaskID, done: int, total: int, text: str) -> None:
         left = f"{self.pace.left(done, total)} left"
-        self.progress.update(task, completed=done, total=total, text=f"{left}, {text}")
+        self.bars.update(task, completed=done, total=total, text=f"{left}, {text}")
         if not self.console.is_terminal and time.monotonic() >= self.line_at:
             self.line_at = time.monotonic() + SECONDS_A_LINE
             self.note(f"{self.label}: step {done:,} of {total:,}, {text}, {left}")
@@ -100,13 +125,13 @@ class Display:
         self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     @contextmanager
-    def showing(self) -> Iterator[OnStep]:
-        """Shows one task without runs: hands out what it is to be told of its progress."""
+    def showing(self) -> Iterator[Progress]:
+        """Shows the progress of one task that has no runs."""
         with self.live():
-            self.progress.update(self.overall, visible=True)
-            yield lambda done, total, text: self._move(self.overall, done, total, text)
+            self.bars.update(self.overall, visible=True)
+            yield Progress(partial(self._move, self.overall), self.note)
 
     def finish(self, line: str) -> None:
         """Ticks a run off and leaves one line about it."""
-        self.progress.advance(self.overall)
+        self.bars.advance(self.overall)
         self.note(line)

@@ -1,42 +1,18 @@
 """How trainings are done, and the processes that do them together: one leads, the others follow."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from sret_cli.runtime.errors import USAGE, SretError, print_note
+from sret_cli.runtime.errors import USAGE, SretError
 from sret_cli.runtime.processes import rank_and_world_size
-from sret_cli.runtime.progress import OnStep
+from sret_cli.runtime.progress import Progress
+from sret_cli.spec.options import RunOptions
 from sret_cli.spec.run import Row, Run
 
 if TYPE_CHECKING:
     from sret_cli.training.ranks import Ranks
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How and where runs are done, which does not change what they do.
-
-    `measure_batch_size` is None where nothing is to be timed; `compiles` is as in `compile_model`,
-    for what is timed; `full_trace` counts every pass; `gpu_memory` is a budget in bytes.
-    Checkpoints are written at the end of every epoch, so many minutes after the last one (0: not
-    for that), and every so many steps.
-    `shard` leaves each of several processes its share of the weights.
-    """
-
-    device: str = "auto"
-    workers: int | None = None
-    measure_batch_size: int | None = None
-    precision: str = "fp32"
-    compiles: str = "off"
-    full_trace: bool = False
-    gpu_memory: int | None = None
-    checkpoint_every_steps: int | None = None
-    checkpoint_minutes: float = 10.0
-    tensorboard: bool = False
-    shard: bool = False
 
 
 class Team:
@@ -74,28 +50,21 @@ class Team:
         self,
         run: Run,
         directory: Path,
-        on_step: OnStep = lambda done, total, text: None,
-        note: Callable[[str], None] = print_note,
+        progress: Progress = Progress(),
     ) -> Row:
         """Trains a run, with all processes; called by the leading one, and by those that follow."""
         from sret_cli.training.ranks import ALONE
-        from sret_cli.training.session import Saving, train
+        from sret_cli.training.session import train
 
-        options, ranks = self.options, self.ranks or ALONE
+        ranks = self.ranks or ALONE
         if ranks.is_leader:
             ranks.broadcast((run, directory))
         return train(
             run,
             directory,
-            options.device,
-            options.workers,
-            on_step=on_step,
-            note=note,
-            saving=Saving(options.checkpoint_every_steps, options.checkpoint_minutes or None),
-            tensorboard=options.tensorboard,
-            gpu_memory=options.gpu_memory,
+            options=self.options,
+            progress=progress,
             ranks=ranks,
-            shards=options.shard,
             known=True,
         )
 

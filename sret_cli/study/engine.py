@@ -14,9 +14,10 @@ from sret_cli.runtime.files import Busy, locked_directory, read_json
 from sret_cli.runtime.progress import Display
 from sret_cli.spec.backbone import BackboneSpec
 from sret_cli.spec.contents import Contents
+from sret_cli.spec.options import RunOptions
 from sret_cli.spec.run import CONFIG_FILE, Row, Run
 from sret_cli.study.axes import run_labels
-from sret_cli.study.dispatch import RunOptions, Team
+from sret_cli.study.dispatch import Team
 from sret_cli.study.execute import _measure, _missing, profile_run
 from sret_cli.study.file import Study
 from sret_cli.study.paths import PATH_FIELDS, check_path

@@ -10,9 +10,10 @@ from sret_cli.runtime.errors import RESOURCES, SOME_FAILED, SretError, as_out_of
 from sret_cli.runtime.files import read_json, write_json
 from sret_cli.runtime.progress import Display
 from sret_cli.spec.backbone import BackboneSpec
+from sret_cli.spec.options import RunOptions
 from sret_cli.spec.run import CONFIG_FILE, Row, Run
 from sret_cli.spec.train import TrainSpec
-from sret_cli.study.dispatch import RunOptions, Team
+from sret_cli.study.dispatch import Team
 from sret_cli.study.rows import provenance
 from sret_cli.training.config import refuse_other_config, write_config
 
@@ -164,7 +165,7 @@ def _do(
     if measurement == "speed":
         return _speed(run, options)
     assert team is not None
-    return team.train(run, directory, display.on_step, display.note)
+    return team.train(run, directory, display.of_run())
 
 
 @contextmanager

@@ -17,8 +17,9 @@ from sret_cli.model.compile import is_compiled
 from sret_cli.model.sret import SReT
 from sret_cli.runtime.device import autocast, choose_device, device_name, use_deterministic_kernels
 from sret_cli.runtime.errors import DATA, SretError
-from sret_cli.runtime.progress import OnStep
+from sret_cli.runtime.progress import OnStep, Progress
 from sret_cli.runtime.signals import Stop
+from sret_cli.spec.options import RunOptions
 from sret_cli.spec.run import Row, run_directory
 from sret_cli.spec.train import WITH_COLUMNS, TrainSpec
 from sret_cli.training.ranks import ALONE, Ranks
@@ -63,19 +64,36 @@ def default_workers(train: TrainSpec) -> int:
     return 0 if train.dataset == "digits" else min(os.cpu_count() or 1, 8)
 
 
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What a trained model is evaluated on, and with what changes to it.
+
+    Attributes:
+        data_dir: folder with `val/` or `test/`; the run's own images if None.
+        dataset: what `data_dir` holds; a folder of images if None.
+        label_column: the column of the classes, where there are several; the run's own if None.
+        batch_size: images a step.
+        precision: fp32 or bf16.
+        changes: fields of the model's spec to evaluate with instead, such as `img_size`.
+        recursions: passes through each block of every stage; the model's own if None.
+        reference_shuffle: seed for shuffles drawn as the reference does; None: fixed shuffles.
+    """
+
+    data_dir: str | None = None
+    dataset: str | None = None
+    label_column: str | None = None
+    batch_size: int = 256
+    precision: str = "fp32"
+    changes: Mapping[str, Any] | None = None
+    recursions: int | None = None
+    reference_shuffle: int | None = None
+
+
 def evaluate_run(
     directory: Path,
-    data_dir: str | None = None,
-    batch_size: int = 256,
-    precision: str = "fp32",
-    device: str = "auto",
-    workers: int | None = None,
-    changes: Mapping[str, Any] | None = None,
-    reference_shuffle: int | None = None,
-    on_step: OnStep = lambda done, total, text: None,
-    recursions: int | None = None,
-    dataset: str | None = None,
-    label_column: str | None = None,
+    how: EvaluationOptions = EvaluationOptions(),
+    options: RunOptions = RunOptions(),
+    progress: Progress = Progress(),
 ) -> Row:
     """Evaluates a directory's weights on its run's test images, or on another folder's.
 
@@ -87,17 +105,9 @@ def evaluate_run(
 
     Args:
         directory: of a run, or of a model that was built or converted.
-        data_dir: a folder with `val/` or `test/`; the run's own if None.
-        batch_size: images a step.
-        precision: fp32 or bf16.
-        device: auto, cpu or cuda.
-        workers: processes that load images.
-        changes: fields of the spec to evaluate with instead, such as `img_size`.
-        reference_shuffle: draw the permutations of tokens as the reference does, after this seed.
-        on_step: is told of the progress.
-        recursions: run the same blocks so many times instead, in every stage.
-        dataset: what `data_dir` holds, a folder of images if None.
-        label_column: of several, the one that has the classes; the run's own if None.
+        how: the images, and what is changed of the model.
+        options: the device, and the processes that load images.
+        progress: is told how far the evaluation is.
 
     Raises:
         SretError: the directory holds no model, or none for so many recursions, or the data are
@@ -105,29 +115,29 @@ def evaluate_run(
     """
     config, home = load_config(directory), run_directory(directory)
     settings = dict(config.get("train") or {})
-    own_data = data_dir is None and dataset is None
+    own_data = how.data_dir is None and how.dataset is None
     if not settings and own_data:
         raise SretError(
             f"{directory} was not trained here; name a folder with val/ by --data-dir", DATA
         )
     if not own_data:
-        settings = {**settings, "dataset": dataset or "folder", "data_dir": data_dir}
+        settings = {**settings, "dataset": how.dataset or "folder", "data_dir": how.data_dir}
         if settings["dataset"].partition("/")[0] not in WITH_COLUMNS:
             settings.pop("label_column", None)
-    if label_column is not None:
-        settings["label_column"] = label_column
-    settings |= {"batch_size": max(batch_size, 2), "precision": precision}
+    if how.label_column is not None:
+        settings["label_column"] = how.label_column
+    settings |= {"batch_size": max(how.batch_size, 2), "precision": how.precision}
     spec = TrainSpec(**{**settings, "accumulation": 1, "mixup": 0.0, "cutmix": 0.0})
-    target_device = choose_device(device)
+    target_device = choose_device(options.device)
     use_deterministic_kernels(target_device)
-    model = load_model(directory, changes).to(target_device)
+    model = load_model(directory, how.changes).to(target_device)
     layers = count_layers(model)
-    if recursions is not None:
+    if how.recursions is not None:
         if not isinstance(model, SReT):
             raise SretError(f"{directory} holds a timm model; its recursions cannot be changed")
-        model.set_recursions(recursions)
-        layers = model.spec.with_values(recursions=recursions).layers
-    workers = default_workers(spec) if workers is None else workers
+        model.set_recursions(how.recursions)
+        layers = model.spec.with_values(recursions=how.recursions).layers
+    workers = default_workers(spec) if options.workers is None else options.workers
     trained = ClassList(
         config_classes(config),
         f"the model in {directory}",
@@ -143,23 +153,23 @@ def evaluate_run(
             f"{model.num_classes:,}; name data of as many (folders of the others may be empty)",
             DATA,
         )
-    if reference_shuffle is not None:
+    if how.reference_shuffle is not None:
         model.set_reference_shuffle()
-        torch.manual_seed(reference_shuffle)
-    evaluation = evaluate(model, test_loader, target_device, precision, on_step)
+        torch.manual_seed(how.reference_shuffle)
+    evaluation = evaluate(model, test_loader, target_device, how.precision, progress.on_step)
     return {
         "run_id": config.get("run_id", home.name),
         "name": config.get("name"),
         "averaged": home != Path(os.path.abspath(directory)) or config.get("averaged", False),
         "layers": layers,
         "params": sum(p.numel() for p in model.parameters()),
-        "recursions": recursions,
+        "recursions": how.recursions,
         "bad_images": len(test_loader.bad_images),
         **evaluation.row(),
         "mean_class_top1_percent": evaluation.mean_class_top1_percent,
         "per_class": evaluation.per_class(classes),
         "model.img_size": model.spec.img_size,
-        "reference_shuffle": reference_shuffle,
+        "reference_shuffle": how.reference_shuffle,
         "device_name": device_name(target_device),
         "torch_version": torch.__version__,
     }

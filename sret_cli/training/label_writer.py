@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,7 +35,6 @@ from sret_cli.runtime.errors import (
     SretError,
     as_loader_lost,
     notes_shown_by,
-    print_note,
     show_note,
 )
 from sret_cli.runtime.files import (
@@ -46,8 +45,9 @@ from sret_cli.runtime.files import (
     sync_directory,
     write_json,
 )
-from sret_cli.runtime.progress import OnStep
+from sret_cli.runtime.progress import OnStep, Progress
 from sret_cli.spec.backbone import Spec
+from sret_cli.spec.options import RunOptions
 from sret_cli.spec.train import TrainSpec
 from sret_cli.training.evaluate import default_workers
 from sret_cli.training.identify import teacher_sums
@@ -90,10 +90,8 @@ def write_labels(
     crops: int = 10,
     top_k: int = 10,
     batch_size: int = 256,
-    device: str = "auto",
-    workers: int | None = None,
-    on_step: OnStep = lambda done, total, text: None,
-    note: Callable[[str], None] = print_note,
+    options: RunOptions = RunOptions(),
+    progress: Progress = Progress(),
 ) -> LabelsSpec:
     """Writes what a training's teacher says of its images; goes on where it was interrupted.
 
@@ -107,77 +105,71 @@ def write_labels(
         crops: of each image; epochs take them in turn.
         top_k: classes that are stored of each crop, at most all.
         batch_size: crops that the teacher takes at a time.
-        device: auto, cpu or cuda.
-        workers: processes that load images.
-        on_step: is told of the progress.
-        note: is told the size of the labels, before they are written, and of bad images.
+        options: the device, and the processes that load images.
+        progress: is told how far it is, and by notes the size of the labels before they are
+            written, and of bad images.
 
     Raises:
         SretError: the data or the teacher are not there, an image cannot be decoded, a process that
             loads images is gone, the directory has other labels, or the disk has no room for these.
     """
-    with notes_shown_by(note):
-        return _write_labels(
-            *(train, student, directory, crops, top_k, batch_size, device, workers, on_step)
-        )
-
-
-def _write_labels(
-    train: TrainSpec,
-    student: Spec,
-    directory: Path,
-    crops: int,
-    top_k: int,
-    batch_size: int,
-    device: str,
-    workers: int | None,
-    on_step: OnStep,
-) -> LabelsSpec:
     if train.dataset in ("synthetic", "wds"):
         raise SretError(
             f"dataset = {train.dataset!r} has no images that stay and have a number, to keep "
             "labels of; use another, or a live teacher"
         )
-    target_device = choose_device(device)
-    use_deterministic_kernels(target_device)
-    source = find_source(train, student, True, stored_classes(directory, train))
-    teacher = Teacher(train, student, target_device, source.class_list)
-    images = Images(source, train.data_dir, train.on_bad_image == "skip").fingerprint(train.seed)
-    spec = LabelsSpec(
-        teacher=str(train.teacher),
-        teacher_sha256=next(iter(teacher_sums(train).values()), None),
-        teacher_img_size=teacher.img_size,
-        images=len(source),
-        images_sha256=images.sha256,
-        crops=crops,
-        top_k=min(top_k, student.num_classes),
-        classes=source.class_list.names,
-        **{k: getattr(student, k) for k in ("num_classes", "in_chans", "img_size")},
-        **{k: getattr(train, k) for k in ("scale", "hflip", "interpolation", "seed")},
-        **{k: getattr(train, k) for k in ("distill_temperature", "precision")},
-    )
-    show_note(
-        f"labels of {spec.images:,} images, {crops} crops each, {spec.record.itemsize} bytes a "
-        f"crop: {_megabytes(spec.size_bytes())}; as many of ImageNet's {IMAGENET_IMAGES:,} images "
-        f"would take {_megabytes(spec.size_bytes(IMAGENET_IMAGES))}"
-    )
-    with locked_directory(directory):
-        done = _images_done(directory, spec)
-        if done is None:
-            show_note(f"{directory} has them already")
-            return read_labels_spec(directory)
-        write_fingerprints(directory, {"train": images})
-        batches = _batches(
-            *(source, spec, done, max(batch_size // crops, 1)),
-            default_workers(train) if workers is None else workers,
+    with notes_shown_by(progress.note):
+        target_device = choose_device(options.device)
+        use_deterministic_kernels(target_device)
+        source = find_source(train, student, True, stored_classes(directory, train))
+        teacher = Teacher(train, student, target_device, source.class_list)
+        images = Images(source, train.data_dir, train.on_bad_image == "skip").fingerprint(
+            train.seed
         )
-        labeller = Labeller(teacher, spec, Pixels.of(train, student), batch_size)
-        with closing(batches), _reserved(directory, spec) as file:
-            _write(file, directory, spec, done, batches, labeller, train.on_bad_image, on_step)
-        spec = spec.with_values(sha256=sha256(directory / LABELS_FILE))
-        write_json(directory / HEADER_FILE, spec.model_dump(mode="json"))
-        (directory / PROGRESS_FILE).unlink(missing_ok=True)
-    return spec
+        spec = LabelsSpec(
+            teacher=str(train.teacher),
+            teacher_sha256=next(iter(teacher_sums(train).values()), None),
+            teacher_img_size=teacher.img_size,
+            images=len(source),
+            images_sha256=images.sha256,
+            crops=crops,
+            top_k=min(top_k, student.num_classes),
+            classes=source.class_list.names,
+            **{k: getattr(student, k) for k in ("num_classes", "in_chans", "img_size")},
+            **{k: getattr(train, k) for k in ("scale", "hflip", "interpolation", "seed")},
+            **{k: getattr(train, k) for k in ("distill_temperature", "precision")},
+        )
+        show_note(
+            f"labels of {spec.images:,} images, {crops} crops each, {spec.record.itemsize} bytes a "
+            f"crop: {_megabytes(spec.size_bytes())}; as many of ImageNet's {IMAGENET_IMAGES:,} "
+            f"images would take {_megabytes(spec.size_bytes(IMAGENET_IMAGES))}"
+        )
+        with locked_directory(directory):
+            done = _images_done(directory, spec)
+            if done is None:
+                show_note(f"{directory} has them already")
+                return read_labels_spec(directory)
+            write_fingerprints(directory, {"train": images})
+            batches = _batches(
+                *(source, spec, done, max(batch_size // crops, 1)),
+                default_workers(train) if options.workers is None else options.workers,
+            )
+            labeller = Labeller(teacher, spec, Pixels.of(train, student), batch_size)
+            with closing(batches), _reserved(directory, spec) as file:
+                _write(
+                    file,
+                    directory,
+                    spec,
+                    done,
+                    batches,
+                    labeller,
+                    train.on_bad_image,
+                    progress.on_step,
+                )
+            spec = spec.with_values(sha256=sha256(directory / LABELS_FILE))
+            write_json(directory / HEADER_FILE, spec.model_dump(mode="json"))
+            (directory / PROGRESS_FILE).unlink(missing_ok=True)
+        return spec
 
 
 class Labeller:

@@ -118,7 +118,7 @@ class Ranks:
         try:
             yield
         except Exception as error:
-            if self.watch is None or getattr(error, "agreed", False):
+            if self.watch is None or getattr(error, "on_all_ranks", False):
                 raise
             self.lost = True
             if self.is_lost_rank(error):

@@ -3,9 +3,8 @@
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +22,6 @@ from sret_cli.runtime.errors import (
     as_loader_lost,
     as_out_of_memory,
     notes_shown_by,
-    print_note,
     show_note_once,
 )
 from sret_cli.runtime.files import (
@@ -33,8 +31,9 @@ from sret_cli.runtime.files import (
     write_atomically,
     write_json,
 )
-from sret_cli.runtime.progress import OnStep
+from sret_cli.runtime.progress import Progress
 from sret_cli.runtime.signals import Interrupted, Stop, catching_signals, exit_as_signalled
+from sret_cli.spec.options import RunOptions
 from sret_cli.spec.run import CONFIG_FILE, EMA_DIRECTORY, Row, Run
 from sret_cli.training.checkpoint import (
     Checkpoint,
@@ -56,26 +55,12 @@ from sret_cli.weights.store import save_weights
 DIVERGED_FILE = "diverged.json"
 
 
-@dataclass(frozen=True)
-class Saving:
-    """When checkpoints are written, beside the end of every epoch; None is never."""
-
-    every_steps: int | None = None
-    minutes: float | None = 10.0
-
-
 def train(
     run: Run,
     directory: Path | None = None,
-    device: str = "auto",
-    workers: int | None = None,
-    on_step: OnStep = lambda done, total, text: None,
-    note: Callable[[str], None] = print_note,
-    saving: Saving = Saving(),
-    tensorboard: bool = False,
-    gpu_memory: int | None = None,
+    options: RunOptions = RunOptions(),
+    progress: Progress = Progress(),
     ranks: Ranks = ALONE,
-    shards: bool = False,
     known: bool = False,
 ) -> Row:
     """Trains a run and returns its measurements; goes on from its newest checkpoint, if it has one.
@@ -83,9 +68,8 @@ def train(
     Writes `config.json`, `metrics.jsonl`, checkpoints and, at the end, `model.safetensors` to the
     run's directory (`runs/<study>/<run_id>`), and the averaged weights to `ema/` in it. The same
     seed on the same machine gives bitwise the same losses, also where it was interrupted: on a CPU
-    always, on CUDA as far as torch has deterministic kernels. `gpu_memory` is a
-    budget in bytes for `recompute = "auto"`. Of several `ranks`, which all have to call this, the
-    first one alone writes files; `shards` leaves each its share of the weights. With `known` images
+    always, on CUDA as far as torch has deterministic kernels. Of several `ranks`,
+    which all have to call this, the first one alone writes files. With `known` images
     are taken as this process has listed them before, which a study does once for all its runs.
 
     Raises:
@@ -96,11 +80,11 @@ def train(
     """
     if run.train is None:
         raise SretError("this run has no [train] table; add one, or use `sret profile`")
-    target_device = ranks.device or choose_device(device)
+    target_device = ranks.device or choose_device(options.device)
     directory = directory or Identifier().identify(run).directory(Path("runs"))
     use_deterministic_kernels(target_device)
-    workers = default_workers(run.train) if workers is None else workers
-    with notes_shown_by(note), ExitStack() as stack, ranks.end_together():
+    workers = default_workers(run.train) if options.workers is None else options.workers
+    with notes_shown_by(progress.note), ExitStack() as stack, ranks.end_together():
         if run.train.recipe == "finetune" and run.train.init is None:
             show_note_once(
                 "recipe finetune without train.init: this trains from scratch, at a learning rate "
@@ -113,7 +97,9 @@ def train(
             where = workers, ranks.rank, ranks.world_size
             loaders = load_data(run.train, run.model, *where, order, known)
             run, found = refuse_others(run, directory, [loader.found for loader in loaders])
-            trainer = Trainer(run, loaders[0], target_device, gpu_memory, ranks, shards)
+            trainer = Trainer(
+                run, loaders[0], target_device, options.gpu_memory, ranks, options.shard
+            )
             if ranks.is_leader:
                 stack.enter_context(locked_directory(directory))
                 write_config(directory, run_config(run))
@@ -122,10 +108,10 @@ def train(
         stop = stack.enter_context(catching_signals())
         stop.gives_up = not ranks.is_distributed
         stack.enter_context(rare_garbage_collection())
-        session = Session(trainer, loaders[1], directory, saving, stop, on_step, note)
+        session = Session(trainer, loaders[1], directory, options, stop, progress)
         stack.callback(session.close)
         try:
-            session.resume(tensorboard)
+            session.resume()
             for text in training_notes(trainer.spec, loaders[0]):
                 show_note_once(text)
             return session.run()
@@ -149,19 +135,18 @@ class Session:
         trainer: Trainer,
         test_loader: Loader,
         directory: Path,
-        saving: Saving,
+        options: RunOptions,
         stop: Stop,
-        on_step: OnStep,
-        note: Callable[[str], None],
+        progress: Progress,
     ) -> None:
         self.trainer, self.test_loader, self.directory = trainer, test_loader, directory
-        self.saving, self.stop, self.on_step, self.note = saving, stop, on_step, note
+        self.options, self.stop, self.progress = options, stop, progress
         self.ranks = trainer.ranks
         self.writer: CheckpointWriter | None = None  # these are the leading rank's
         self.metrics: Metrics | None = None
         self.saved_at = time.monotonic()
 
-    def resume(self, tensorboard: bool) -> None:
+    def resume(self) -> None:
         """Goes on from the newest checkpoint that is sound, where there is one."""
         found: Checkpoint | None = None
         with self.ranks.raise_together():
@@ -173,8 +158,8 @@ class Session:
             if self.ranks.is_leader:
                 if found is not None and changed:
                     was = ", ".join(changed)
-                    self.note(f"{found.path} was written by {was}: last digits may differ")
-                self._open_metrics(found, tensorboard)
+                    self.progress.note(f"{found.path} was written by {was}: last digits may differ")
+                self._open_metrics(found)
                 config = run_config(self.trainer.run, self.trainer.loader.class_list.names)
                 write_config(self.directory, config)
         bad, known = self.trainer.progress.bad_images, self.trainer.loader.bad_images
@@ -182,11 +167,11 @@ class Session:
 
     def _find(self) -> Checkpoint | None:
         continues = self.trainer.run.continues
-        found = newest_checkpoint(self.directory, self.note)
+        found = newest_checkpoint(self.directory, self.progress.note)
         self.writer = CheckpointWriter(self.directory, None if found is None else found.path)
         if found is None and continues is not None:
             source = self.directory.parent / continues
-            found = newest_checkpoint(source, self.note)
+            found = newest_checkpoint(source, self.progress.note)
             if found is None:
                 raise SretError(
                     f"{source} has no checkpoint to go on from (`sret clean` removes them); train "
@@ -196,14 +181,15 @@ class Session:
                 )
         return found
 
-    def _open_metrics(self, found: Checkpoint | None, tensorboard: bool) -> None:
+    def _open_metrics(self, found: Checkpoint | None) -> None:
         p = self.trainer.progress
         if found is not None and found.path.parent != self.directory:
             source = found.path.parent / METRICS_FILE
             check_not_shorter(source, p.metrics_bytes)
             lines = source.read_bytes() if p.metrics_bytes else b""
             write_atomically(self.directory / METRICS_FILE, lines[: p.metrics_bytes])
-        self.metrics = Metrics(self.directory, p.metrics_bytes, p.step, tensorboard, self.note)
+        board, note = self.options.tensorboard, self.progress.note
+        self.metrics = Metrics(self.directory, p.metrics_bytes, p.step, board, note)
 
     def close(self) -> None:
         """Ends what writes, when it has written what is under way."""
@@ -326,7 +312,7 @@ class Session:
             p.seconds = seconds + time.perf_counter() - before
             trainer.whole = True
             steps = trainer.spec.epochs * len(trainer.loader)
-            self.on_step(p.step, steps, describe_step(trainer, loss, lr))
+            self.progress.on_step(p.step, steps, describe_step(trainer, loss, lr))
             if self.writer is not None:
                 self.writer.check()
 
@@ -364,9 +350,9 @@ class Session:
         return found
 
     def _is_due(self) -> bool:
-        every, minutes = self.saving.every_steps, self.saving.minutes
+        every, minutes = self.options.checkpoint_every_steps, self.options.checkpoint_minutes
         return (every is not None and self.trainer.progress.step % every == 0) or (
-            minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+            minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
         )
 
     def _save(self, finished: bool = False) -> None:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from sret_cli.data.classes import dataset_classes
 from sret_cli.data.loaders import load_data
 from sret_cli.runtime.device import choose_device
+from sret_cli.spec.options import RunOptions
 from sret_cli.spec.presets import PRESETS
 from sret_cli.spec.run import Run
 from sret_cli.spec.train import TrainSpec
@@ -76,7 +77,9 @@ def main() -> None:
         }
         where = folder / "labels"
         live = TrainSpec(**plain, **teacher)
-        write_labels(live, model, where, options.crops, workers=options.workers)
+        write_labels(
+            live, model, where, crops=options.crops, options=RunOptions(workers=options.workers)
+        )
         specs = {
             "stored soft labels": TrainSpec(**plain, soft_labels=str(where)),
             f"live {options.teacher}": live,

@@ -15,8 +15,10 @@ from sret_cli.data.loaders import load_data
 from sret_cli.data.readers import known_source
 from sret_cli.model.sret import build_model
 from sret_cli.runtime.errors import SretError, show_note_once
+from sret_cli.runtime.progress import Progress
 from sret_cli.spec.contents import Contents
 from sret_cli.spec.model import ModelSpec
+from sret_cli.spec.options import RunOptions
 from sret_cli.spec.presets import PRESETS
 from sret_cli.spec.run import Run
 from sret_cli.spec.train import TrainSpec
@@ -231,7 +233,15 @@ def test_labels_that_number_classes_otherwise_keep_their_numbers(
     directory, labels = saved(tmp_path / "teacher", eleven, NUMBERS), tmp_path / "labels"
     as_text(monkeypatch)
     spec = data_spec("folder", numbered, **QUICK, teacher=str(directory))
-    write_labels(spec, eleven, labels, 1, 11, workers=0, note=lambda line: None)
+    write_labels(
+        spec,
+        eleven,
+        labels,
+        crops=1,
+        top_k=11,
+        options=RunOptions(workers=0),
+        progress=Progress(note=lambda line: None),
+    )
     header = json.loads((labels / "labels.json").read_text())
     assert header["classes"] == list(AS_TEXT)
     if not with_names:  # as earlier versions wrote them
@@ -239,7 +249,15 @@ def test_labels_that_number_classes_otherwise_keep_their_numbers(
         (labels / "labels.json").write_text(json.dumps(header))
     as_text(monkeypatch, read=False)
     again = []
-    write_labels(spec, eleven, labels, 1, 11, workers=0, note=again.append)
+    write_labels(
+        spec,
+        eleven,
+        labels,
+        crops=1,
+        top_k=11,
+        options=RunOptions(workers=0),
+        progress=Progress(note=again.append),
+    )
     assert again[-1] == f"{labels} has them already"
     spec = data_spec("folder", numbered, **QUICK, soft_labels=str(labels))
     loader, test = load_data(spec, eleven)
@@ -257,7 +275,15 @@ def test_labels_that_number_classes_otherwise_keep_their_numbers(
 def test_labels_of_other_classes_are_refused_by_name(eleven, numbered, tmp_path):
     directory, labels = saved(tmp_path / "teacher", eleven, NUMBERS), tmp_path / "labels"
     spec = data_spec("folder", numbered, **QUICK, teacher=str(directory))
-    write_labels(spec, eleven, labels, 1, 11, workers=0, note=lambda line: None)
+    write_labels(
+        spec,
+        eleven,
+        labels,
+        crops=1,
+        top_k=11,
+        options=RunOptions(workers=0),
+        progress=Progress(note=lambda line: None),
+    )
     for split in ("train", "test"):
         (numbered / split / "10").rename(numbered / split / "ten")
     with pytest.raises(SretError, match="'10' is only in the first, 'ten' is only") as refused:
@@ -271,14 +297,14 @@ def test_a_run_keeps_the_numbers_of_its_classes_to_the_bit(
     as_text(monkeypatch)
     first = identified(run_of(eleven, numbered))
     was = first.directory(tmp_path / "was")
-    train(first, was, "cpu", 0)
+    train(first, was, options=RunOptions(device="cpu", workers=0))
     shutil.copytree(tmp_path / "was", tmp_path / "now")
     runs = [continue_run(first.directory(tmp_path / name), 2) for name in ("was", "now")]
-    train(runs[0], runs[0].directory(tmp_path / "was"), "cpu", 0)
+    train(runs[0], runs[0].directory(tmp_path / "was"), options=RunOptions(device="cpu", workers=0))
     as_text(monkeypatch, read=False)
     capsys.readouterr()
     now = runs[1].directory(tmp_path / "now")
-    train(runs[1], now, "cpu", 0)
+    train(runs[1], now, options=RunOptions(device="cpu", workers=0))
     assert "have the same 11 classes in another order" in capsys.readouterr().err
     assert json.loads((now / "config.json").read_text())["classes"] == list(AS_TEXT)
     weights = [
@@ -289,12 +315,12 @@ def test_a_run_keeps_the_numbers_of_its_classes_to_the_bit(
 
 def test_a_run_does_not_go_on_with_other_classes(eleven, numbered, tmp_path):
     first = identified(run_of(eleven, numbered))
-    train(first, first.directory(tmp_path), "cpu", 0)
+    train(first, first.directory(tmp_path), options=RunOptions(device="cpu", workers=0))
     for split in ("train", "test"):
         (numbered / split / "10").rename(numbered / split / "ten")
     longer = continue_run(first.directory(tmp_path), 2)
     with pytest.raises(SretError, match="'10' is only in the first, 'ten' is only") as refused:
-        train(longer, longer.directory(tmp_path), "cpu", 0)
+        train(longer, longer.directory(tmp_path), options=RunOptions(device="cpu", workers=0))
     assert refused.value.code == 5
 
 

@@ -18,11 +18,12 @@ from sret_cli.data.sources import Indexed, Source, train_folder
 from sret_cli.model.sret import build_model
 from sret_cli.report.columns import group_seeds
 from sret_cli.runtime.errors import SretError
+from sret_cli.runtime.progress import Progress
 from sret_cli.spec.contents import Contents
+from sret_cli.spec.options import RunOptions
 from sret_cli.spec.run import Run
 from sret_cli.spec.train import TrainSpec
 from sret_cli.study.axes import varying_fields
-from sret_cli.study.dispatch import RunOptions
 from sret_cli.study.engine import run_study
 from sret_cli.study.file import study_from_tables
 from sret_cli.study.resolve import continue_run
@@ -114,7 +115,7 @@ def test_a_requeued_command_goes_on_where_its_images_lie_now(sret, tiny, images,
     run = Run("train", run.name, run.model, run.train)
     run = Identifier().identify(run)
     with pytest.raises(SystemExit):
-        train(run, run.directory(Path("runs")), on_step=stop_at(3))
+        train(run, run.directory(Path("runs")), progress=Progress(on_step=stop_at(3)))
     shutil.move(images, tmp_path / "scratch")
     code, out, err = sret("train", "--data-dir", tmp_path / "scratch", *FLAGS, "--json")
     assert code == 0, err
@@ -136,7 +137,7 @@ def test_a_run_goes_on_by_resume_with_its_images_elsewhere_but_not_with_others(
     run = Identifier().identify(run_of(tiny, images))
     directory = run.directory(Path("runs"))
     with pytest.raises(SystemExit):
-        train(run, directory, on_step=stop_at(3))
+        train(run, directory, progress=Progress(on_step=stop_at(3)))
     shutil.copytree(images, tmp_path / "others")
     flip_a_bit(tmp_path / "others" / "train" / "dog" / "5.jpg")
     shutil.move(images, tmp_path / "moved")

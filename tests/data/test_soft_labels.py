@@ -2,11 +2,11 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 
 import numpy as np
 import pytest
 import torch
+from helpers import stop_at
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
@@ -15,6 +15,8 @@ from sret_cli.data.loaders import find_source, load_data
 from sret_cli.data.soft_labels import LabelsSpec, StoredLabels, draw_crop, spread_probabilities
 from sret_cli.model.sret import build_model
 from sret_cli.runtime.errors import SretError
+from sret_cli.runtime.progress import Progress
+from sret_cli.spec.options import RunOptions
 from sret_cli.spec.run import Run
 from sret_cli.spec.train import TrainSpec
 from sret_cli.training.distill import create_distillation
@@ -64,11 +66,12 @@ def spec_of(folder, **values):
 
 def write(folder, pets, teacher, name="labels", **values):
     """Labels of three crops an image, eight images at a time."""
-    about = {key: values.pop(key) for key in ("on_step", "note", "workers") if key in values}
+    progress = {key: values.pop(key) for key in ("on_step", "note") if key in values}
+    progress = Progress(**{"note": lambda line: None, **progress})
+    options = RunOptions(workers=values.pop("workers", 0))
     spec = spec_of(folder, teacher=str(teacher), **values)
     directory = teacher.parent / name
-    about = {"note": lambda line: None, "workers": 0, **about}
-    write_labels(spec, pets, directory, crops=3, batch_size=24, **about)
+    write_labels(spec, pets, directory, crops=3, batch_size=24, options=options, progress=progress)
     return directory
 
 
@@ -184,15 +187,16 @@ def test_training_needs_no_teacher_and_goes_on_bitwise_after_a_signal(
 ):
     shutil.rmtree(teacher)
     run = Run("test", "tiny", pets, spec_of(folder, soft_labels=str(labels), accumulation=2))
-    row = train(run, tmp_path / "whole", workers=0)
+    row = train(run, tmp_path / "whole", options=RunOptions(workers=0))
     assert row["test_images"] == 4
     with pytest.raises(SystemExit):
         train(
-            *(run, tmp_path / "killed"),
-            workers=0,
-            on_step=lambda done, total, text: done == 3 and os.kill(os.getpid(), signal.SIGTERM),
+            run,
+            tmp_path / "killed",
+            options=RunOptions(workers=0),
+            progress=Progress(on_step=stop_at(3)),
         )
-    train(run, tmp_path / "killed", workers=0)
+    train(run, tmp_path / "killed", options=RunOptions(workers=0))
     for name in ("model.safetensors", "metrics.jsonl"):
         whole, killed = ((tmp_path / d / name).read_bytes() for d in ("whole", "killed"))
         assert whole == killed
@@ -410,7 +414,9 @@ def test_digits_can_be_labelled(tiny, tmp_path):
     torch.manual_seed(0)
     save_model(build_model(tiny), tmp_path / "teacher")
     spec = TrainSpec(teacher=str(tmp_path / "teacher"))
-    written = write_labels(spec, tiny, tmp_path / "labels", 1, 3, note=lambda line: None)
+    written = write_labels(
+        spec, tiny, tmp_path / "labels", crops=1, top_k=3, progress=Progress(note=lambda line: None)
+    )
     assert (written.images, written.top_k) == (1437, 3)
     student = TrainSpec(soft_labels=str(tmp_path / "labels"))
     stored = StoredLabels(tmp_path / "labels")

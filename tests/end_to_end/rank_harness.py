@@ -18,6 +18,8 @@ import torch
 from helpers import TINY
 
 from sret_cli.data.loaders import Loader
+from sret_cli.runtime.progress import Progress
+from sret_cli.spec.options import RunOptions
 from sret_cli.spec.run import Run
 from sret_cli.spec.train import TrainSpec
 from sret_cli.training.ranks import ALONE, start_ranks
@@ -56,7 +58,13 @@ def train_until(step, run, folder, ranks=ALONE, shards=False):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with suppress(SystemExit):
-        train(run, folder, ranks=ranks, shards=shards, on_step=stop)
+        train(
+            run,
+            folder,
+            ranks=ranks,
+            options=RunOptions(shard=shards),
+            progress=Progress(on_step=stop),
+        )
 
 
 def main():
@@ -67,7 +75,7 @@ def main():
     row = train(RUN, folder / "plain", ranks=ranks)
     if ranks.is_leader:
         (folder / "row.json").write_text(json.dumps(row))
-    train(RUN, folder / "sharded", ranks=ranks, shards=True)
+    train(RUN, folder / "sharded", ranks=ranks, options=RunOptions(shard=True))
     train_until(7, RUN, folder / "stopped", ranks, shards=True)
 
 

@@ -20,14 +20,16 @@ from sret_cli.data.loaders import load_data
 from sret_cli.runtime import signals as interrupt
 from sret_cli.runtime.errors import SretError
 from sret_cli.runtime.files import Busy, locked_directory
+from sret_cli.runtime.progress import Progress
 from sret_cli.spec.backbone import BackboneSpec
+from sret_cli.spec.options import RunOptions
 from sret_cli.spec.run import Run
 from sret_cli.spec.train import TrainSpec
 from sret_cli.study.resolve import continue_run
 from sret_cli.training import out_of_memory as room
 from sret_cli.training.checkpoint import read_checkpoint
 from sret_cli.training.out_of_memory import out_of_memory_error
-from sret_cli.training.session import Saving, train
+from sret_cli.training.session import train
 from sret_cli.training.trainer import Diverged, Trainer
 
 # Ten steps in two epochs, with all that draws: shuffles, drop path, mixup, counts of recursions.
@@ -105,13 +107,15 @@ def test_a_signal_saves_the_state_and_the_run_ends_the_same(
 ):
     handler = signal.getsignal(number)
     with pytest.raises(SystemExit) as ended:
-        train(run_of(tiny), tmp_path, on_step=signalled(number, step))
+        train(run_of(tiny), tmp_path, progress=Progress(on_step=signalled(number, step)))
     assert ended.value.code == code
     assert signal.getsignal(number) is handler
     assert (tmp_path / f"checkpoint-{step}" / "manifest.json").exists()
     assert not (tmp_path / "model.safetensors").exists()
     steps = []
-    row = train(run_of(tiny), tmp_path, on_step=lambda done, *_: steps.append(done))
+    row = train(
+        run_of(tiny), tmp_path, progress=Progress(on_step=lambda done, *_: steps.append(done))
+    )
     assert steps == list(range(step + 1, 11))
     assert left(tmp_path, row) == whole
 
@@ -142,7 +146,9 @@ def test_a_killed_process_of_the_loader_ends_the_run_with_its_state_saved(tiny, 
                 process.kill()
 
     with pytest.raises(SretError, match="loads images was killed .* fewer --workers") as refused:
-        train(run_of(tiny), tmp_path, workers=2, on_step=kill)
+        train(
+            run_of(tiny), tmp_path, options=RunOptions(workers=2), progress=Progress(on_step=kill)
+        )
     assert (refused.value.code, refused.value.status) == (7, "loader_lost")
     (checkpoint,) = tmp_path.glob("checkpoint-*/manifest.json")
     assert checkpoint.parent.name in ("checkpoint-3", "checkpoint-4", "checkpoint-5")
@@ -164,7 +170,7 @@ def test_a_broken_pipe_of_a_loader_process_is_its_end(tiny, tmp_path, whole, mon
 
     monkeypatch.setattr(multiprocessing.queues.Queue, "get", broken)
     with pytest.raises(SretError, match="loads images was killed .* fewer --workers") as refused:
-        train(run_of(tiny), tmp_path, workers=2)
+        train(run_of(tiny), tmp_path, options=RunOptions(workers=2))
     assert (refused.value.code, refused.value.status) == (7, "loader_lost")
     monkeypatch.undo()
     assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
@@ -196,14 +202,16 @@ def test_a_killed_process_of_the_test_loader_does_so_too(tiny, tmp_path, whole, 
 
 def test_ctrl_c_saves_the_state(tiny, tmp_path, whole):
     with pytest.raises(KeyboardInterrupt):
-        train(run_of(tiny), tmp_path, on_step=signalled(signal.SIGINT, 7))
+        train(run_of(tiny), tmp_path, progress=Progress(on_step=signalled(signal.SIGINT, 7)))
     assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
 
 
 def test_a_finished_run_that_is_started_again_says_the_same(tiny, tmp_path, whole):
     train(run_of(tiny), tmp_path)
     steps = []
-    row = train(run_of(tiny), tmp_path, on_step=lambda done, *_: steps.append(done))
+    row = train(
+        run_of(tiny), tmp_path, progress=Progress(on_step=lambda done, *_: steps.append(done))
+    )
     assert steps == []
     assert left(tmp_path, row) == whole
 
@@ -212,13 +220,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_leads_to_the_same_e
     tiny, tmp_path, whole
 ):
     with pytest.raises(SystemExit):
-        train(run_of(tiny), tmp_path, on_step=signalled(signal.SIGTERM, 7))
+        train(run_of(tiny), tmp_path, progress=Progress(on_step=signalled(signal.SIGTERM, 7)))
     file = tmp_path / "checkpoint-7" / "tensors.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     said = []
-    assert left(tmp_path, train(run_of(tiny), tmp_path, note=said.append)) == whole
+    assert (
+        left(tmp_path, train(run_of(tiny), tmp_path, progress=Progress(note=said.append))) == whole
+    )
     (line,) = said
     assert "checkpoint-7 is damaged" in line
     assert "going on from" in line and line.endswith("checkpoint-5")
@@ -228,7 +238,7 @@ def test_lines_of_metrics_after_the_checkpoint_are_cut_off_and_missing_ones_refu
     tiny, tmp_path, whole
 ):
     with pytest.raises(SystemExit):
-        train(run_of(tiny), tmp_path, on_step=signalled(signal.SIGTERM, 3))
+        train(run_of(tiny), tmp_path, progress=Progress(on_step=signalled(signal.SIGTERM, 3)))
     file = tmp_path / "metrics.jsonl"
     lines = file.read_bytes()
     file.write_bytes(lines[:-5])
@@ -242,12 +252,17 @@ def test_checkpoints_are_written_every_so_many_steps_or_minutes(tiny, tmp_path):
     def kept(**saving):
         directory, stop = tmp_path / str(saving), signalled(signal.SIGTERM, 9)
         with pytest.raises(SystemExit):
-            train(run_of(tiny), directory, on_step=stop, saving=Saving(**saving))
+            train(
+                run_of(tiny),
+                directory,
+                options=RunOptions(**saving),
+                progress=Progress(on_step=stop),
+            )
         return sorted(path.name for path in directory.glob("checkpoint-*"))
 
-    assert kept(minutes=None) == ["checkpoint-5", "checkpoint-9"]
-    assert kept(every_steps=4) == ["checkpoint-8", "checkpoint-9"]
-    assert kept(minutes=0.0) == ["checkpoint-8", "checkpoint-9"]
+    assert kept(checkpoint_minutes=0) == ["checkpoint-5", "checkpoint-9"]
+    assert kept(checkpoint_every_steps=4) == ["checkpoint-8", "checkpoint-9"]
+    assert kept(checkpoint_minutes=1e-9) == ["checkpoint-8", "checkpoint-9"]
 
 
 def test_a_finished_run_keeps_one_checkpoint_without_the_weights_it_has_beside(tiny, tmp_path):
@@ -269,7 +284,7 @@ def test_a_finished_run_keeps_one_checkpoint_without_the_weights_it_has_beside(t
 
 def test_a_run_stopped_in_its_last_evaluation_ends_with_one_checkpoint(tiny, tmp_path, whole):
     with pytest.raises(SystemExit):
-        train(run_of(tiny), tmp_path, on_step=signalled(signal.SIGUSR2, 10))
+        train(run_of(tiny), tmp_path, progress=Progress(on_step=signalled(signal.SIGUSR2, 10)))
     assert len(list(tmp_path.glob("checkpoint-*"))) == 2
     assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-10"]
@@ -418,7 +433,12 @@ def test_tensorboard_that_fails_is_off_and_the_run_goes_on(
 ):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     said = []
-    row = train(run_of(tiny), tmp_path, tensorboard=True, note=said.append)
+    row = train(
+        run_of(tiny),
+        tmp_path,
+        options=RunOptions(tensorboard=True),
+        progress=Progress(note=said.append),
+    )
     assert left(tmp_path, row) == whole
     (line,) = said
     assert line.startswith("TensorBoard is off: ")
@@ -436,7 +456,7 @@ def test_tensorboard_gets_the_numbers_of_the_lines(tiny, tmp_path, monkeypatch):
 
     module = types.SimpleNamespace(SummaryWriter=Recorder)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    train(run_of(tiny), tmp_path, tensorboard=True)
+    train(run_of(tiny), tmp_path, options=RunOptions(tensorboard=True))
     assert written[:2] == [("loss", 1), ("lr", 1)]
     assert ("top1_percent", 10) in written
     assert written[-1] == "closed"

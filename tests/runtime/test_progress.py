@@ -86,15 +86,15 @@ def test_on_a_narrow_screen_texts_are_cut_and_the_numbers_are_not():
     with display.live():
         display.start("0123456789 nano, 8 layers, seed 0, lr 0.1, nll per_block, slices 4-2-1")
         display.on_step(7, 36, "epoch 1/2, loss 1.234, lr 0.002, 300 images/s, 0.4 GB")
-        display.progress.refresh()
+        display.bars.refresh()
     assert " 7/36 – left, epoch" in screen.getvalue()
 
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_notes_of_all_kinds_are_shown_by_the_display_while_it_is_live(terminal, capsys):
     display, screen = display_on(terminal)
-    with display.showing() as on_step:
-        on_step(1, 10, "")
+    with display.showing() as progress:
+        progress.on_step(1, 10, "")
         show_note("[b]cat.png[/b] is left out")
     assert "[b]cat.png[/b] is left out\n" in screen.getvalue()
     show_note("later")

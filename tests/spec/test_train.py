@@ -11,7 +11,7 @@ from sret_cli.spec.backbone import BackboneSpec
 from sret_cli.spec.run import Run
 from sret_cli.spec.train import TrainSpec
 from sret_cli.study.resolve import resolve_run
-from sret_cli.training.evaluate import evaluate_run
+from sret_cli.training.evaluate import EvaluationOptions, evaluate_run
 from sret_cli.training.optimizer import create_ema, create_optimizer, create_schedule, set_rate
 from sret_cli.training.session import train
 from sret_cli.training.trainer import Trainer
@@ -294,8 +294,13 @@ def test_averaged_weights_are_evaluated_and_kept_beside_the_others(tiny, tmp_pat
     values |= {"accumulation": 3, "mixup": 0.1}
     row = train(Run("test", "tiny", tiny, TrainSpec(**values)), tmp_path)
     assert row["ema_test_loss"] != row["test_loss"]
-    assert evaluate_run(tmp_path, batch_size=240)["test_loss"] == row["test_loss"]
-    assert evaluate_run(tmp_path / "ema", batch_size=240)["test_loss"] == row["ema_test_loss"]
+    assert (
+        evaluate_run(tmp_path, EvaluationOptions(batch_size=240))["test_loss"] == row["test_loss"]
+    )
+    assert (
+        evaluate_run(tmp_path / "ema", EvaluationOptions(batch_size=240))["test_loss"]
+        == row["ema_test_loss"]
+    )
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["ema_top1_percent"] == row["ema_top1_percent"]
 

@@ -6,11 +6,12 @@ import pytest
 from helpers import stop_at
 
 from sret_cli.runtime.errors import SretError
+from sret_cli.runtime.progress import Progress
 from sret_cli.spec.run import Run
 from sret_cli.spec.train import TrainSpec
 from sret_cli.study.resolve import continue_run
 from sret_cli.training.checkpoint import read_checkpoint
-from sret_cli.training.evaluate import evaluate_run
+from sret_cli.training.evaluate import EvaluationOptions, evaluate_run
 from sret_cli.training.identify import Identifier
 from sret_cli.training.session import train
 
@@ -24,7 +25,7 @@ def run_of(tiny, folder, **values):
 
 def stopped(run, directory, step=3):
     with pytest.raises(SystemExit):
-        train(run, directory, on_step=stop_at(step))
+        train(run, directory, progress=Progress(on_step=stop_at(step)))
 
 
 def remove_an_image(folder):
@@ -132,5 +133,5 @@ def test_averaged_weights_are_evaluated_at_the_models_own_recursions(tiny, tmp_p
     row = train(run, tmp_path)
     averaged = evaluate_run(tmp_path / "ema")
     assert row["ema_test_loss"] == pytest.approx(averaged["test_loss"], rel=1e-6)
-    at_four = evaluate_run(tmp_path / "ema", recursions=4)
+    at_four = evaluate_run(tmp_path / "ema", EvaluationOptions(recursions=4))
     assert row["ema_test_loss"] != pytest.approx(at_four["test_loss"], rel=1e-6)

@@ -5,9 +5,11 @@ import torch
 
 from sret_cli.runtime.device import choose_device
 from sret_cli.runtime.errors import SretError
+from sret_cli.runtime.progress import Progress
+from sret_cli.spec.options import RunOptions
 from sret_cli.spec.run import Run
 from sret_cli.spec.train import TrainSpec
-from sret_cli.training.evaluate import evaluate, evaluate_run
+from sret_cli.training.evaluate import EvaluationOptions, evaluate, evaluate_run
 from sret_cli.training.optimizer import draw_recursions
 from sret_cli.training.session import train
 from sret_cli.weights.store import load_model
@@ -44,7 +46,11 @@ def test_training_writes_what_it_did_and_what_it_made(tiny, tmp_path):
 
 def test_a_step_tells_the_epoch_and_the_accuracy_of_the_last_evaluation(tiny, tmp_path):
     told = []
-    train(run_of(tiny), tmp_path, on_step=lambda done, total, text: told.append(text))
+    train(
+        run_of(tiny),
+        tmp_path,
+        progress=Progress(on_step=lambda done, total, text: told.append(text)),
+    )
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     top1, _ = [line["top1_percent"] for line in lines if "top1_percent" in line]
     assert [text.split(", loss ")[0] for text in told] == [
@@ -59,7 +65,7 @@ def test_notes_of_a_training_go_to_the_function_that_was_handed_in(tiny, folder,
     values = {"dataset": "folder", "data_dir": str(folder), "batch_size": 4, "epochs": 1}
     said, spec = [], tiny.with_values(num_classes=2)
     run = Run("test", "tiny", spec, TrainSpec(**{**SHORT, **values, "on_bad_image": "skip"}))
-    row = train(run, folder / "run", note=said.append)
+    row = train(run, folder / "run", progress=Progress(note=said.append))
     assert row["bad_images"] == 2
     assert [line.rpartition("; ")[2] for line in said] == 2 * ["it is left out"]
     assert capfd.readouterr().err == ""
@@ -186,7 +192,7 @@ def test_weights_of_another_model_are_refused(tiny, tmp_path):
 def test_training_on_cuda_is_repeatable(tiny, tmp_path, precision):
     assert choose_device("auto").type == "cuda"
     for name in ("a", "b"):
-        train(run_of(tiny, precision=precision), tmp_path / name, device="cuda")
+        train(run_of(tiny, precision=precision), tmp_path / name, options=RunOptions(device="cuda"))
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
@@ -202,9 +208,20 @@ def test_images_of_other_classes_than_those_trained_on_are_refused(tiny, tmp_pat
                     Image.new("RGB", (16, 16)).save(path)
     pets = {"dataset": "folder", "data_dir": str(tmp_path / "pets"), "batch_size": 2}
     run = Run("test", "tiny", tiny.with_values(num_classes=2), TrainSpec(**{**SHORT, **pets}))
-    train(run, tmp_path / "run", workers=0)
-    assert evaluate_run(tmp_path / "run", str(tmp_path / "pets"), workers=0)["test_images"] == 4
+    train(run, tmp_path / "run", options=RunOptions(workers=0))
+    assert (
+        evaluate_run(
+            tmp_path / "run",
+            EvaluationOptions(data_dir=str(tmp_path / "pets")),
+            options=RunOptions(workers=0),
+        )["test_images"]
+        == 4
+    )
     expected = "different classes: 'cat' is only in the first, 'cow' is only in the second"
     with pytest.raises(SretError, match=expected) as refused:
-        evaluate_run(tmp_path / "run", str(tmp_path / "farm"), workers=0)
+        evaluate_run(
+            tmp_path / "run",
+            EvaluationOptions(data_dir=str(tmp_path / "farm")),
+            options=RunOptions(workers=0),
+        )
     assert refused.value.code == 4

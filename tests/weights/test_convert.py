@@ -12,7 +12,8 @@ from PIL import Image
 
 from sret_cli.data.sources import test_folder as read_test_folder
 from sret_cli.runtime.errors import SretError
-from sret_cli.training.evaluate import Evaluation, evaluate_run
+from sret_cli.spec.options import RunOptions
+from sret_cli.training.evaluate import Evaluation, EvaluationOptions, evaluate_run
 from sret_cli.weights.store import load_model, save_model
 
 
@@ -136,7 +137,11 @@ def test_a_converted_model_is_evaluated_on_a_folder_without_training_images(sret
 
 
 def evaluated(directory, images, **options):
-    return evaluate_run(directory, str(images), device="cpu", workers=0, **options)
+    return evaluate_run(
+        directory,
+        EvaluationOptions(data_dir=str(images), **options),
+        options=RunOptions(device="cpu", workers=0),
+    )
 
 
 def test_the_references_shuffle_depends_on_its_seed_alone(images, tmp_path):
