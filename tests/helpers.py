@@ -29,10 +29,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sret_cli.model.backbone import build_backbone
 from sret_cli.model.sret import build_model
+from sret_cli.report.card import model_card
 from sret_cli.spec.backbone import BackboneSpec
 from sret_cli.spec.model import ModelSpec
 from sret_cli.spec.presets import PRESETS
 from sret_cli.spec.train import TrainSpec
+from sret_cli.weights.export import UNKNOWN_ORIGIN, export_model
 from sret_cli.weights.reference import to_reference
 
 SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
@@ -182,6 +184,13 @@ def assert_same(one, other):
     assert states[0].keys() == states[1].keys()
     for key, tensor in states[0].items():
         assert torch.equal(tensor, states[1][key]), key
+
+
+def write_export(model, to, directory, origin=UNKNOWN_ORIGIN):
+    """An export with its model card, as `sret export` writes it."""
+    return export_model(
+        model, to, directory, origin, card=lambda export: model_card(model, to, export, origin)
+    )
 
 
 def saved(model, path):

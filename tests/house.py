@@ -79,6 +79,7 @@ def upward(edges: dict[str, set[str]]) -> list[str]:
         for target in sorted(targets)
         if folder(name) != folder(target)
         and folder(name)
+        and target != "__init__"  # which every file may ask for the version
         and LEVEL[folder(name)] <= LEVEL.get(folder(target), len(ORDER))
     ]
 

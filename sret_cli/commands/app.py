@@ -12,6 +12,7 @@ import typer
 
 from sret_cli import __version__
 from sret_cli.commands.build import build
+from sret_cli.commands.clean import clean
 from sret_cli.commands.command import Command
 from sret_cli.commands.convert import convert
 from sret_cli.commands.data import data_app
@@ -60,6 +61,7 @@ app.command(name="eval")(evaluate)
 app.command()(convert)
 app.command(name="report")(report_command)
 app.command()(run)
+app.command()(clean)
 app.command()(export)
 app.command()(distill_labels)
 app.add_typer(data_app)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sret_cli.runtime import progress
 from sret_cli.runtime.files import cannot_write_error, locked_directory
-from sret_cli.study import engine as launch
+from sret_cli.study import execute
 from sret_cli.study.file import load_study
 
 # A study that trains in seconds: five passes of a tiny model, two depths.
@@ -213,7 +213,7 @@ def test_running_out_of_memory_is_a_row_with_its_error_and_exit_7(sret, study, m
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(launch, "_do", fail)
+    monkeypatch.setattr(execute, "_do", fail)
     code, _, err = sret("train", study)
     assert code == 7
     assert "out of memory" in err
@@ -236,7 +236,7 @@ def test_a_full_disk_ends_the_study_and_leaves_no_row(sret, study, monkeypatch):
     def full(*_):
         raise cannot_write_error(study, OSError(28, "No space left on device"), 1_000_000)
 
-    monkeypatch.setattr(launch, "_do", full)
+    monkeypatch.setattr(execute, "_do", full)
     code, _, err = sret("train", study)
     assert code == 7
     assert "(1,000,000 bytes, and " in err
@@ -303,7 +303,7 @@ def test_our_own_errors_are_not_hidden(sret, monkeypatch):
     def fail(*_):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(launch, "profile_run", fail)
+    monkeypatch.setattr(execute, "profile_run", fail)
     monkeypatch.setattr(sys, "argv", ["sret", "profile"])
     with pytest.raises(RuntimeError, match="a bug"):
         from sret_cli.commands.app import main

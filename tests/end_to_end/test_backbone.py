@@ -9,6 +9,7 @@ from sret_cli.runtime.errors import SretError, show_note_once
 from sret_cli.spec.backbone import BackboneSpec
 from sret_cli.study.file import study_from_tables
 from sret_cli.study.resolve import resolve_run
+from sret_cli.study.rows import planned_row
 from sret_cli.training.evaluate import evaluate_run
 from sret_cli.training.session import train
 from sret_cli.weights.store import load_model, save_model
@@ -79,8 +80,8 @@ def test_without_timm_args_a_run_keeps_its_id():
     assert resolve_run("s", {**model, "timm_args": {}}, None).run_id == run.run_id
     other = resolve_run("s", {**model, "timm_args": {"depth": 2}}, None)
     assert other.run_id != run.run_id
-    assert other.row()["model.timm_args.depth"] == 2
-    assert "model.timm_args" not in other.row()
+    assert planned_row(other)["model.timm_args.depth"] == 2
+    assert "model.timm_args" not in planned_row(other)
 
 
 def test_timm_args_are_axes_of_a_study():
@@ -189,7 +190,7 @@ def test_baselines_are_rows_for_every_training_and_image_size():
     ]
     assert all(run.model.img_size == 32 and run.model.num_classes == 10 for run in runs)
     assert runs[-1].model.untouched
-    assert runs[-1].row()["model.backbone"] == "pit_small"
+    assert planned_row(runs[-1])["model.backbone"] == "pit_small"
     alone = study_from_tables("s", {"baselines": ["vit_tiny_patch16_224"], "train": {}})
     assert [(run.name, run.model.img_size) for run in alone.runs] == [("vit_tiny_patch16_224", 224)]
     with pytest.raises(SretError, match="give a list of timm's names"):

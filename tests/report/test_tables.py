@@ -11,6 +11,7 @@ from sret_cli.report.tables import csv_text, markdown_table, table_cells
 from sret_cli.report.write import write_report
 from sret_cli.study.axes import varying_fields
 from sret_cli.study.file import ReportSpec, study_from_tables
+from sret_cli.study.rows import planned_row
 
 
 def rows(**values):
@@ -20,7 +21,7 @@ def rows(**values):
         "train": {},
         "grid": {"model.recursions": [1, 8], "train.seed": [0, 1]},
     }
-    made = [run.row() for run in study_from_tables("depth", tables).runs]
+    made = [planned_row(run) for run in study_from_tables("depth", tables).runs]
     for row, top1 in zip(made, (90.0, 92.0, 94.0, 94.0), strict=True):
         cost = {"params": 331_842, "macs": 10**6 * row["layers"], "activation_bytes": 1000}
         row |= {**cost, "top1_percent": top1, "started_at": "2026", **values}

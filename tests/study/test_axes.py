@@ -1,12 +1,13 @@
 from sret_cli.study.axes import run_labels
 from sret_cli.study.file import study_from_tables
+from sret_cli.study.rows import planned_row
 
 TINY = {"preset": "nano", "blocks": 1}
 TRAIN = {"dataset": "digits", "epochs": 2}
 
 
 def labels(tables):
-    rows = [run.row() for run in study_from_tables("depth", tables).runs]
+    rows = [planned_row(run) for run in study_from_tables("depth", tables).runs]
     found = run_labels(rows)
     starts = [f"{row['run_id']} " if row["run_id"] else "" for row in rows]
     assert all(label.startswith(start) for label, start in zip(found, starts, strict=True))

@@ -5,13 +5,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from helpers import write_export
 
 from sret_cli.model.sret import build_model
 from sret_cli.model.stage import Stage
 from sret_cli.runtime.errors import SretError
 from sret_cli.spec.presets import PRESETS
 from sret_cli.weights import export
-from sret_cli.weights.export import export_model, write_onnx, write_torch_export
+from sret_cli.weights.export import write_onnx, write_torch_export
 from sret_cli.weights.origin import Origin, Preparation
 from sret_cli.weights.program import Cycle, LoopedStage, find_cycles, to_program
 from sret_cli.weights.store import save_model
@@ -40,7 +41,7 @@ def recursive(tiny):
 def exported(recursive, tmp_path_factory):
     """That model in each format."""
     root = tmp_path_factory.mktemp("exported")
-    return {to: export_model(recursive, to, root / to) for to in FORMATS}
+    return {to: write_export(recursive, to, root / to) for to in FORMATS}
 
 
 def onnx_logits(path, images):
@@ -138,7 +139,7 @@ def test_a_program_with_other_logits_is_refused_and_leaves_nothing(
         lambda self, orders_PN: Stage._compose(self, orders_PN).roll(1, 1),
     )
     with pytest.raises(SretError, match=f"logits of the {to} program differ .* more than 0.0001"):
-        export_model(recursive, to, tmp_path / "out")
+        write_export(recursive, to, tmp_path / "out")
     assert os.listdir(tmp_path) == []
 
 
@@ -147,7 +148,7 @@ def test_a_model_that_is_not_finite_is_refused(tiny, tmp_path):
     with torch.no_grad():
         model.pos_embed[0] = float("nan")
     with pytest.raises(SretError, match="logits are not finite"):
-        export_model(model, "safetensors", tmp_path / "out")
+        write_export(model, "safetensors", tmp_path / "out")
     assert os.listdir(tmp_path) == []
 
 
@@ -158,7 +159,7 @@ def test_the_card_says_what_the_model_is_and_how_well_it_does(recursive, tmp_pat
         **{"top1_percent": 98.6111, "top5_percent": 100.0, "test_loss": 0.15, "test_images": 360},
     }
     origin = Origin("tiny", "depths", "0123456789", classes=CLASSES, preparation=digits, row=row)
-    export_model(recursive, "safetensors", tmp_path / "out", origin)
+    write_export(recursive, "safetensors", tmp_path / "out", origin)
     card = (tmp_path / "out" / "README.md").read_text()
     for line in (
         *("# tiny", "license: mit", "| Layers | 26 |", "| Data | digits |", "| Seed | 3 |"),
@@ -215,5 +216,5 @@ def test_a_thousand_layers_fit_into_75_mb(tmp_path, monkeypatch, to):
     # The check would run a thousand layers twice; small models are checked above.
     monkeypatch.setattr(export, "logits_difference", lambda model, to, path: 0.0)
     model = build_model(PRESETS["deep"].at(layers=1000, slices=4))
-    written = export_model(model, to, tmp_path / "out")
+    written = write_export(model, to, tmp_path / "out")
     assert 14_657_700 * 4 < written.file_bytes < 75_000_000

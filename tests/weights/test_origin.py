@@ -6,14 +6,23 @@ import os
 import onnxruntime
 import pytest
 import torch
-from helpers import FAMILIES, backbone_images, backbone_model, filled, logits, saved, small
+from helpers import (
+    FAMILIES,
+    backbone_images,
+    backbone_model,
+    filled,
+    logits,
+    saved,
+    small,
+    write_export,
+)
 from safetensors import safe_open
 
 import sret_cli
 from sret_cli.model.backbone import build_backbone
 from sret_cli.runtime.errors import SretError
 from sret_cli.spec.run import run_directory
-from sret_cli.weights.export import export_model, run_file, write_torch_export
+from sret_cli.weights.export import run_file, write_torch_export
 from sret_cli.weights.origin import Origin, safe_name
 from sret_cli.weights.program import to_program
 
@@ -162,7 +171,7 @@ def tied(family, **values):
 )
 def test_a_recursive_backbone_is_exported_with_its_tied_weights_once(tmp_path, family, to):
     model = tied(family)
-    written = export_model(model, to, tmp_path / "out", Origin("pets", classes=("cat", "dog")))
+    written = write_export(model, to, tmp_path / "out", Origin("pets", classes=("cat", "dog")))
     assert written.logits_difference < 1e-5
     torch.testing.assert_close(
         run_file(to, written.file, backbone_images()), logits(model), atol=1e-4, rtol=0
@@ -204,7 +213,7 @@ def test_a_backbone_that_torch_cannot_export_is_refused_in_one_line(tmp_path, mo
         model, "forward_head", lambda x: forward(x) if x.sum() > 0 else -forward(x), raising=True
     )
     with pytest.raises(SretError, match="vit_small cannot be written as a program of torch.export"):
-        export_model(model, "torch-export", tmp_path / "out")
+        write_export(model, "torch-export", tmp_path / "out")
     assert not os.listdir(tmp_path)
 
 
