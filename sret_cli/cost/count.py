@@ -1,6 +1,6 @@
 """What a spec costs, in closed form and without torch, and specs that cost what is wanted.
 
-`count` equals to the unit what `sret_cli.profiler` traces. From it follow `fit_width`, which
+`count` equals to the unit what `cost.trace` counts. From it follow `fit_width`, which
 solves for the width of a budget, and `twin`, the control of a model with shared weights.
 """
 

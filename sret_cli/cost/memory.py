@@ -1,7 +1,7 @@
 """What a training step and inference need in memory, known before either is run, and recomputation.
 
 The passes of a schedule are walked forth and back in numbers alone, with what each takes
-(`sret_cli.footprint`). A plan says which of them are recomputed, so that the whole fits or needs
+(`cost.footprint`). A plan says which of them are recomputed, so that the whole fits or needs
 least. Kernels' workspaces are not seen, but for cuBLAS's; the first step of CUDA's convolutions,
 which tries kernels, may take more.
 """

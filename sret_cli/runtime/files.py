@@ -1,22 +1,16 @@
-"""Files that are written whole or not at all, directories, and the lock of a run's directory."""
+"""Files that are complete or absent, whatever interrupts the writing, and directories."""
 
 import errno
 import hashlib
 import json
 import os
 import shutil
-import signal
-import socket
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
 from sret_cli.runtime.errors import CHECKPOINT, DATA, RESOURCES, USAGE, SretError
-
-LOCK_FILE, HOLDER_FILE = ".lock", ".lock.json"
 
 
 def make_directory(path: Path) -> Path:
@@ -44,20 +38,6 @@ def cannot_write_error(path: Path, error: OSError, needed: int | None = None) ->
     return SretError(f"cannot write {path}: {error.strerror}; choose another directory", USAGE)
 
 
-_points: Counter[str] = Counter()
-
-
-def reached(name: str) -> None:
-    """A named point of writing, where `SRET_KILL_AT=name:count` has the process end by SIGKILL.
-
-    So tests can show that a run survives its end at any of them; else nothing is done.
-    """
-    if wanted := os.environ.get("SRET_KILL_AT"):
-        _points[name] += 1
-        if wanted == f"{name}:{_points[name]}":
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
 def write_atomically(path: Path, data: str | bytes) -> None:
     """Writes a file that is there whole or not at all, also after a power cut.
 
@@ -72,9 +52,7 @@ def write_atomically(path: Path, data: str | bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        reached(f"{path.name} written")
         os.replace(temporary, path)
-        reached(f"{path.name} renamed")
         sync_directory(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -140,7 +118,6 @@ class LineFile:
                 self.file.seek(self.position)
             raise cannot_write_error(self.path, error, len(data)) from None
         self.position += len(data)
-        reached(f"{self.path.name} line")
 
     def sync(self) -> None:
         """Makes the lines so far survive a power cut."""
@@ -154,47 +131,6 @@ class LineFile:
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
-
-
-class Busy(SretError):
-    """Another process works on the run."""
-
-
-@contextmanager
-def locked_directory(directory: Path) -> Iterator[None]:
-    """Keeps every other process from working on a run; the system frees it if this one dies.
-
-    Raises:
-        Busy: another process has it; the message names it.
-    """
-    from filelock import FileLock, Timeout
-
-    make_directory(directory)
-    lock = FileLock(directory / LOCK_FILE, timeout=0, is_singleton=True)
-    try:
-        lock.acquire()
-    except Timeout:
-        message = f"{directory} is in use by {_holder(directory)}; wait for it, or end it"
-        raise Busy(message, USAGE) from None
-    try:
-        if lock.lock_counter == 1:
-            mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": utc_now()}
-            write_json(directory / HOLDER_FILE, mine)
-            for stale in directory.glob(".*.tmp"):  # of a process that was killed while it wrote
-                stale.unlink(missing_ok=True)
-        yield
-    finally:
-        if lock.lock_counter == 1:
-            (directory / HOLDER_FILE).unlink(missing_ok=True)
-        lock.release()
-
-
-def _holder(directory: Path) -> str:
-    try:
-        holder = read_json(directory / HOLDER_FILE)
-        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (SretError, KeyError, TypeError):
-        return "another process"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sret_cli.runtime.errors import DATA, SretError
-from sret_cli.runtime.files import Busy, locked_directory, read_json
+from sret_cli.runtime.files import read_json
+from sret_cli.runtime.lock import Busy, locked_directory
 from sret_cli.spec.run import CONFIG_FILE
 from sret_cli.study.rows import read_row
 

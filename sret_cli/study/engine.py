@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from sret_cli.runtime.errors import SretError
-from sret_cli.runtime.files import Busy, locked_directory, read_json
+from sret_cli.runtime.files import read_json
+from sret_cli.runtime.lock import Busy, locked_directory
 from sret_cli.runtime.progress import Display
 from sret_cli.spec.backbone import BackboneSpec
 from sret_cli.spec.contents import Contents

@@ -27,7 +27,6 @@ from sret_cli.data.class_names import ClassList, config_classes
 from sret_cli.runtime.errors import CHECKPOINT, SretError
 from sret_cli.runtime.files import (
     make_directory,
-    reached,
     read_json,
     sync_directory,
     write_atomically,
@@ -132,9 +131,7 @@ class CheckpointWriter:
 def remove_checkpoint(path: Path) -> None:
     """Removes a checkpoint: without its manifest it counts as nothing, whatever else is left."""
     (path / MANIFEST_FILE).unlink(missing_ok=True)
-    reached("old manifest removed")
     shutil.rmtree(path)
-    reached("old checkpoint removed")
 
 
 def flatten_state(state: State) -> tuple[Tensors, Any]:
@@ -201,11 +198,9 @@ def write_checkpoint(
     contents |= weights
     sync_directory(path.parent)
     sync()
-    reached("checkpoint without its manifest")
     write_atomically(
         path / MANIFEST_FILE, manifest_bytes({k: file_entry(v) for k, v in contents.items()})
     )
-    reached("checkpoint durable")
 
 
 def _without_weights(path: Path, tensors: Tensors) -> tuple[Tensors, dict[str, bytes]]:

@@ -37,14 +37,8 @@ from sret_cli.runtime.errors import (
     notes_shown_by,
     show_note,
 )
-from sret_cli.runtime.files import (
-    cannot_write_error,
-    locked_directory,
-    read_json,
-    sha256,
-    sync_directory,
-    write_json,
-)
+from sret_cli.runtime.files import cannot_write_error, read_json, sha256, sync_directory, write_json
+from sret_cli.runtime.lock import locked_directory
 from sret_cli.runtime.progress import OnStep, Progress
 from sret_cli.spec.backbone import Spec
 from sret_cli.spec.options import RunOptions

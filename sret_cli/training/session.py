@@ -24,13 +24,8 @@ from sret_cli.runtime.errors import (
     notes_shown_by,
     show_note_once,
 )
-from sret_cli.runtime.files import (
-    check_not_shorter,
-    locked_directory,
-    make_directory,
-    write_atomically,
-    write_json,
-)
+from sret_cli.runtime.files import check_not_shorter, make_directory, write_atomically, write_json
+from sret_cli.runtime.lock import locked_directory
 from sret_cli.runtime.progress import Progress
 from sret_cli.runtime.signals import Interrupted, Stop, catching_signals, exit_as_signalled
 from sret_cli.spec.options import RunOptions

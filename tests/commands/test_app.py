@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from sret_cli.runtime import progress
-from sret_cli.runtime.files import cannot_write_error, locked_directory
+from sret_cli.runtime.files import cannot_write_error
+from sret_cli.runtime.lock import locked_directory
 from sret_cli.study import execute
 from sret_cli.study.file import load_study
 

@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is there: its threads would not survive a fork
 
+import kill_points  # noqa: E402
 import sklearn.datasets  # noqa: E402, F401
 import sklearn.model_selection  # noqa: E402, F401
 
@@ -63,7 +64,7 @@ def work(folder, kill_at, workers):
     os.dup2(output, 1)
     os.dup2(output, 2)
     if kill_at is not None:
-        os.environ["SRET_KILL_AT"] = kill_at
+        kill_points.kill_at(kill_at)
     app.main([*COMMAND, "--workers", str(workers)])
 
 

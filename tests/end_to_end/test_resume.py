@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from sret_cli.data.loaders import load_data
 from sret_cli.runtime import signals as interrupt
 from sret_cli.runtime.errors import SretError
-from sret_cli.runtime.files import Busy, locked_directory
+from sret_cli.runtime.lock import Busy, locked_directory
 from sret_cli.runtime.progress import Progress
 from sret_cli.spec.backbone import BackboneSpec
 from sret_cli.spec.options import RunOptions
@@ -341,7 +341,7 @@ def test_a_second_process_is_refused_and_told_of_the_first_which_frees_the_run_b
 ):
     code = (
         "import sys; from pathlib import Path\n"
-        "from sret_cli.runtime.files import locked_directory\n"
+        "from sret_cli.runtime.lock import locked_directory\n"
         "with locked_directory(Path(sys.argv[1])):\n"
         "    print('locked', flush=True); sys.stdin.read()"
     )

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from sret_cli.runtime.files import locked_directory
+from sret_cli.runtime.lock import locked_directory
 
 QUICK = (
     *("train", "--preset", "nano", "--epochs", 1, "--batch-size", 240, "--device", "cpu"),
@@ -91,7 +91,7 @@ def test_checkpoints_of_runs_that_are_not_finished_stay(sret, run, row):
 def test_checkpoints_of_a_run_that_a_process_works_on_stay(sret, run):
     code = (
         "import sys; from pathlib import Path\n"
-        "from sret_cli.runtime.files import locked_directory\n"
+        "from sret_cli.runtime.lock import locked_directory\n"
         "with locked_directory(Path(sys.argv[1])):\n"
         "    print('locked', flush=True); sys.stdin.read()"
     )

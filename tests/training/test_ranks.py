@@ -119,8 +119,9 @@ def test_a_killed_rank_ends_the_other_by_name_and_torchrun_goes_on_where_they_we
     run((*TORCHRUN, "2", *COMMAND, "--runs", "whole"), tmp_path)
     (whole,) = (tmp_path / "whole" / "train").iterdir()
     # The first rank ends by SIGKILL at step 14; after that it does not write as many lines.
-    command = (*TORCHRUN, "2", "--max-restarts", "1", *COMMAND)
-    killed = run(command, tmp_path, SRET_KILL_AT="metrics.jsonl line:15")
+    script = (f"{ROOT}/tests/end_to_end/kill_points.py", "metrics.jsonl line:15")
+    command = (*TORCHRUN, "2", "--max-restarts", "1", *script, *COMMAND[2:])
+    killed = run(command, tmp_path)
     (line,) = [line for line in killed.stderr.splitlines() if line.startswith("sret:")]
     assert re.match(r"sret: rank 0 of 2 \(process \d+ on .*\) died; start the same command", line)
     again = tmp_path / "runs" / "train" / whole.name
@@ -136,8 +137,8 @@ def test_a_killed_rank_ends_the_other_by_name_and_torchrun_goes_on_where_they_we
 
 OUT_OF_MEMORY = """
 import os, sys, torch
-from sret_cli import cli
-from sret_cli.trainer import Trainer
+from sret_cli.commands import app
+from sret_cli.training.trainer import Trainer
 
 plain = Trainer.loss
 
@@ -147,7 +148,7 @@ def loss(self, x, target):
     return plain(self, x, target)
 
 Trainer.loss = loss
-cli.main(sys.argv[1:])
+app.main(sys.argv[1:])
 """
 
 
