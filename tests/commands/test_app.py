@@ -343,7 +343,7 @@ def test_our_own_errors_are_not_hidden(sret, monkeypatch):
         (["train", "--dataset", "folder"], 3, "--data-dir"),
         (["train", "--dataset", "folder", "--data-dir", "nowhere"], 4, "no folder nowhere"),
         (["train", "--data-dir", "nowhere"], 4, "no folder nowhere"),
-        (["train", "--synthetic", "--dataset", "digits"], 2, "--synthetic needs no other data"),
+        (["train", "--synthetic", "--dataset", "digits"], 2, "--synthetic cannot be combined"),
         (["train", "--on-bad-image", "ask"], 3, "on_bad_image = 'ask'"),
         (["train", "--epochs", 0], 3, "epochs = 0"),
         (["train", "--set", "train.opt=adamv"], 3, "unknown opt 'adamv'; did you mean"),
