@@ -18,6 +18,7 @@ from sret_cli.commands.convert import convert
 from sret_cli.commands.data import data_app
 from sret_cli.commands.evaluate import evaluate
 from sret_cli.commands.export import export
+from sret_cli.commands.help import help_command
 from sret_cli.commands.labels import distill_labels
 from sret_cli.commands.output import Output, PipeClosed
 from sret_cli.commands.profile import profile
@@ -65,6 +66,7 @@ app.command()(run)
 app.command()(clean)
 app.command()(export)
 app.command()(distill_labels)
+app.command(name="help")(help_command)
 app.add_typer(data_app)
 for info in (*app.registered_commands, *data_app.registered_commands):
     info.cls = Command

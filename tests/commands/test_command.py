@@ -144,3 +144,34 @@ def test_a_gpu_of_several_processes_is_not_chosen_by_number(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SretError, match="each of 2 processes takes its own; use --device cuda"):
         start_ranks("cuda:1")
+
+
+def test_help_lists_flags_in_sections(sret, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = sret("train", "--help")
+    sections = [line for line in out.splitlines() if line.endswith(":") and line[0] != " "]
+    assert (code, sections) == (
+        0,
+        ["Arguments:", "Model:", "Data:", "Training:", "Where and how:", "Options:"],
+    )
+    assert out.count("--help") == 1 and out.rindex("Options:") < out.index("--help")
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_help_on_studies_is_readable_on_a_narrow_terminal(sret, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = sret("help", "studies")
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+    for words in ("[model] with a backbone", "│ distill_temperature ", "│ 1e-05 "):
+        assert words in out
+
+
+def test_help_lists_its_topics_and_names_the_nearest(sret):
+    code, out, _ = sret("help")
+    assert code == 0 and "  studies  Every table and key" in out
+    assert sret("help", "study") == (
+        2,
+        "",
+        "sret: unknown topic 'study'; did you mean 'studies'?\n",
+    )
