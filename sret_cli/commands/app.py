@@ -84,11 +84,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = app(args=rest, prog_name="sret", standalone_mode=False)
         sys.stdout.flush()
     except SretError as error:
-        if error.table:
-            from sret_cli.report.tables import terminal_table
-
-            headings, *lines = map(list, error.table)
-            Output(stderr=True).print(terminal_table(headings, lines))
+        _print_table(error)
         code = _fail(str(error), error.code, debug, error.reported_here)
     except typer.TyperException as error:
         code = _fail(error.format_message(), USAGE, debug)
@@ -113,6 +109,15 @@ def expand_bare_compile(arguments: list[str]) -> list[str]:
         if argument == "--compile" and (following[:1] in ("", "-") or following.endswith(".toml")):
             spelt.append("on")
     return spelt
+
+
+def _print_table(error: SretError) -> None:
+    """Prints the table of an error on stderr, if it has one."""
+    if error.table:
+        from sret_cli.report.tables import terminal_table
+
+        headings, *lines = map(list, error.table)
+        Output(stderr=True).print(terminal_table(headings, lines))
 
 
 def _terminated(signal_number: int, frame: object) -> NoReturn:

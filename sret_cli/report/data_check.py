@@ -30,7 +30,7 @@ def summary_lines(summary: dict[str, Any]) -> Iterator[str]:
         yield from _list_lines(f"{kind}: {_images(paths)}", paths)
     if turned := summary["orientations"]:
         kinds = ", ".join(f"{len(paths):,} with {kind}" for kind, paths in turned.items())
-        paths = [path for turned_alike in turned.values() for path in turned_alike]
+        paths = [path for listed in turned.values() for path in listed]
         title = f"EXIF orientation other than 1: {_images(paths)} ({kinds})"
         yield from _list_lines(
             f"{title}; training takes them as they are stored, not turned", paths
