@@ -1,4 +1,4 @@
-"""The commands of `sret`; the one place that turns errors into messages and exit codes."""
+"""The `sret` program: its commands, and how errors become messages and exit codes."""
 
 import os
 import signal
@@ -18,6 +18,7 @@ from sret_cli.commands.convert import convert
 from sret_cli.commands.data import data_app
 from sret_cli.commands.evaluate import evaluate
 from sret_cli.commands.export import export
+from sret_cli.commands.help import help_command
 from sret_cli.commands.labels import distill_labels
 from sret_cli.commands.output import Output, PipeClosed
 from sret_cli.commands.profile import profile
@@ -28,7 +29,8 @@ from sret_cli.runtime.processes import is_leader
 from sret_cli.runtime.signals import EXIT_CODES
 from sret_cli.runtime.signs import prepare_streams
 
-LEADER_SECONDS = 5.0  # in which the first of several processes fails where this one does
+# Time in which rank 0 reports an error that all ranks have; its end then stops the other ranks.
+LEADER_SECONDS = 5.0
 
 app = typer.Typer(
     name="sret",
@@ -64,6 +66,7 @@ app.command()(run)
 app.command()(clean)
 app.command()(export)
 app.command()(distill_labels)
+app.command(name="help")(help_command)
 app.add_typer(data_app)
 for info in (*app.registered_commands, *data_app.registered_commands):
     info.cls = Command
@@ -81,16 +84,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = app(args=rest, prog_name="sret", standalone_mode=False)
         sys.stdout.flush()
     except SretError as error:
-        if error.table:
-            from sret_cli.report.tables import terminal_table
-
-            headings, *lines = map(list, error.table)
-            Output(stderr=True).print(terminal_table(headings, lines))
+        _print_table(error)
         code = _fail(str(error), error.code, debug, error.reported_here)
     except typer.TyperException as error:
         code = _fail(error.format_message(), USAGE, debug)
     except (typer.Abort, KeyboardInterrupt):
-        code = _fail("interrupted; what was finished is kept", 130, debug)
+        code = _fail("interrupted; results finished so far are kept", 130, debug)
     except (RuntimeError, MemoryError) as error:
         found = as_out_of_memory(error) or as_loader_lost(error)
         if found is None:
@@ -103,7 +102,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def expand_bare_compile(arguments: list[str]) -> list[str]:
-    """The arguments with what a bare --compile stands for, which is on."""
+    """The arguments with "on" after each `--compile` that has no value."""
     spelt = []
     for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         spelt.append(argument)
@@ -112,17 +111,25 @@ def expand_bare_compile(arguments: list[str]) -> list[str]:
     return spelt
 
 
+def _print_table(error: SretError) -> None:
+    """Prints the table of an error on stderr, if it has one."""
+    if error.table:
+        from sret_cli.report.tables import terminal_table
+
+        headings, *lines = map(list, error.table)
+        Output(stderr=True).print(terminal_table(headings, lines))
+
+
 def _terminated(signal_number: int, frame: object) -> NoReturn:
     raise SystemExit(EXIT_CODES[signal.Signals(signal_number)])
 
 
-def _fail(message: str, code: int, debug: bool, tells: bool | None = None) -> int:
+def _fail(message: str, code: int, debug: bool, reported_here: bool | None = None) -> int:
     if debug:
         traceback.print_exc()
-    if tells is None and not is_leader():
-        # What fails all processes alike is told by the first: its end ends this one meanwhile.
+    if reported_here is None and not is_leader():
+        # Rank 0 reports an error that all ranks have, and its end stops this rank meanwhile.
         time.sleep(LEADER_SECONDS)
-        tells = True
-    if tells is not False:
+    if reported_here is not False:
         print(f"sret: {message}", file=sys.stderr)
     return code

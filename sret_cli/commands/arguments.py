@@ -1,46 +1,57 @@
-"""Flags to specs: the study, the options and the settings that a command was given."""
+"""From a command's flags to specs: the study, the options and the settings that were given."""
 
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from sret_cli.commands.flags import MODEL_FLAGS, TRAIN_FLAGS, TRAINING
+from sret_cli.commands.flags import MODEL_FLAGS, TRAIN_FLAGS
 from sret_cli.commands.output import stderr_console
 from sret_cli.runtime.errors import USAGE, SretError
-from sret_cli.spec.run import Table, put
-from sret_cli.study.file import Study, load_study
-from sret_cli.study.points import check_key
-from sret_cli.study.resolve import resolve_run
+
+# Specs and studies need pydantic, which `sret --help` does without.
+if TYPE_CHECKING:
+    from sret_cli.spec.options import RunOptions
+    from sret_cli.study.file import Study
+
+Table = dict[str, Any]
 
 
 def flags_given(context: typer.Context) -> dict[str, Any]:
-    """The arguments and flags of a command that are not left at nothing."""
+    """A command's arguments and flags by parameter name, without those that were not given.
+
+    This is how a command reads the flags that it lists but does not use one by one. A flag with a
+    default is always in it, and so is a switch that is off.
+    """
     return {k: v for k, v in context.params.items() if v is not None and v not in ([], ())}
 
 
-def study_from(context: typer.Context, trains: bool) -> Any:
-    """The study that a command's argument and flags describe; says where slices were fitted."""
+def model_flags_given(context: typer.Context) -> list[str]:
+    """Names of the flags that describe a model, `--set` among them, as far as they were given."""
     given = flags_given(context)
-    model = {key: given[key] for key in MODEL_FLAGS if key in given}
-    if model.get("share", "").isdecimal():
-        model["share"] = int(model["share"])
-    train = {key: given[key] for key in (TRAIN_FLAGS if trains else ("data_dir",)) if key in given}
-    if given.get("synthetic"):
-        if "dataset" in train or "data_dir" in train:
-            raise SretError(
-                "--synthetic needs no other data; leave the one or the other out", USAGE
-            )
-        train["dataset"] = "synthetic"
-    if trains and "compile_" in given:
-        train["compile"] = given["compile_"]
-    if trains and "recompute" in given:
-        train["recompute"] = recompute_of(given["recompute"])
-    settings, path = list(given.get("set_", ())), given.get("study")
+    return [name for name in (*MODEL_FLAGS, "set_") if name in given]
+
+
+def study_from(context: typer.Context, trains: bool) -> "Study":
+    """The study that a command's argument and flags describe.
+
+    Prints a note for each stage that takes another number of slices than was asked for.
+
+    Args:
+        context: the command's.
+        trains: whether the command trains, and so takes the flags of `[train]`.
+    """
+    given = flags_given(context)
+    path, settings = given.get("study"), list(given.get("set_", ()))
+    train = train_table(given) if trains else data_table(given)
     if "data_dir" in train and not trains and path is None:
-        raise SretError("--data-dir goes with a study here, whose classes it counts", USAGE)
-    study = study_from_flags(path, model, train if trains or path else None, settings)
+        raise SretError(
+            "--data-dir only serves to count the classes of a study here; name a study, or use "
+            "--num-classes",
+            USAGE,
+        )
+    study = study_from_flags(path, model_table(given), train if trains or path else None, settings)
     if path is None:
         spec = study.runs[0].model
         for field in ("recursive_slices", "slices"):
@@ -49,8 +60,39 @@ def study_from(context: typer.Context, trains: bool) -> Any:
     return study
 
 
+def model_table(given: dict[str, Any]) -> Table:
+    """The values of `[model]` among the flags that were given."""
+    model = {key: given[key] for key in MODEL_FLAGS if key in given}
+    if model.get("share", "").isdecimal():
+        model["share"] = int(model["share"])
+    return model
+
+
+def data_table(given: dict[str, Any]) -> Table:
+    """The values of `[train]` that say where the images are."""
+    return {"data_dir": given["data_dir"]} if "data_dir" in given else {}
+
+
+def train_table(given: dict[str, Any]) -> Table:
+    """The values of `[train]` among the flags that were given.
+
+    Raises:
+        SretError: `--synthetic` was given together with other data, or `--recompute` is not valid.
+    """
+    train = {key: given[key] for key in TRAIN_FLAGS if key in given}
+    if given.get("synthetic"):
+        if "dataset" in train or "data_dir" in train:
+            raise SretError("--synthetic cannot be combined with --dataset or --data-dir", USAGE)
+        train["dataset"] = "synthetic"
+    if "compile_" in given:
+        train["compile"] = given["compile_"]
+    if "recompute" in given:
+        train["recompute"] = recompute_of(given["recompute"])
+    return train
+
+
 def note_fitted_slices(spec: Any, field: str, wanted: int) -> None:
-    """Says which stages take other slices than were asked for."""
+    """Prints a note for each stage that takes another number of slices than was asked for."""
     for stage, (slices, tokens) in enumerate(zip(getattr(spec, field), spec.tokens, strict=True)):
         if slices != wanted:
             many = "1 slice" if slices == 1 else f"{slices} slices"
@@ -60,7 +102,7 @@ def note_fitted_slices(spec: Any, field: str, wanted: int) -> None:
 
 
 def recompute_of(text: str | None) -> Any:
-    """The value of --recompute, checked; None where it is not given."""
+    """The value of --recompute, checked; None if it was not given."""
     from sret_cli.spec.train import TrainSpec
 
     if text is None:
@@ -70,23 +112,35 @@ def recompute_of(text: str | None) -> Any:
 
 
 def gpu_memory_of(text: str | None) -> int | None:
-    """The bytes of --gpu-memory."""
+    """The value of --gpu-memory in bytes; None if it was not given."""
     from sret_cli.spec.quantity import parse_quantity
 
     return None if text is None else parse_quantity(text)
 
 
-def training_options(context: typer.Context) -> Any:
-    """How and where to train, by a command's flags; a device that is not there is refused."""
+def training_options(context: typer.Context) -> "RunOptions":
+    """How and where to train: the `RunOptions` of a command's flags.
+
+    Raises:
+        SretError: the device does not exist, or --gpu-memory is not a number of bytes.
+    """
     from sret_cli.spec.options import RunOptions
 
-    check_device(context.params["device"])
-    given = {name: context.params[name] for name in TRAINING}
-    return RunOptions(**{**given, "gpu_memory": gpu_memory_of(given["gpu_memory"])})
+    flags = context.params
+    check_device(flags["device"])
+    return RunOptions(
+        device=flags["device"],
+        workers=flags["workers"],
+        gpu_memory=gpu_memory_of(flags["gpu_memory"]),
+        checkpoint_every_steps=flags["checkpoint_every_steps"],
+        checkpoint_minutes=flags["checkpoint_minutes"],
+        tensorboard=flags["tensorboard"],
+        shard=flags["shard"],
+    )
 
 
 def check_device(name: str | None) -> None:
-    """Refuses a device that is not there before anything is done."""
+    """Raises if a device does not exist, before anything is done."""
     if name not in (None, "auto", "cpu"):
         from sret_cli.runtime.device import choose_device
 
@@ -99,6 +153,8 @@ def parse_setting(text: str) -> tuple[str, str, Any]:
     Raises:
         SretError: the text has another form, or names no field.
     """
+    from sret_cli.study.points import check_key
+
     key, equals, value = text.partition("=")
     table, _, name = key.strip().partition(".")
     if not equals or table not in ("model", "train") or not name:
@@ -111,7 +167,7 @@ def parse_setting(text: str) -> tuple[str, str, Any]:
 
 
 def model_settings(settings: list[str], given: Table | None = None) -> Table:
-    """Given fields of a model, and those that texts such as "model.mlp_ratio=4" set.
+    """The given fields of a model, and those that texts such as "model.mlp_ratio=4" set.
 
     Raises:
         SretError: a text has another form, or names no field of the model.
@@ -125,36 +181,46 @@ def apply_settings(tables: dict[str, Table], settings: list[str], trains: bool) 
     """Adds the values of texts such as "train.lr=1e-3" to tables of flags.
 
     Raises:
-        SretError: a text has another form, names no field, or one that has a value already.
+        SretError: a text has another form, or names no field, or its field already has a value.
     """
+    from sret_cli.spec.run import put
+
     for table, key, value in map(parse_setting, settings):
         if table == "train" and not trains:
             raise SretError(f"--set train.{key}: nothing is trained here; use it with `sret train`")
         outer, _, inner = key.partition(".")
         known = tables[table].get(outer, {}) if inner else tables[table]
         if isinstance(known, dict) and (inner or outer) in known:
-            raise SretError(
-                f"--set {table}.{key}={value} is the second value of {table}.{key}, after "
-                f"{known[inner or outer]!r}; leave one of the two out",
-                USAGE,
-            )
+            raise second_value_error(table, key, value, known[inner or outer])
         put(tables[table], key, value)
+
+
+def second_value_error(table: str, key: str, value: Any, first: Any) -> SretError:
+    """The error for a `--set` of a field that already has a value."""
+    return SretError(
+        f"--set {table}.{key}={value} is the second value of {table}.{key}, after {first!r}; "
+        "leave one of the two out",
+        USAGE,
+    )
 
 
 def study_from_flags(
     path: Path | None, model: Table, train: Table | None, settings: list[str]
-) -> Study:
+) -> "Study":
     """The study of a file, or the one run that flags describe.
 
-    Next to a file only `data_dir` may be given, since where data lie is no part of the question,
-    and fields of `[train]` by settings, which stand before those of the file.
+    Next to a file only two things may be given: `data_dir`, because the run id does not depend on
+    where the images are, and fields of `[train]` by `--set`, which replace those of the file.
 
     Args:
         path: a study file, or None.
         model: values of `[model]`, without those that were not given.
-        train: likewise of `[train]`; None where nothing is to be trained.
+        train: the same for `[train]`; None if nothing is trained.
         settings: texts such as "model.mlp_ratio=4".
     """
+    from sret_cli.study.file import Study, load_study
+    from sret_cli.study.resolve import resolve_run
+
     tables = {"model": dict(model), "train": dict(train or {})}
     apply_settings(tables, settings, trains=train is not None)
     if path is None:

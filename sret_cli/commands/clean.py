@@ -1,4 +1,4 @@
-"""The command that removes what finished runs no longer need."""
+"""`sret clean`."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from sret_cli.commands.flags import Json, Runs
+from sret_cli.commands.completion import studies
+from sret_cli.commands.flags import WHERE, Json, Runs
 from sret_cli.commands.output import print_json, stderr_console
 from sret_cli.runtime.errors import USAGE, SretError
 
@@ -14,22 +15,32 @@ from sret_cli.runtime.errors import USAGE, SretError
 def clean(
     study: Annotated[
         Path | None,
-        typer.Argument(metavar="[STUDY | RUN | DIR]", help="A study file, or where runs are."),
+        typer.Argument(
+            metavar="STUDY | RUN | DIR",
+            help="A study file, a run, or a directory of runs; all runs if not given.",
+            autocompletion=studies,
+        ),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List, and remove nothing.")] = False,
+    *,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Remove without asking.", rich_help_panel=WHERE)
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="List, and remove nothing.", rich_help_panel=WHERE),
+    ] = False,
     runs: Runs = Path("runs"),
     json_: Json = False,
 ) -> None:
     """Remove the checkpoints of finished runs: of a study, or of all under runs/.
 
-    Says how many bytes these take, and asks before it removes them. Weights, rows and metrics stay;
-    so do checkpoints of runs that are not finished, or that another run is about to go on from. A
-    run without checkpoints cannot be given more epochs by --resume.
+    Prints how many bytes they take, and asks before removing them. Weights, rows and metrics stay.
+    So do the checkpoints of runs that are not finished, or that another run will continue from.
+    Without its checkpoints a run cannot be given more epochs by --resume.
     """
     from sret_cli.study.clean import find_checkpoints, remove_checkpoints
 
-    found = find_checkpoints(_where(study, runs))
+    found = find_checkpoints(runs_directory(study, runs))
     free = [checkpoints for checkpoints in found if checkpoints.needed is None]
     listed, size = [c.summary() for c in free], sum(c.size_bytes for c in free)
     stay = [c.summary() for c in found if c.needed is not None]
@@ -41,11 +52,8 @@ def clean(
     many = "1 finished run" if len(free) == 1 else f"{len(free):,} finished runs"
     total = f"{size:,} bytes of checkpoints of {many}"
     removed = 0
-    if free and not dry_run:
-        if not yes and not sys.stdin.isatty():
-            raise SretError(f"nothing was removed; --yes removes {total}", USAGE)
-        if yes or typer.confirm(f"remove {total}?", err=True):
-            removed = remove_checkpoints(free)
+    if free and not dry_run and is_confirmed(yes, total):
+        removed = remove_checkpoints(free)
     if json_:
         return print_json({"runs": listed, "bytes": size, "needed": stay, "removed_bytes": removed})
     if not free:
@@ -56,8 +64,19 @@ def clean(
         print(f"removed {removed:,} bytes" if removed else "nothing was removed")
 
 
-def _where(study: Path | None, runs: Path) -> Path:
-    """The directory that the argument stands for: a study file has its runs under its name."""
+def is_confirmed(yes: bool, total: str) -> bool:
+    """Whether the user agrees to remove checkpoints, by `--yes` or when asked.
+
+    Raises:
+        SretError: there is no `--yes`, and no terminal to ask on.
+    """
+    if not yes and not sys.stdin.isatty():
+        raise SretError(f"nothing was removed; --yes removes {total}", USAGE)
+    return yes or typer.confirm(f"remove {total}?", err=True)
+
+
+def runs_directory(study: Path | None, runs: Path) -> Path:
+    """The directory that the argument names; the runs of a study file are under its name."""
     if study is None or study.is_dir():
         return study or runs
     return runs / (study.stem if study.suffix == ".toml" else study)

@@ -1,4 +1,8 @@
-"""How commands read their arguments: no flag twice, advice for unknown flags, and `~` in paths."""
+"""How commands read their arguments and print their help.
+
+No flag may be given twice, an unknown flag gets advice, `~` in a path is the home directory, and
+help lists the flags in sections.
+"""
 
 import os
 from difflib import get_close_matches
@@ -8,6 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
+from sret_cli.commands.flags import PANELS
 from sret_cli.runtime.errors import USAGE, SretError
 from sret_cli.study.paths import PATH_FIELDS
 
@@ -15,14 +20,14 @@ TRAINING_COMMANDS = ("train", "run", "distill-labels")
 
 
 class Command(TyperCommand):
-    """A command that refuses a flag that is given twice, and says what stands in for unknown ones.
+    """A command that refuses repeated flags, and names the right flag for an unknown one.
 
     Raises:
-        SretError: a flag is given twice, or is not one of the command's.
+        SretError: a flag is given twice, or the command does not have it.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Fills the context with the values of the arguments; returns those that are left over."""
+        """Fills the context with the values of the arguments; returns the remaining arguments."""
         if not ctx.resilient_parsing:
             self._check(ctx, args)
         rest = super().parse_args(ctx, args)
@@ -30,6 +35,19 @@ class Command(TyperCommand):
             if isinstance(value, Path) or (name in PATH_FIELDS and value is not None):
                 ctx.params[name] = type(value)(os.path.expanduser(value))
         return rest
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Writes the arguments, then one section of flags for each panel, as plain text."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            is_argument = parameter.param_type_name == "argument"
+            panel = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None)
+            if (record := parameter.get_help_record(ctx)) is not None:
+                sections.setdefault(panel or "Options", []).append(record)
+        for section in ("Arguments", *PANELS, "Options"):
+            if section in sections:
+                with formatter.section(section):
+                    formatter.write_dl(sections[section])
 
     def _check(self, ctx: Any, args: list[str]) -> None:
         try:
@@ -46,9 +64,9 @@ class Command(TyperCommand):
                 raise SretError(f"{flag} is given twice; leave one of the two out", USAGE)
 
     def _advice(self, ctx: Any, option: str) -> str:
-        """What to say of a flag that the command does not have."""
+        """The message about a flag that the command does not have."""
         instead = {flag: flag for parameter in self.params for flag in parameter.opts}
-        wrong = f"{option} is no flag of `{ctx.command_path}`"
+        wrong = f"{option} is not a flag of `{ctx.command_path}`"
         if any(parameter.name == "set_" for parameter in self.params):
             from sret_cli.study.points import field_keys
 

@@ -1,4 +1,4 @@
-"""What a shell completes after a flag: presets, datasets, recipes, choices and study files."""
+"""What a shell offers after a flag: presets, datasets, recipes, choices and study files."""
 
 import os
 from collections.abc import Callable
@@ -9,7 +9,7 @@ Complete = Callable[[str], list[str]]
 
 
 def choices(*values: str) -> Complete:
-    """Completes one of some values."""
+    """A completion of one of these values."""
 
     def complete(incomplete: str) -> list[str]:
         return [value for value in values if value.startswith(incomplete)]
@@ -39,7 +39,7 @@ def recipes(incomplete: str) -> list[str]:
 
 
 def studies(incomplete: str) -> list[str]:
-    """Completes a study file, here or in a folder; the shell completes all other paths itself."""
+    """Completes a study file, here or one folder below; the shell completes other paths itself."""
     start = escape(os.path.expanduser(incomplete))
     found: list[Any] = sorted(glob(f"{start}*.toml") + glob(f"{start}*/*.toml"))
     return [path for path in found if os.path.isfile(path)]

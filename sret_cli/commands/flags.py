@@ -1,9 +1,13 @@
-"""What commands share: their flags, where output goes, and the study that flags describe."""
+"""The flags that several commands have, each with its type, help and completion.
 
-from collections.abc import Callable
-from inspect import Parameter, Signature, signature
+A command's flags are its parameters. A flag that several commands have is an alias here, such as
+`Preset`; a command lists it as `preset: Preset = None`, one a line. Commands need not read each of
+them: `arguments.py` takes the flags of `[model]`, `[train]` and `RunOptions` from the command's
+context, by the lists of names at the end of this file.
+"""
+
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -17,116 +21,240 @@ from sret_cli.commands.completion import (
     studies,
 )
 
+# The sections of a command's help, in this order.
+MODEL = "Model"
+DATA = "Data"
+TRAINING = "Training"
+WHERE = "Where and how"
+PANELS = (MODEL, DATA, TRAINING, WHERE)
+
 StudyFile = Annotated[
     Path | None,
-    typer.Argument(metavar="[STUDY]", help="A study file (TOML).", autocompletion=studies),
+    typer.Argument(metavar="STUDY", help="Study file (TOML).", autocompletion=studies),
 ]
+
 Preset = Annotated[
     str | None,
-    typer.Option(help="sret_t, sret_lt, sret_s, deep, nano …", autocompletion=presets),
+    typer.Option(
+        help="Named model: sret_t, sret_lt, sret_s, deep, nano …",
+        autocompletion=presets,
+        rich_help_panel=MODEL,
+    ),
 ]
-Layers = Annotated[int | None, typer.Option(help="Layers (passes) in all: sets the recursions.")]
-Backbone = Annotated[str | None, typer.Option(help="A model of timm's, in the preset's place.")]
-Recursions = Annotated[int | None, typer.Option(help="Passes through each block.")]
+Backbone = Annotated[
+    str | None, typer.Option(help="timm model, in place of --preset.", rich_help_panel=MODEL)
+]
+Layers = Annotated[
+    int | None,
+    typer.Option(help="Total layers (passes); sets the recursions.", rich_help_panel=MODEL),
+]
+Recursions = Annotated[
+    int | None, typer.Option(help="Passes through each block.", rich_help_panel=MODEL)
+]
 Share = Annotated[
-    str | None, typer.Option(help="A backbone's blocks with one set of weights: N or all.")
+    str | None,
+    typer.Option(
+        help="Consecutive backbone blocks with one set of weights: N or all.",
+        rich_help_panel=MODEL,
+    ),
 ]
-Slices = Annotated[int | None, typer.Option(help="Slices of all passes; each stage takes the gcd.")]
-LaterSlices = Annotated[int | None, typer.Option(help="Slices of the later passes alone.")]
+Slices = Annotated[
+    int | None,
+    typer.Option(
+        help="Slices in all passes; each stage takes the gcd with its tokens.",
+        rich_help_panel=MODEL,
+    ),
+]
+LaterSlices = Annotated[
+    int | None,
+    typer.Option(help="Slices in later passes only.", rich_help_panel=MODEL),
+]
 Nll = Annotated[
     str | None,
     typer.Option(
-        help="per_pass, per_block or none.",
+        help="Non-linear layers: per_pass, per_block or none.",
         autocompletion=choices("per_pass", "per_block", "none"),
+        rich_help_panel=MODEL,
     ),
 ]
-ImgSize = Annotated[int | None, typer.Option(help="Height and width of the images.")]
-NumClasses = Annotated[int | None, typer.Option(help="Classes; those of the data if not given.")]
-Params = Annotated[str | None, typer.Option(help="Parameters, by the width: 14M (within 1 %).")]
-Macs = Annotated[str | None, typer.Option(help="FLOPs, by the width: 4.2G (within 1 %).")]
+ImgSize = Annotated[
+    int | None, typer.Option(help="Height and width of the images.", rich_help_panel=MODEL)
+]
+NumClasses = Annotated[
+    int | None,
+    typer.Option(help="Classes; those of the data if not given.", rich_help_panel=MODEL),
+]
+Params = Annotated[
+    str | None,
+    typer.Option(help="Fit the width to these parameters: 14M.", rich_help_panel=MODEL),
+]
+Macs = Annotated[
+    str | None,
+    typer.Option(help="Fit the width to these FLOPs: 4.2G.", rich_help_panel=MODEL),
+]
 Twin = Annotated[
     str | None,
     typer.Option(
-        help="The untied control: layers, params or macs.",
+        help="Untied control: layers, params or macs.",
         autocompletion=choices("layers", "params", "macs"),
+        rich_help_panel=MODEL,
     ),
 ]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Any other field: model.mlp_ratio=4.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="<key=value>",
+        help="Any other field: model.mlp_ratio=4. Repeatable.",
+        rich_help_panel=MODEL,
+    ),
+]
+
 Dataset = Annotated[
     str | None,
     typer.Option(
-        help="digits, folder, tar, hfds, hfds/NAME, wds or torch/NAME.", autocompletion=datasets
+        help="digits, folder, tar, hfds, hfds/NAME, wds or torch/NAME.",
+        autocompletion=datasets,
+        rich_help_panel=DATA,
     ),
 ]
-DataDir = Annotated[str | None, typer.Option(help="A folder with train/ and test/ or val/.")]
-Synthetic = Annotated[bool, typer.Option("--synthetic", help="Random images, for measuring speed.")]
+DataDir = Annotated[
+    str | None,
+    typer.Option(help="Folder with train/ and test/ or val/.", rich_help_panel=DATA),
+]
+Synthetic = Annotated[
+    bool,
+    typer.Option("--synthetic", help="Random images, to measure speed.", rich_help_panel=DATA),
+]
 OnBadImage = Annotated[
     str | None,
     typer.Option(
-        help="An image that cannot be read: stop, or skip and count it.",
+        help="At an image that cannot be read: stop, or skip and count it.",
         autocompletion=choices("stop", "skip"),
+        rich_help_panel=DATA,
     ),
 ]
-Epochs = Annotated[int | None, typer.Option(help="Epochs of training.")]
-BatchSize = Annotated[int | None, typer.Option(help="Images a step.")]
-Seed = Annotated[int | None, typer.Option(help="Of the weights, the order and the augmentation.")]
-LearningRate = Annotated[float | None, typer.Option(help="The highest learning rate.")]
-WeightDecay = Annotated[float | None, typer.Option(help="Of the optimiser.")]
+
 Recipe = Annotated[
     str | None,
-    typer.Option(help="A published recipe: sret, deit, finetune, small.", autocompletion=recipes),
+    typer.Option(
+        help="Values for fields that are not given: sret, deit, finetune or small.",
+        autocompletion=recipes,
+        rich_help_panel=TRAINING,
+    ),
 ]
-Precision = Annotated[str | None, typer.Option(help="fp32 or bf16.", autocompletion=PRECISIONS)]
+Epochs = Annotated[int | None, typer.Option(help="Epochs of training.", rich_help_panel=TRAINING)]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Images of one optimiser step.", rich_help_panel=TRAINING)
+]
+LearningRate = Annotated[
+    float | None, typer.Option(help="Highest learning rate.", rich_help_panel=TRAINING)
+]
+WeightDecay = Annotated[float | None, typer.Option(help="Weight decay.", rich_help_panel=TRAINING)]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        help="Random seed for weights, data order and augmentation.", rich_help_panel=TRAINING
+    ),
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(help="fp32 or bf16.", autocompletion=PRECISIONS, rich_help_panel=TRAINING),
+]
 Compile = Annotated[
     str | None,
     typer.Option(
         "--compile",
-        help="Compile passes: on, off or auto (where it can be).",
+        help="Compile each kind of pass: on, off, or auto (if there is a compiler).",
         autocompletion=choices("on", "off", "auto"),
+        rich_help_panel=TRAINING,
     ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", autocompletion=DEVICES)]
-Workers = Annotated[int | None, typer.Option(min=0, help="Processes that load images.")]
-Recompute = Annotated[str | None, typer.Option(help="none, pass, auto, or passes a segment.")]
-GpuMemory = Annotated[str | None, typer.Option(help="A budget: 80G is 80e9 bytes.")]
-EverySteps = Annotated[int | None, typer.Option(min=1, help="Save after every so many steps, too.")]
-Minutes = Annotated[float, typer.Option(min=0, help="Save after so many minutes, too; 0: never.")]
-Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Write for TensorBoard, too.")]
-Shard = Annotated[bool, typer.Option("--shard", help="Share weights out among processes (FSDP).")]
-Runs = Annotated[Path, typer.Option(help="Where run directories are.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-MODEL = {
-    **{"preset": Preset, "backbone": Backbone, "layers": Layers, "recursions": Recursions},
-    **{"share": Share, "slices": Slices, "recursive_slices": LaterSlices, "nll": Nll},
-    **{"img_size": ImgSize, "num_classes": NumClasses, "params": Params, "macs": Macs},
-    **{"twin": Twin, "set_": Set},
-}
-MODEL_FLAGS = tuple(name for name in MODEL if name != "set_")
-TRAINING = {
-    **{"device": Device, "workers": Workers, "gpu_memory": GpuMemory},
-    **{"checkpoint_every_steps": EverySteps, "checkpoint_minutes": Minutes},
-    **{"tensorboard": Tensorboard, "shard": Shard},
-}
-TRAIN_FLAGS = (
-    *("dataset", "data_dir", "on_bad_image", "recipe", "epochs", "batch_size", "lr"),
-    *("weight_decay", "seed", "precision"),
+Recompute = Annotated[
+    str | None,
+    typer.Option(
+        help="What the backward pass recomputes: none, pass, auto, or segments of N passes.",
+        rich_help_panel=TRAINING,
+    ),
+]
+
+Device = Annotated[
+    str,
+    typer.Option(help="auto, cpu, cuda or cuda:N.", autocompletion=DEVICES, rich_help_panel=WHERE),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(metavar="<int>", min=0, help="Processes that load images.", rich_help_panel=WHERE),
+]
+GpuMemory = Annotated[
+    str | None,
+    typer.Option(help="Memory budget: 80G is 80e9 bytes.", rich_help_panel=WHERE),
+]
+CheckpointEverySteps = Annotated[
+    int | None,
+    typer.Option(
+        metavar="<int>", min=1, help="Also save after every N steps.", rich_help_panel=WHERE
+    ),
+]
+CheckpointMinutes = Annotated[
+    float,
+    typer.Option(
+        metavar="<float>",
+        min=0,
+        help="Also save N minutes after the last time; 0: never.",
+        rich_help_panel=WHERE,
+    ),
+]
+Tensorboard = Annotated[
+    bool,
+    typer.Option(
+        "--tensorboard", help="Also write metrics for TensorBoard.", rich_help_panel=WHERE
+    ),
+]
+Shard = Annotated[
+    bool,
+    typer.Option(
+        "--shard", help="Shard the weights over the processes (FSDP).", rich_help_panel=WHERE
+    ),
+]
+Runs = Annotated[Path, typer.Option(help="Directory of all runs.", rich_help_panel=WHERE)]
+ReportOut = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory of the report; report/ next to the rows if not given.",
+        rich_help_panel=WHERE,
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document.", rich_help_panel=WHERE)
+]
+
+# Parameters of commands that are fields of `[model]`; `--set` is not one field and stands apart.
+MODEL_FLAGS = (
+    "preset",
+    "backbone",
+    "layers",
+    "recursions",
+    "share",
+    "slices",
+    "recursive_slices",
+    "nll",
+    "img_size",
+    "num_classes",
+    "params",
+    "macs",
+    "twin",
 )
-DEFAULTS: dict[str, Any] = {
-    **{"device": "auto", "checkpoint_minutes": 10.0, "tensorboard": False, "shard": False},
-}
-
-
-def with_flags(flags: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command more flags, behind its arguments; it finds them in its context."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = [p for p in signature(command).parameters.values() if p.kind != Parameter.VAR_KEYWORD]
-        last = sum(p.kind == Parameter.POSITIONAL_OR_KEYWORD for p in own)
-        own[last:last] = [
-            Parameter(name, Parameter.KEYWORD_ONLY, default=DEFAULTS.get(name), annotation=kind)
-            for name, kind in flags.items()
-        ]
-        command.__signature__ = Signature(own)  # type: ignore[attr-defined]
-        return command
-
-    return decorate
+# Those of `[train]` that need no conversion.
+TRAIN_FLAGS = (
+    "dataset",
+    "data_dir",
+    "on_bad_image",
+    "recipe",
+    "epochs",
+    "batch_size",
+    "lr",
+    "weight_decay",
+    "seed",
+    "precision",
+)

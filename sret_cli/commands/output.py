@@ -9,13 +9,16 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from sret_cli.runtime.errors import SretError
+from sret_cli.runtime.errors import USAGE, SretError
 from sret_cli.runtime.processes import is_leader
 from sret_cli.runtime.signs import fit_to_encoding
 
+LEAST_WIDTH = 20  # of tables: in less room for the frame, rich leaves the numbers out
+WIDTH_OF_FILES = 200  # of tables that do not go to a terminal
+
 
 def stderr_console() -> Console:
-    """Where progress and notes go: stderr, of the first of several processes."""
+    """A console for progress and notes; in distributed runs only rank 0 prints."""
     return Console(
         stderr=True,
         highlight=False,
@@ -26,40 +29,41 @@ def stderr_console() -> Console:
     )
 
 
-LEAST_WIDTH = 20  # of tables: rich leaves the numbers out where there is no room for the frame
-
-
 class PipeClosed(Exception):
-    """The reader of our output, such as head, has had enough."""
+    """The program that reads our output, such as head, has closed it."""
 
 
 class Output(Console):
-    """Where tables go, results to stdout: wide where it is no terminal."""
+    """A console for tables and results: wide if it is not a terminal."""
 
     def __init__(self, stderr: bool = False) -> None:
         terminal = (sys.stderr if stderr else sys.stdout).isatty()
         columns = os.environ.get("COLUMNS", "")
         known = terminal and not columns or columns.isdecimal() and int(columns) > 0
         super().__init__(
-            width=None if known else 200, highlight=False, markup=False, emoji=False, stderr=stderr
+            width=None if known else WIDTH_OF_FILES,
+            highlight=False,
+            markup=False,
+            emoji=False,
+            stderr=stderr,
         )
         self.width = max(self.width, LEAST_WIDTH)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """The text in signs that the terminal has, so that columns are as wide as they look."""
+        """The text, with characters that the terminal lacks replaced before widths are computed."""
         return super().render_str(fit_to_encoding(text, self.encoding), **options)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Prints what a terminal that is too narrow breaks into lines; nothing is cut off."""
+        """Prints without cropping: text that is too wide for the terminal is wrapped."""
         super().print(*objects, **{"crop": False, **options})
 
     def on_broken_pipe(self) -> None:
-        """Lets `main` end quietly, where rich would exit with 1."""
+        """Raises `PipeClosed`, so that `main` ends quietly; rich would exit with 1."""
         raise PipeClosed
 
 
 def print_json(value: Any) -> None:
-    """The one JSON document on stdout."""
+    """Prints the one JSON document of a command on stdout."""
     try:
         print(json.dumps(value, indent=2), flush=True)
     except BrokenPipeError:
@@ -67,9 +71,9 @@ def print_json(value: Any) -> None:
 
 
 def run_or_newest(directory: Path | None, runs: Path) -> Path:
-    """The directory that a user named, or that of the newest run, which is then said on stderr.
+    """The directory that a user named, or else that of the newest run, named in a note.
 
-    While a study trains, the newest run is soon another one.
+    The note is needed because another run may soon be the newest.
     """
     from sret_cli.study.rows import newest_run, read_row
 
@@ -84,7 +88,7 @@ def run_or_newest(directory: Path | None, runs: Path) -> Path:
 
 
 def print_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
-    """Prints rows as a table, or whole as JSON."""
+    """Prints some columns of rows as a table, or all columns as JSON."""
     from sret_cli.report.tables import table_cells, terminal_table
 
     if as_json:
@@ -92,11 +96,36 @@ def print_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bo
     Output().print(terminal_table(*table_cells(rows, columns)))
 
 
-def exit_if_failed(failed: list[Any]) -> None:
-    """Ends with the exit code that failed runs call for.
+def check_csv_path(path: Path, header: str) -> None:
+    """Raises if a CSV cannot be written; a file is only replaced if it has the same header.
 
     Raises:
-        SretError: some runs failed; one run alone fails with its own reason and code.
+        SretError: the path is not a `.csv`, its directory cannot be written to, or it is another
+            file.
+    """
+    from sret_cli.runtime.files import make_directory
+
+    if path.suffix != ".csv":
+        raise SretError(f"--out {path}: name a file that ends in .csv", USAGE)
+    make_directory(path.parent)
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            first = file.readline(10_000).rstrip("\n")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise SretError(
+            f"cannot read {path}: {error.strerror}; choose another --out", USAGE
+        ) from None
+    if first != header:
+        raise SretError(f"{path} is another file; choose another --out", USAGE)
+
+
+def exit_if_failed(failed: list[Any]) -> None:
+    """Raises if runs failed, with the exit code of the failure.
+
+    Raises:
+        SretError: some runs failed; a single one gives its own reason and code.
     """
     if not failed:
         return

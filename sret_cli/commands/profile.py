@@ -8,150 +8,224 @@ import typer
 
 from sret_cli.commands.arguments import (
     check_device,
-    flags_given,
     gpu_memory_of,
+    model_flags_given,
     recompute_of,
     study_from,
 )
 from sret_cli.commands.completion import DEVICES, PRECISIONS
 from sret_cli.commands.flags import (
-    MODEL,
-    MODEL_FLAGS,
+    WHERE,
+    Backbone,
     Compile,
     DataDir,
     GpuMemory,
+    ImgSize,
     Json,
+    LaterSlices,
+    Layers,
+    Macs,
+    Nll,
+    NumClasses,
+    Params,
+    Preset,
     Recompute,
+    Recursions,
     Runs,
+    Set,
+    Share,
+    Slices,
     StudyFile,
-    with_flags,
+    Twin,
 )
 from sret_cli.commands.output import Output, exit_if_failed, print_rows, stderr_console
 from sret_cli.runtime.errors import RESOURCES, USAGE, SretError
-from sret_cli.study.rows import planned_row
 
 
-@with_flags(MODEL)
 def profile(
     context: typer.Context,
     study: StudyFile = None,
     *,
+    preset: Preset = None,
+    backbone: Backbone = None,
+    layers: Layers = None,
+    recursions: Recursions = None,
+    share: Share = None,
+    slices: Slices = None,
+    recursive_slices: LaterSlices = None,
+    nll: Nll = None,
+    img_size: ImgSize = None,
+    num_classes: NumClasses = None,
+    params: Params = None,
+    macs: Macs = None,
+    twin: Twin = None,
+    set_: Set = None,
     data_dir: DataDir = None,
+    compile_: Compile = None,
+    recompute: Recompute = None,
+    memory: Annotated[
+        bool,
+        typer.Option(
+            "--memory",
+            help="Predict the memory of training and evaluation; runs nothing.",
+            rich_help_panel=WHERE,
+        ),
+    ] = False,
+    gpu_memory: GpuMemory = None,
     device: Annotated[
         str | None,
         typer.Option(
-            help="Measure time and memory there: cpu, cuda or cuda:N.", autocompletion=DEVICES
+            help="Measure time and memory there: cpu, cuda or cuda:N.",
+            autocompletion=DEVICES,
+            rich_help_panel=WHERE,
         ),
     ] = None,
     measure_batch_size: Annotated[
         int | None,
-        typer.Option("--batch-size", min=1, help="Images a step: 8, with --memory the study's."),
+        typer.Option(
+            "--batch-size",
+            metavar="<int>",
+            min=1,
+            help="Images of one step: 8, or with --memory the study's.",
+            rich_help_panel=WHERE,
+        ),
     ] = None,
     measure_precision: Annotated[
         str | None,
         typer.Option(
             "--precision",
-            help="fp32 or bf16: fp32, with --memory the study's.",
+            help="fp32 or bf16: fp32, or with --memory the study's.",
             autocompletion=PRECISIONS,
+            rich_help_panel=WHERE,
         ),
     ] = None,
     trace: Annotated[
-        str, typer.Option(help="Each kind of pass (passes), or all, to check (full).")
-    ] = "passes",
-    compile_: Compile = None,
-    against: Annotated[
-        str | None, typer.Option(help="Models of timm's to measure beside, with commas between.")
-    ] = None,
-    memory: Annotated[
-        bool,
+        str,
         typer.Option(
-            "--memory", help="Predict the memory of training and of evaluation, on a GPU or a cpu."
+            help="Trace each kind of pass once (passes), or every pass (full).",
+            rich_help_panel=WHERE,
         ),
-    ] = False,
-    recompute: Recompute = None,
-    gpu_memory: GpuMemory = None,
+    ] = "passes",
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="<name,name>",
+            help="Also measure these timm models.",
+            rich_help_panel=WHERE,
+        ),
+    ] = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
-    **_: Any,
 ) -> None:
-    """Measure parameters, FLOPs and activations; with --device, time and memory too.
+    """Count parameters, FLOPs and activations; with --device, measure time and memory.
 
-    A study's rows are kept in its run directories, but for predictions, which are only shown.
-    Without arguments: the presets, side by side. With --against, time and memory are measured on
-    the GPU, or where there is none on the CPU, unless --device says where.
+    The rows of a study are written to its run directories; predictions of --memory are only
+    printed. Without arguments: all base presets. With --against, time and memory are measured, on
+    the GPU if there is one, unless --device names another device.
     """
-    from sret_cli.report.tables import COST_TABLE, PARITY_TABLE, breakdown_tables
-    from sret_cli.spec.options import RunOptions
-    from sret_cli.spec.run import Run
-    from sret_cli.spec.train import check_compile_mode
-    from sret_cli.study.engine import run_study
-    from sret_cli.study.execute import MEASURED_IMAGES, profile_run
-    from sret_cli.study.file import Study, with_baselines
+    options = measurement_options(context.params)
+    if memory:
+        return show_memory(context, options)
+    if recompute is not None or gpu_memory is not None:
+        raise SretError("--recompute and --gpu-memory need --memory here", USAGE)
+    check_device(device)
+    if study is None:
+        return profile_models(context, options)
+    if against is not None:
+        raise SretError(f"{study} says what to measure; give it baselines = [...]", USAGE)
+    profile_study(context, options)
 
+
+def measurement_options(flags: dict[str, Any]) -> Any:
+    """What to measure and how: the `RunOptions` of the flags of `sret profile`.
+
+    Raises:
+        SretError: a flag has an unknown value.
+    """
+    from sret_cli.spec.options import RunOptions
+    from sret_cli.spec.train import check_compile_mode
+    from sret_cli.study.execute import MEASURED_IMAGES
+
+    trace, precision, batch_size = (
+        flags[name] for name in ("trace", "measure_precision", "measure_batch_size")
+    )
     if trace not in ("passes", "full"):
         raise SretError(f"unknown trace {trace!r}; use passes or full", USAGE)
-    if measure_precision not in (None, "fp32", "bf16"):
-        raise SretError(f"unknown precision {measure_precision!r}; use fp32 or bf16", USAGE)
-    options = RunOptions(
-        device=device or "auto",
-        measure_batch_size=(measure_batch_size or MEASURED_IMAGES) if device or against else None,
-        precision=measure_precision or "fp32",
-        compiles=check_compile_mode(compile_ or "off"),
+    if precision not in (None, "fp32", "bf16"):
+        raise SretError(f"unknown precision {precision!r}; use fp32 or bf16", USAGE)
+    is_timed = flags["device"] or flags["against"]
+    return RunOptions(
+        device=flags["device"] or "auto",
+        measure_batch_size=(batch_size or MEASURED_IMAGES) if is_timed else None,
+        precision=precision or "fp32",
+        compiles=check_compile_mode(flags["compile_"] or "off"),
         full_trace=trace == "full",
     )
-    if memory:
-        predicted = replace(
-            options, measure_batch_size=measure_batch_size, gpu_memory=gpu_memory_of(gpu_memory)
-        )
-        found = study_from(context, trains=False)
-        return show_memory(found.runs, predicted, recompute_of(recompute), measure_precision, json_)
-    if recompute is not None or gpu_memory is not None:
-        raise SretError("--recompute and --gpu-memory go with --memory here", USAGE)
-    check_device(device)
-    if study is not None:
-        if against is not None:
-            raise SretError(f"{study} says what to measure; give it baselines = [...]", USAGE)
-        found = study_from(context, trains=False)
-        outcome = run_study(found, runs, options, stderr_console(), trains=False)
-        published = all("published_gmacs" in row for row in outcome.rows)
-        columns = PARITY_TABLE if published else COST_TABLE
-        print_rows(outcome.rows, columns, json_)
-        return exit_if_failed(outcome.failed)
-    if flags_given(context).keys() & {*MODEL_FLAGS, "set_"}:
-        found = study_from(context, trains=False)
-    else:
-        from sret_cli.spec.presets import BASE_PRESETS, PRESETS
 
-        presets = tuple(Run("profile", name, PRESETS[name]) for name in BASE_PRESETS)
-        found = Study("profile", presets)
-    if against is not None:
-        found = with_baselines(found, [name.strip() for name in against.split(",")])
+
+def profile_study(context: typer.Context, options: Any) -> None:
+    """Measures the runs of a study file, writes their rows and prints them."""
+    from sret_cli.report.tables import COST_TABLE, PARITY_TABLE
+    from sret_cli.study.engine import run_study
+
+    flags = context.params
+    found = study_from(context, trains=False)
+    outcome = run_study(found, flags["runs"], options, stderr_console(), trains=False)
+    published = all("published_gmacs" in row for row in outcome.rows)
+    print_rows(outcome.rows, PARITY_TABLE if published else COST_TABLE, flags["json_"])
+    exit_if_failed(outcome.failed)
+
+
+def profile_models(context: typer.Context, options: Any) -> None:
+    """Measures the model that flags describe, or the presets, and prints their rows."""
+    from sret_cli.report.tables import COST_TABLE, breakdown_tables
+    from sret_cli.study.execute import profile_run
+    from sret_cli.study.file import with_baselines
+
+    flags = context.params
+    found = study_from(context, trains=False) if model_flags_given(context) else preset_study()
+    if flags["against"] is not None:
+        found = with_baselines(found, [name.strip() for name in flags["against"].split(",")])
     profiled = [profile_run(run, options) for run in found.runs]
-    print_rows([row for row, _ in profiled], COST_TABLE, json_)
-    if len(profiled) == 1 and not json_:
+    print_rows([row for row, _ in profiled], COST_TABLE, flags["json_"])
+    if len(profiled) == 1 and not flags["json_"]:
         for table in breakdown_tables(profiled[0][1]):
             Output().print(table)
     errors = zip(found.runs, (row["error"] for row, _ in profiled), strict=True)
     exit_if_failed([(run, SretError(error, RESOURCES)) for run, error in errors if error])
 
 
-def show_memory(
-    runs: Any, options: Any, recompute: Any, precision: str | None, as_json: bool
-) -> None:
-    """Predicts the memory of runs, and prints it with what it comes to."""
-    from sret_cli.report.tables import (
-        INFERENCE_NOTE,
-        MEMORY_TABLE,
-        memory_verdict,
-    )
-    from sret_cli.study.execute import predicted_memory_columns
+def preset_study() -> Any:
+    """The study of the base presets."""
+    from sret_cli.spec.presets import BASE_PRESETS, PRESETS
+    from sret_cli.spec.run import Run
+    from sret_cli.study.file import Study
 
+    return Study("profile", tuple(Run("profile", name, PRESETS[name]) for name in BASE_PRESETS))
+
+
+def show_memory(context: typer.Context, options: Any) -> None:
+    """Prints the predicted memory of the runs that arguments and flags describe."""
+    from sret_cli.report.tables import INFERENCE_NOTE, MEMORY_TABLE, memory_verdict
+    from sret_cli.study.execute import predicted_memory_columns
+    from sret_cli.study.rows import planned_row
+
+    flags = context.params
+    options = replace(
+        options,
+        measure_batch_size=flags["measure_batch_size"],
+        gpu_memory=gpu_memory_of(flags["gpu_memory"]),
+    )
+    runs = study_from(context, trains=False).runs
+    recompute, precision = recompute_of(flags["recompute"]), flags["measure_precision"]
     rows = [
         {**planned_row(run), **predicted_memory_columns(run, options, recompute, precision)}
         for run in runs
     ]
-    print_rows(rows, MEMORY_TABLE, as_json)
-    for row in () if as_json else rows:
+    print_rows(rows, MEMORY_TABLE, flags["json_"])
+    if flags["json_"]:
+        return
+    for row in rows:
         Output().print(memory_verdict(row))
-    if not as_json and any("inference_memory_bytes" in row for row in rows):
+    if any("inference_memory_bytes" in row for row in rows):
         Output().print(INFERENCE_NOTE)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from sret_cli.commands.completion import studies
-from sret_cli.commands.flags import Json, Runs
+from sret_cli.commands.flags import Json, ReportOut, Runs
 from sret_cli.commands.output import print_rows, stderr_console
 from sret_cli.runtime.errors import DATA, SretError
 
@@ -15,14 +15,13 @@ def report_command(
     path: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[STUDY | RUN | DIR]",
-            help="A study file, or where rows are.",
+            metavar="STUDY | RUN | DIR",
+            help="A study file, a run, or a directory of runs; all runs if not given.",
             autocompletion=studies,
         ),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Where to write; beside the rows if not given.")
-    ] = None,
+    *,
+    out: ReportOut = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
 ) -> None:
@@ -36,7 +35,11 @@ def report_command(
 
 
 def write_report(where: Path, spec: Any, out: Path, as_json: bool) -> None:
-    """Prints and writes the report of the rows in a directory."""
+    """Prints the rows in a directory and writes their report.
+
+    Raises:
+        SretError: the directory has no finished runs.
+    """
     from sret_cli.report import write
     from sret_cli.report.curves import write_training_figure
     from sret_cli.report.tables import RUN_TABLE

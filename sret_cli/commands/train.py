@@ -1,4 +1,4 @@
-"""The commands that train: `train` and `run`."""
+"""`sret train` and `sret run`."""
 
 import os
 from pathlib import Path
@@ -6,41 +6,75 @@ from typing import Annotated, Any
 
 import typer
 
-from sret_cli.commands.arguments import flags_given, study_from, training_options
+from sret_cli.commands.arguments import flags_given, parse_setting, study_from, training_options
 from sret_cli.commands.flags import (
-    MODEL,
     MODEL_FLAGS,
     TRAIN_FLAGS,
-    TRAINING,
+    WHERE,
+    Backbone,
     BatchSize,
+    CheckpointEverySteps,
+    CheckpointMinutes,
     Compile,
     DataDir,
     Dataset,
+    Device,
     Epochs,
+    GpuMemory,
+    ImgSize,
     Json,
+    LaterSlices,
+    Layers,
     LearningRate,
+    Macs,
+    Nll,
+    NumClasses,
     OnBadImage,
+    Params,
     Precision,
+    Preset,
     Recipe,
     Recompute,
+    Recursions,
+    ReportOut,
     Runs,
     Seed,
     Set,
+    Shard,
+    Share,
+    Slices,
     StudyFile,
     Synthetic,
+    Tensorboard,
+    Twin,
     WeightDecay,
-    with_flags,
+    Workers,
 )
 from sret_cli.commands.output import exit_if_failed, print_rows, stderr_console
 from sret_cli.commands.report import write_report
 from sret_cli.runtime.errors import USAGE, SretError
 
+MAY_CHANGE = ("epochs", "on_bad_image", "dataset", "data_dir")  # flags that go with --resume
 
-@with_flags({**MODEL, **TRAINING})
+
 def train(
     context: typer.Context,
     study: StudyFile = None,
     *,
+    preset: Preset = None,
+    backbone: Backbone = None,
+    layers: Layers = None,
+    recursions: Recursions = None,
+    share: Share = None,
+    slices: Slices = None,
+    recursive_slices: LaterSlices = None,
+    nll: Nll = None,
+    img_size: ImgSize = None,
+    num_classes: NumClasses = None,
+    params: Params = None,
+    macs: Macs = None,
+    twin: Twin = None,
+    set_: Set = None,
     dataset: Dataset = None,
     data_dir: DataDir = None,
     synthetic: Synthetic = False,
@@ -55,67 +89,89 @@ def train(
     compile_: Compile = None,
     recompute: Recompute = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with that run, or with --epochs from its end.")
+        Path | None,
+        typer.Option(
+            help="Resume the run in this directory; with --epochs, train it longer.",
+            rich_help_panel=WHERE,
+        ),
     ] = None,
     runs: Runs = Path("runs"),
+    device: Device = "auto",
+    workers: Workers = None,
+    gpu_memory: GpuMemory = None,
+    checkpoint_every_steps: CheckpointEverySteps = None,
+    checkpoint_minutes: CheckpointMinutes = 10.0,
+    tensorboard: Tensorboard = False,
+    shard: Shard = False,
     json_: Json = False,
-    **_: Any,
 ) -> None:
-    """Train the runs of a study that are missing, or one model: by default `nano` on `digits`.
+    """Train the missing runs of a study, or one model: by default `nano` on `digits`.
 
-    A run that was interrupted goes on from its newest checkpoint.
+    A run that was interrupted resumes from its newest checkpoint.
     """
-    from sret_cli.commands.arguments import parse_setting
     from sret_cli.report.tables import RUN_TABLE
-    from sret_cli.spec.contents import CONTENTS_OF
     from sret_cli.study.engine import run_study
-    from sret_cli.study.file import Study
-    from sret_cli.study.resolve import continue_run
 
     options = training_options(context)
-    if resume is not None:
-        given = flags_given(context)
-        settings = [parse_setting(text) for text in given.get("set_", ())]
-        places = {key: value for _, key, value in settings if key in CONTENTS_OF}
-        places |= {key: given[key] for key in ("dataset", "data_dir") if key in given}
-        may_differ = ("epochs", "on_bad_image", "dataset", "data_dir")
-        flags = ("study", *MODEL_FLAGS, *TRAIN_FLAGS, "compile_", "recompute")
-        others = [name.strip("_") for name in flags if name in given and name not in may_differ]
-        others += [f"{table}.{key}" for table, key, _ in settings if key not in CONTENTS_OF]
-        others += ["synthetic"] if synthetic else []
-        if others:
-            raise SretError(
-                f"--resume goes on with what {resume}/config.json says; leave out "
-                f"{', '.join(others)}",
-                USAGE,
-            )
-        run = continue_run(resume, epochs, on_bad_image, places)
-        found, runs = Study(run.study, (run,)), Path(os.path.abspath(resume)).parent.parent
-    else:
+    if resume is None:
         found = study_from(context, trains=True)
+    else:
+        found, runs = resumed_study(context, resume), Path(os.path.abspath(resume)).parent.parent
     if all(run.train is None for run in found.runs):
         raise SretError(f"{study} trains nothing: it has no [train]; use `sret profile`")
     outcome = run_study(found, runs, options, stderr_console())
     print_rows(outcome.rows, RUN_TABLE, json_)
-    for row in outcome.rows if len(outcome.rows) == 1 else ():
+    if len(outcome.rows) == 1:
+        row = outcome.rows[0]
         stderr_console().print(f"kept in {runs / row['study'] / row['run_id']}")
     exit_if_failed(outcome.failed)
 
 
-@with_flags({"set_": Set, **TRAINING})
+def resumed_study(context: typer.Context, directory: Path) -> Any:
+    """The study of the one run in a directory, as its `config.json` and a few flags say.
+
+    Raises:
+        SretError: a flag was given that would change the run, or the run cannot be resumed.
+    """
+    from sret_cli.spec.contents import CONTENTS_OF
+    from sret_cli.study.file import Study
+    from sret_cli.study.resolve import continue_run
+
+    given = flags_given(context)
+    settings = [parse_setting(text) for text in given.get("set_", ())]
+    flags = ("study", *MODEL_FLAGS, *TRAIN_FLAGS, "compile_", "recompute")
+    others = [name.strip("_") for name in flags if name in given and name not in MAY_CHANGE]
+    others += [f"{table}.{key}" for table, key, _ in settings if key not in CONTENTS_OF]
+    others += ["synthetic"] if given["synthetic"] else []
+    if others:
+        raise SretError(
+            f"--resume trains what {directory}/config.json says; leave out {', '.join(others)}",
+            USAGE,
+        )
+    places = {key: value for _, key, value in settings}
+    places |= {key: given[key] for key in ("dataset", "data_dir") if key in given}
+    run = continue_run(directory, given.get("epochs"), given.get("on_bad_image"), places)
+    return Study(run.study, (run,))
+
+
 def run(
     context: typer.Context,
     study: StudyFile = None,
     *,
+    set_: Set = None,
     data_dir: DataDir = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Where to write; beside the rows if not given.")
-    ] = None,
+    out: ReportOut = None,
     runs: Runs = Path("runs"),
+    device: Device = "auto",
+    workers: Workers = None,
+    gpu_memory: GpuMemory = None,
+    checkpoint_every_steps: CheckpointEverySteps = None,
+    checkpoint_minutes: CheckpointMinutes = 10.0,
+    tensorboard: Tensorboard = False,
+    shard: Shard = False,
     json_: Json = False,
-    **_: Any,
 ) -> None:
-    """Profile, train and report a study in one; what is there already is not done again."""
+    """Profile, train and report a study in one go; finished runs are not repeated."""
     from sret_cli.runtime.files import make_directory
     from sret_cli.study.engine import run_study
 

@@ -1,5 +1,5 @@
 """Rows to tables, figures and model cards.
 
-Its central idea is that rows hold raw numbers, and that only here they are rounded, named and
-drawn. It runs no models.
+Its central idea is that rows hold raw numbers, and that only this folder rounds, names and draws
+them. It runs no models.
 """

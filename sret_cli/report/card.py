@@ -1,4 +1,4 @@
-"""The model card of an export: what the file is, how to use it, and where it comes from."""
+"""The model card of an exported model: what the file is, how to use it, where it comes from."""
 
 import json
 from importlib.resources import files
@@ -19,13 +19,13 @@ RESULTS = ("top1_percent", "top5_percent", "test_loss", "test_images")
 
 
 def model_card(model: Any, to: str, export: Export, origin: Origin) -> str:
-    """What a file is, in Markdown.
+    """The model card of an exported file, in Markdown.
 
     Args:
-        model: the model that is in it.
+        model: the model in the file.
         to: the file's format.
         export: the file, its size, and how far its logits are from the model's.
-        origin: where the model comes from.
+        origin: the run or file that the model comes from.
     """
     spec, row = model.spec, origin.row
     text = (files("sret_cli.report") / "templates" / "model_card.md").read_text(encoding="utf-8")
@@ -53,7 +53,7 @@ def model_card(model: Any, to: str, export: Export, origin: Origin) -> str:
 
 
 def _costs(model: Any) -> dict[str, str]:
-    """The layers, parameters and FLOPs of a model, as far as they are known, under headings."""
+    """Layers, parameters and FLOPs of a model as texts by heading; unknown ones are left out."""
     values = {
         "layers": count_layers(model),
         "params": sum(p.numel() for p in model.parameters()),
@@ -67,7 +67,7 @@ def _costs(model: Any) -> dict[str, str]:
 
 
 def _macs(spec: Any) -> int | None:
-    """Multiply-adds of an image; None where a timm model has an operator that has no rule."""
+    """Multiply-adds for one image; None if a timm model has an operator without a counting rule."""
     if not isinstance(spec, BackboneSpec):
         return trace_costs(spec).macs
     try:

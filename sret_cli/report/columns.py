@@ -1,4 +1,4 @@
-"""How rows are read by people: headings, units, and groups of seeds."""
+"""How people read rows: headings, units, and groups of runs that differ in their seed."""
 
 import math
 import statistics
@@ -13,14 +13,14 @@ FLOPS_NOTE = "FLOPs: one multiply-add counts as one."
 
 @dataclass(frozen=True)
 class Column:
-    """How a measurement is shown: heading with its unit, divisor to that unit, decimals."""
+    """How a measurement is shown: heading with unit, divisor to that unit, decimals."""
 
     heading: str
     divisor: float
     decimals: int
 
     def text(self, value: float, deviation: float = 0.0) -> str:
-        """The value in the column's unit, and its deviation where there is one."""
+        """The value in the column's unit, with its deviation unless that is 0."""
         shown, decimals = value / self.divisor, self.decimals
         if decimals > 1 and 0 < abs(shown) < 0.1:  # three significant digits
             decimals = 2 - math.floor(math.log10(abs(shown)))
@@ -73,7 +73,7 @@ COLUMNS = {
 
 
 def heading(column: str) -> str:
-    """What people read over a column or along an axis."""
+    """The heading of a column, or the label of an axis."""
     if column == "name":
         return "Model"
     return COLUMNS[column].heading if column in COLUMNS else column.partition(".")[2] or column
@@ -81,18 +81,18 @@ def heading(column: str) -> str:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone."""
+    """Runs that differ only in their seed."""
 
     fields: dict[str, str]
     rows: list[Row]
 
     def values(self, column: str) -> list[float]:
-        """What the runs measured, without those that did not."""
+        """The values of the runs that measured this column."""
         return [row[column] for row in self.rows if row.get(column) is not None]
 
 
 def group_seeds(rows: Sequence[Row], fields: Sequence[str]) -> list[Group]:
-    """Rows that agree in their fields, and in their layers, together; by field and depth."""
+    """Groups of rows with equal values in `fields` and equal layers, in the order of the rows."""
     groups: dict[tuple, Group] = {}
     for row in rows:
         shown = {key: format_value(row.get(key)) for key in fields}
@@ -102,5 +102,5 @@ def group_seeds(rows: Sequence[Row], fields: Sequence[str]) -> list[Group]:
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation; the latter is 0 for one value."""
+    """Mean and sample standard deviation, which is 0 for one value."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0

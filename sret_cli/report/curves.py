@@ -10,7 +10,10 @@ from sret_cli.runtime.files import make_directory
 
 
 def write_training_figure(run_directory: Path, directory: Path) -> list[Path]:
-    """Draws a run's training loss and test accuracy from its metrics; returns the files."""
+    """Draws a run's losses and test accuracy from its `metrics.jsonl`; returns the files.
+
+    Returns no files if the directory has no metrics of a finished epoch.
+    """
     path = run_directory / "metrics.jsonl"
     if not path.exists():
         return []

@@ -1,4 +1,4 @@
-"""Figures of rows, as PNG and SVG: the same bytes for the same rows."""
+"""Figures of rows, as PNG and SVG. Equal rows give equal bytes."""
 
 import io
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ MARKERS = "osD^vPX"
 
 
 def can_plot(row: Row, x: str, y: str) -> bool:
-    """Whether a row has numbers for both axes."""
+    """Whether a row has a number for each axis."""
     return all(isinstance(row.get(c), int | float) for c in (x, y))
 
 
 def series_style() -> Any:
-    """Matplotlib's settings for every figure."""
+    """A context with Matplotlib's settings for every figure."""
     return matplotlib.rc_context(
         {
             "font.size": 10,
@@ -41,10 +41,10 @@ def series_style() -> Any:
 
 
 def plot_rows(rows: Sequence[Row], x: str, columns: Sequence[str]) -> Figure:
-    """One panel a column over x: a marker for each run, and a band where there are several seeds.
+    """A figure with one panel for each column over x: a marker for each run, a line of means.
 
-    The line joins means, the band is one standard deviation to each side. Runs that differ in
-    other fields than x's are series of their own.
+    With several seeds, a band shows one standard deviation to each side. Runs that differ in a
+    field other than x are separate series.
     """
     follows = {"layers": ["model.recursions"]}.get(x, [x])
     fields = [f for f in varying_fields(rows) if f not in follows]
@@ -101,12 +101,15 @@ def _draw(axes: Axes, rows: Sequence[Row], x: str, column: str, fields: Sequence
 
 
 def _wide(values: Sequence[float], ratio: float = 8) -> bool:
-    """Whether a logarithmic axis shows the values better; proportions stay straight on two."""
+    """Whether a logarithmic axis shows the values better.
+
+    Next to another logarithmic axis a smaller ratio is enough: proportions are then straight lines.
+    """
     return min(values) > 0 and max(values) / min(values) >= ratio
 
 
 def save_figure(figure: Figure, stem: Path) -> list[Path]:
-    """Writes a figure as PNG and SVG, the same bytes for the same rows; returns the files."""
+    """Writes a figure as PNG and SVG, reproducible to the byte; returns the files."""
     files = []
     for suffix in ("png", "svg"):
         data = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Views of rows: tables for the terminal, Markdown, CSV, and the report of a study."""
+"""Rows as tables: for the terminal, in Markdown and as CSV."""
 
 import csv
 import io
@@ -46,7 +46,11 @@ CLASS_COLUMNS = (
 
 
 def table_cells(rows: Sequence[Row], columns: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Headings and lines of a table: one line for each group of seeds, as mean ± deviation."""
+    """Headings and lines of a table; runs that differ only in their seed are one line.
+
+    Such a line has means, with the sample standard deviation behind ±. A value that was not
+    measured is a dash.
+    """
     fields = varying_fields(rows)
     fields = fields if "name" in fields else ["name", *fields]
     columns = [c for c in columns if any(row.get(c) is not None for row in rows)]
@@ -74,7 +78,7 @@ def table_cells(rows: Sequence[Row], columns: Sequence[str]) -> tuple[list[str],
 
 
 def terminal_table(headings: list[str], lines: list[list[str]], title: str = "") -> Table:
-    """A table for the terminal: numbers to the right, the FLOPs convention under it."""
+    """A table for the terminal: numbers align to the right, the FLOPs convention is under it."""
     note = FLOPS_NOTE if any("FLOPs" in heading for heading in headings) else None
     table = Table(title=title or None, caption=note, caption_justify="left", title_justify="left")
     for index, text in enumerate(headings):
@@ -91,7 +95,7 @@ def terminal_table(headings: list[str], lines: list[list[str]], title: str = "")
 
 
 def _least_width(texts: Sequence[str]) -> int:
-    """A column's width on a terminal that is too narrow for the table: numbers are not broken."""
+    """The width below which a column does not shrink, so that numbers are not broken in two."""
     return min(max((len(word) for text in texts for word in text.split()), default=1), 12)
 
 
@@ -100,7 +104,7 @@ def _is_number(text: str) -> bool:
 
 
 def markdown_table(headings: list[str], lines: list[list[str]]) -> str:
-    """The table in Markdown, the FLOPs convention under it."""
+    """The table in Markdown, with the FLOPs convention under it."""
     numeric = [all(_is_number(line[i]) for line in lines) for i in range(len(headings))]
     rows = [headings, ["---:" if right else "---" for right in numeric], *lines]
     text = "".join("| " + " | ".join(c.replace("|", "\\|") for c in r) + " |\n" for r in rows)
@@ -108,7 +112,7 @@ def markdown_table(headings: list[str], lines: list[list[str]]) -> str:
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """All rows with all columns, raw: full floats, lists as JSON, nothing where not measured."""
+    """All rows and columns as CSV: unrounded floats, lists as JSON, empty if not measured."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -119,7 +123,7 @@ def csv_text(rows: Sequence[Row]) -> str:
 
 
 def breakdown_tables(profile: "Profile") -> list[Table]:
-    """Where a model's cost lies: by stage, where stages are known, and by kind of work."""
+    """Tables of a model's cost: by stage, if stages are known, and by kind of work."""
     spec, macs = profile.spec, COLUMNS["macs"]
     headings = ["Stage", "Tokens", "Width", "Layers", "Params (M)", macs.heading, "Share (%)"]
     lines = []
@@ -143,7 +147,7 @@ def breakdown_tables(profile: "Profile") -> list[Table]:
 
 
 def class_table(row: Row) -> Table:
-    """Top-1 of each class of an evaluation, over it the model and its depth, under it the mean."""
+    """Top-1 of each class of an evaluation; the title names the model, the caption has the mean."""
     columns = ("test_images", "top1_percent")
     lines = [
         [line["class"], *(COLUMNS[c].text(line[c]) for c in columns)] for line in row["per_class"]
@@ -157,7 +161,7 @@ def class_table(row: Row) -> Table:
 
 
 def class_csv(rows: Sequence[Row]) -> str:
-    """A line of CSV for each evaluation and class: images and top-1, raw."""
+    """Images and unrounded top-1 as CSV, a line for each evaluation and class."""
     return csv_text(
         [
             {column: {**row, **line}[column] for column in CLASS_COLUMNS}
@@ -169,22 +173,30 @@ def class_csv(rows: Sequence[Row]) -> str:
 
 INFERENCE_NOTE = (
     "Inference is of the model as `sret eval` runs it. Its fused copy, which `sret profile "
-    "--device` times, needs less."
+    "--device` measures, needs less."
 )
 
 
 def memory_verdict(row: Row) -> str:
-    """What the prediction of a row comes to, in a line."""
+    """The memory that a row predicts, and whether it fits the budget, in one line."""
     if "training_memory_bytes" not in row:
-        return f"{row['name']}: the memory of timm's models is not predicted; use --device"
+        return f"{row['name']}: memory is not predicted for timm models; measure it with --device"
     needed, budget = row["training_memory_bytes"], row["gpu_memory_bytes"]
-    text = f"{row['name']}: {row['memory_batch_size']} images need {needed / 1e9:.2f} GB to train"
-    if any(row["segments"]):
-        passes = zip(row["recomputed"], row["segments"], strict=True)
-        text += "; recomputed are " + ", ".join(f"{n} passes by {k}" for n, k in passes)
+    batch = f"a batch of {row['memory_batch_size']:,}"
+    text = f"{row['name']}: {batch} needs {needed / 1e9:.2f} GB to train"
+    stages = enumerate(zip(row["recomputed"], row["segments"], strict=True), 1)
+    recomputed = [
+        f"{passes:,} passes of stage {stage} in segments of {length:,}"
+        for stage, (passes, length) in stages
+        if length
+    ]
+    if recomputed:
+        text += f", recomputing {', '.join(recomputed)}"
     if budget is None:
         return text
-    most = f"{row['largest_batch']} images fit" if row["largest_batch"] else "no batch fits"
+    largest = (
+        f"largest batch: {row['largest_batch']:,}" if row["largest_batch"] else "no batch fits"
+    )
     if row["fits"]:
-        return f"{text}; they fit {budget / 1e9:g} GB, and {most} at the most"
-    return f"{text}, {(needed - budget) / 1e9:.2f} GB more than {budget / 1e9:g} GB; {most}"
+        return f"{text}; it fits in {budget / 1e9:g} GB ({largest})"
+    return f"{text}, {(needed - budget) / 1e9:.2f} GB more than {budget / 1e9:g} GB ({largest})"

@@ -1,4 +1,4 @@
-"""The report of a study, as files: tables and the figures that the rows allow."""
+"""The report of a study as files: tables and figures."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ COST = ("params", "macs", "peak_memory_bytes", "activation_bytes")
 
 
 def write_report(rows: Sequence[Row], spec: ReportSpec, directory: Path) -> list[Path]:
-    """Writes table.md, table.csv and the figures that the rows allow; returns the files."""
+    """Writes table.md, table.csv and each figure that has measured values; returns the files."""
     from sret_cli.report.figures import can_plot, plot_rows, save_figure
 
     make_directory(directory)

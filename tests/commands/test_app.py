@@ -52,7 +52,7 @@ def test_a_thousand_layers_are_built_and_say_where_slices_were_fitted(sret):
     assert "stage 3: its 1 tokens take 1 slice, not 4" in err
 
 
-def test_a_twin_of_a_budget_is_built_from_flags(sret):
+def test_a_twin_at_a_parameter_budget_is_built_from_flags(sret):
     code, out, _ = sret(
         *("build", "--preset", "nano", "--params", "1.3M", "--twin", "layers", "--json")
     )
@@ -89,7 +89,7 @@ def test_a_built_model_is_written_and_read_back(sret, tmp_path):
     assert (code, err) == (2, "sret: model holds a model already; choose another directory\n")
 
 
-def test_profile_without_arguments_shows_the_presets_beside_published_figures(sret):
+def test_profile_without_arguments_shows_presets_next_to_published_figures(sret):
     code, out, _ = sret("profile")
     assert code == 0
     (line,) = [line for line in out.splitlines() if "sret_s" in line]
@@ -130,7 +130,7 @@ def test_a_study_is_run_reported_and_not_run_again(sret, study):
     assert all(path.read_bytes() == rows[path] for path in rows)
 
 
-def test_a_study_that_grew_trains_only_what_is_missing(sret, study):
+def test_a_study_that_grew_trains_only_the_missing_runs(sret, study):
     sret("train", study)
     study.write_text(STUDY.replace("[1, 2]", "[1, 2, 3]"))
     code, _, err = sret("train", study)
@@ -184,7 +184,7 @@ def test_one_run_is_evaluated_at_other_recursion_counts(sret):
     assert "4 recursions are more than the 2 that this model has weights for" in err
 
 
-def test_a_run_that_fails_is_a_row_with_its_error_and_the_others_go_on(sret, study):
+def test_a_failed_run_is_a_row_with_its_error_and_the_others_continue(sret, study):
     study.write_text(STUDY.replace("epochs = 1\n", "epochs = 1\nclip_grad = 1e9\n", 1))
     study.write_text(study.read_text() + '"train.lr" = [1e30, 1e-3]\n')
     code, _, err = sret("train", study)
@@ -222,7 +222,7 @@ def test_running_out_of_memory_is_a_row_with_its_error_and_exit_7(sret, study, m
     assert [row["status"] for row in rows] == ["out_of_memory", "out_of_memory"]
 
 
-def test_a_run_that_another_process_has_is_left_to_it_and_the_others_are_done(sret, study):
+def test_a_run_in_use_by_another_process_is_skipped_and_the_others_are_done(sret, study):
     (first, second) = load_study(study).runs
     with locked_directory(first.directory(study.parent / "runs")):
         process = start("train", study, cwd=study.parent)
@@ -244,7 +244,7 @@ def test_a_full_disk_ends_the_study_and_leaves_no_row(sret, study, monkeypatch):
     assert list(study.parent.glob("runs/depth/*/row.json")) == []
 
 
-def test_a_run_goes_on_with_more_epochs_beside_the_run_of_fewer(sret):
+def test_more_epochs_make_a_new_run_next_to_the_run_with_fewer(sret):
     code, out, _ = sret("train", *QUICK, "--json")
     (first,) = json.loads(out)
     directory = f"runs/train/{first['run_id']}"
@@ -260,7 +260,7 @@ def test_a_run_goes_on_with_more_epochs_beside_the_run_of_fewer(sret):
     assert sret("report")[0] == 0
 
 
-def test_a_run_goes_on_from_within_its_own_directory_or_its_studys(sret, monkeypatch):
+def test_a_run_is_resumed_from_its_own_directory_or_its_study_directory(sret, monkeypatch):
     code, out, _ = sret("train", *QUICK, "--json")
     (first,) = json.loads(out)
     directory = Path("runs", "train", first["run_id"]).absolute()
@@ -271,7 +271,7 @@ def test_a_run_goes_on_from_within_its_own_directory_or_its_studys(sret, monkeyp
     assert sorted(directory.parents[2].iterdir()) == [directory.parents[1]]
 
 
-def test_without_a_terminal_there_is_a_line_of_progress_now_and_then(sret, monkeypatch):
+def test_without_a_terminal_progress_is_printed_as_lines(sret, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_A_LINE", 0)
     code, _, err = sret("train", *QUICK)
     assert code == 0
@@ -282,7 +282,7 @@ def test_without_a_terminal_there_is_a_line_of_progress_now_and_then(sret, monke
     assert line.endswith(", – left")
 
 
-def test_a_model_that_does_not_fit_the_device_is_a_row_and_the_others_go_on(sret, monkeypatch):
+def test_a_model_that_does_not_fit_the_device_is_a_row_and_the_others_continue(sret, monkeypatch):
     monkeypatch.setattr("sret_cli.cost.timing.free_bytes", lambda device: 10**8)
     Path("sizes.toml").write_text(
         '[model]\npreset = "nano"\n[grid]\n"model.recursions" = [1, 400]\n', encoding="utf-8"
@@ -344,7 +344,7 @@ def test_our_own_errors_are_not_hidden(sret, monkeypatch):
         (["train", "--dataset", "folder"], 3, "--data-dir"),
         (["train", "--dataset", "folder", "--data-dir", "nowhere"], 4, "no folder nowhere"),
         (["train", "--data-dir", "nowhere"], 4, "no folder nowhere"),
-        (["train", "--synthetic", "--dataset", "digits"], 2, "--synthetic needs no other data"),
+        (["train", "--synthetic", "--dataset", "digits"], 2, "--synthetic cannot be combined"),
         (["train", "--on-bad-image", "ask"], 3, "on_bad_image = 'ask'"),
         (["train", "--epochs", 0], 3, "epochs = 0"),
         (["train", "--set", "train.opt=adamv"], 3, "unknown opt 'adamv'; did you mean"),
@@ -369,14 +369,14 @@ def test_bad_input_gets_one_line_and_its_exit_code(sret, arguments, code, messag
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize("command", ["train", "profile", "eval", "run"])
-def test_cuda_that_is_not_there_is_refused_before_anything_is_done(sret, command):
+def test_missing_cuda_is_refused_before_anything_is_done(sret, command):
     code, out, err = sret(command, "--device", "cuda")
     assert (code, out) == (2, "")
     assert err == "sret: no CUDA device on this machine; use --device cpu\n"
     assert os.listdir() == []
 
 
-def test_a_traceback_is_shown_when_it_is_asked_for(sret):
+def test_debug_shows_a_traceback(sret):
     code, _, err = sret("build", "--layers", 0, "--debug")
     assert code == 3
     assert "Traceback" in err
@@ -408,10 +408,10 @@ def test_a_closed_pipe_ends_quietly(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_study_says_what_it_kept_and_goes_on(study, number, code):
+def test_a_stopped_study_says_what_it_kept_and_resumes(study, number, code):
     study.write_text(STUDY.replace("[1, 2]", "[1, 30]").replace("epochs = 1\n", "epochs = 4\n"))
     process = start("train", study, cwd=study.parent)
-    # On a busy machine, lines of progress come before.
+    # On a busy machine, lines of progress may come first.
     assert any(line.startswith("[1/2] ") for line in process.stderr)
     deadline = time.monotonic() + 300
     while len(list(study.parent.glob("runs/depth/*/metrics.jsonl"))) < 2:
@@ -433,7 +433,7 @@ def test_a_stopped_study_says_what_it_kept_and_goes_on(study, number, code):
 
 
 @pytest.mark.slow
-def test_models_of_timm_are_measured_beside_ours(sret):
+def test_timm_models_are_measured_next_to_ours(sret):
     code, out, err = sret(
         *("profile", "--preset", "nano", "--img-size", 32, "--batch-size", 2, "--json"),
         *("--against", "vit_tiny_patch16_224, resmlp_12_224", "--device", "cpu"),
@@ -461,7 +461,7 @@ def test_a_bare_compile_means_on_and_other_modes_are_refused(sret):
     assert err == ("sret: unknown mode of compilation 'yes'; choose from off, on, auto\n")
 
 
-def test_a_full_trace_gives_the_costs_of_the_trace_by_signature(sret):
+def test_a_full_trace_gives_the_same_costs_as_one_pass_of_each_kind(sret):
     found = []
     for trace in ("passes", "full"):
         code, out, _ = sret(

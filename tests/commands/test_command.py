@@ -21,8 +21,8 @@ TINY = ("--set", "model.embed_dims=[8, 16, 32]", "--set", "model.blocks=1", "--b
         (["run", "--epochs", 3], "of `sret run`; use --set train.epochs=…"),
         (["build", "--mlp-ratio", 3], "of `sret build`; use --set model.mlp_ratio=…"),
         (["build", "--lr", 1], "which trains nothing; use it with `sret train`"),
-        (["eval", "--mlp-ratio", 3], "--mlp-ratio is no flag of `sret eval`; see --help"),
-        (["data", "check", "--device", "cpu"], "--device is no flag of `sret data check`"),
+        (["eval", "--mlp-ratio", 3], "--mlp-ratio is not a flag of `sret eval`; see --help"),
+        (["data", "check", "--device", "cpu"], "--device is not a flag of `sret data check`"),
         (["train", "--lr", 1, "--lr", 2], "--lr is given twice; leave one of the two out"),
         (["train", "--runs=a", "--runs=b"], "--runs is given twice"),
         (["train", "--lr", 1, "--set", "train.lr=2"], "is the second value of train.lr, after 1.0"),
@@ -42,14 +42,14 @@ TINY = ("--set", "model.embed_dims=[8, 16, 32]", "--set", "model.blocks=1", "--b
         (["train", "--resume", "x", "--synthetic"], "leave out synthetic"),
     ],
 )
-def test_flags_that_cannot_be_get_one_line_with_advice(sret, arguments, message):
+def test_invalid_flags_get_one_line_with_advice(sret, arguments, message):
     code, out, err = sret(*arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert message in err
     assert os.listdir() == []
 
 
-def test_one_epoch_is_trained_as_typed_and_the_shorter_warm_up_is_said(sret):
+def test_one_epoch_is_trained_and_a_note_says_that_warm_up_is_shorter(sret):
     code, out, err = sret(
         *("train", "--epochs", 1, "--lr", 1e-3, "--weight-decay", 0.1, *TINY, "--json")
     )
@@ -83,7 +83,7 @@ def test_a_recipe_is_a_flag_of_train_and_run_takes_settings(sret):
 
 
 @pytest.mark.parametrize("field", ["init", "soft_labels", "teacher_checkpoint"])
-def test_a_path_that_is_not_there_is_refused_before_anything_is_done(sret, tmp_path, field):
+def test_a_missing_path_is_refused_before_anything_is_done(sret, tmp_path, field):
     teacher = ["--set", "train.teacher=resnet18"] if field == "teacher_checkpoint" else []
     code, _, err = sret("train", "--set", f"train.{field}=nowhere", *teacher)
     assert code == (4 if field == "soft_labels" else 5)
@@ -102,7 +102,7 @@ def test_a_tilde_in_a_flag_is_the_home_directory(sret, tmp_path, monkeypatch):
     assert (code, f"no folder {tmp_path}/home/images" in err) == (4, True)
 
 
-def test_memory_of_a_study_is_that_of_its_own_training(sret):
+def test_predicted_memory_of_a_study_is_for_its_own_training(sret):
     Path("s.toml").write_text(
         '[model]\npreset = "nano"\n[train]\nbatch_size = 96\naccumulation = 3\n'
         'precision = "bf16"\nrecompute = "pass"\n',
@@ -138,9 +138,40 @@ def test_a_gpu_is_chosen_by_its_number(monkeypatch):
             device_type(wrong)
 
 
-def test_a_gpu_of_several_processes_is_not_chosen_by_number(monkeypatch):
+def test_distributed_processes_do_not_choose_a_gpu_by_number(monkeypatch):
     from sret_cli.training.ranks import start_ranks
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SretError, match="each of 2 processes takes its own; use --device cuda"):
         start_ranks("cuda:1")
+
+
+def test_help_lists_flags_in_sections(sret, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = sret("train", "--help")
+    sections = [line for line in out.splitlines() if line.endswith(":") and line[0] != " "]
+    assert (code, sections) == (
+        0,
+        ["Arguments:", "Model:", "Data:", "Training:", "Where and how:", "Options:"],
+    )
+    assert out.count("--help") == 1 and out.rindex("Options:") < out.index("--help")
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_help_on_studies_is_readable_on_a_narrow_terminal(sret, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = sret("help", "studies")
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+    for words in ("[model] with a backbone", "│ distill_temperature ", "│ 1e-05 "):
+        assert words in out
+
+
+def test_help_lists_its_topics_and_names_the_nearest(sret):
+    code, out, _ = sret("help")
+    assert code == 0 and "  studies  Every table and key" in out
+    assert sret("help", "study") == (
+        2,
+        "",
+        "sret: unknown topic 'study'; did you mean 'studies'?\n",
+    )

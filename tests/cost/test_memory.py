@@ -291,10 +291,10 @@ def test_profile_says_whether_a_batch_fits_and_what_would(sret):
     flags = ("profile", "--preset", "nano", "--memory", "--batch-size", 64)
     code, out, _ = sret(*flags, "--gpu-memory", "10G")
     assert code == 0
-    assert "they fit 10 GB" in out
+    assert "it fits in 10 GB (largest batch: " in out
     code, out, _ = sret(*flags, "--gpu-memory", "40M")
     assert code == 0
-    assert "more than 0.04 GB; no batch fits" in out
+    assert "more than 0.04 GB (no batch fits)" in out
     code, _, err = sret("profile", "--preset", "nano", "--gpu-memory", "40M")
     assert code == 2
     assert "--memory" in err

@@ -75,7 +75,7 @@ def test_every_file_that_cannot_be_read_is_named_and_the_exit_code_is_4(sret, fo
         str(folder / "val" / "dog" / "2.png"),
     ]
     assert "not an image" in next(iter(found["unreadable"].values()))
-    assert err.endswith("sret: 2 of 12 images cannot be read; mend or remove them\n")
+    assert err.endswith("sret: 2 of 12 images cannot be read; fix or remove them\n")
     _, out, _ = sret("data", "check", folder)
     assert f"cannot read {broken}" in out
 

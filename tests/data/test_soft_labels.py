@@ -407,7 +407,7 @@ def test_the_command_writes_labels_that_a_training_takes(sret, folder, pets, tea
     assert code == 0, err
     assert json.loads(out)[0]["test_images"] == 4
     code, _, err = sret("distill-labels", "--data-dir", folder)
-    assert (code, err) == (2, "sret: name the model that is to teach by --teacher\n")
+    assert (code, err) == (2, "sret: no teacher is given; name a model with --teacher\n")
 
 
 def test_digits_can_be_labelled(tiny, tmp_path):

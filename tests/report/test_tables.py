@@ -37,7 +37,7 @@ def test_seeds_are_one_line_with_mean_and_deviation():
     ]
 
 
-def test_what_was_not_measured_is_a_dash_and_what_failed_says_why():
+def test_a_value_that_was_not_measured_is_a_dash_and_a_failed_run_says_why():
     made = rows()
     made[0] |= {"top1_percent": None, "error": "out of memory"}
     made[1] |= {"top1_percent": None}
@@ -47,7 +47,7 @@ def test_what_was_not_measured_is_a_dash_and_what_failed_says_why():
     assert lines[1] == ["nano", "2", "32", "94.00", "–"]
 
 
-def test_fields_that_vary_are_columns_and_those_that_follow_are_not():
+def test_fields_that_vary_are_columns_unless_they_follow_from_another():
     made = rows()
     assert varying_fields(made) == []
     for row in made[2:]:
@@ -101,7 +101,7 @@ def test_a_report_is_a_table_and_figures(tmp_path):
     assert all(file.stat().st_size > 100 for file in files)
 
 
-def test_a_column_with_a_dot_in_its_name_has_figures_of_its_own(tmp_path):
+def test_a_column_with_a_dot_in_its_name_has_its_own_figure(tmp_path):
     files = write_report(rows(), ReportSpec(y=("train.lr", "model.nll_ratio")), tmp_path)
     assert {"train.lr.png", "model.nll_ratio.svg"} <= {file.name for file in files}
 

@@ -1,0 +1,46 @@
+"""What a built model consists of, as plain values."""
+
+import time
+from typing import Any
+
+import torch
+
+from sret_cli.model.backbone import count_layers, describe_backbone
+from sret_cli.spec.model import ModelSpec
+
+STAGE_FIELDS = ("embed_dims", "blocks", "recursions", "slices", "recursive_slices")
+
+
+def summarise(model: Any) -> dict[str, Any]:
+    """A model's spec, stages, layers and parameters, and how one random image ran through it."""
+    spec = model.spec
+    x = torch.randn(1, spec.in_chans, spec.img_size, spec.img_size)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        logits = model.eval()(x)
+    seconds = time.perf_counter() - start
+    stages = _stages(model)
+    total = sum(p.numel() for p in model.parameters())
+    return {
+        "model": spec.model_dump(mode="json"),
+        "stages": stages,
+        "layers": count_layers(model),
+        "params": total,
+        "params_outside_stages": total - sum(stage["params"] for stage in stages),
+        "forward_seconds": seconds,
+        "logits_are_finite": bool(logits.isfinite().all()),
+    }
+
+
+def _stages(model: Any) -> list[dict[str, Any]]:
+    spec = model.spec
+    if not isinstance(spec, ModelSpec):
+        return [{"name": name, **values} for name, values in describe_backbone(model).items()]
+    return [
+        {
+            "tokens": spec.tokens[index],
+            **{name: getattr(spec, name)[index] for name in STAGE_FIELDS},
+            "params": sum(p.numel() for p in stage.parameters()),
+        }
+        for index, stage in enumerate(model.stages)
+    ]
