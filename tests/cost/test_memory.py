@@ -199,7 +199,9 @@ def test_depth_is_predicted_from_the_same_traces(monkeypatch, tiny):
     traced = []
     real = trace_storages
     monkeypatch.setattr(footprint, "_traced", {})
-    monkeypatch.setattr(footprint, "trace_storages", lambda *a, **k: traced.append(k) or real(*a, **k))
+    monkeypatch.setattr(
+        footprint, "trace_storages", lambda *a, **k: traced.append(k) or real(*a, **k)
+    )
     predict_memory(tiny.at(layers=40), Setting(2, "fp32", "cpu"))
     count = len(traced)
     assert count == 2 * (5 + 4)  # first and later passes; stem, pools, head: training, inference
