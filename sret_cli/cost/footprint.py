@@ -105,9 +105,17 @@ class _Tracer:
             if self._model is None:
                 self.stack.enter_context(fake_module(self.setting.device))
                 self._model = _Shapes(self.small)
-            where = (self._model, call, self.setting.device, self.setting.precision)
-            training = trace_storages(*where, trains=True)
-            _traced[key] = training, trace_storages(*where, trains=False)
+            training, inference = (
+                trace_storages(
+                    module=self._model,
+                    call=call,
+                    device=self.setting.device,
+                    precision=self.setting.precision,
+                    trains=trains,
+                )
+                for trains in (True, False)
+            )
+            _traced[key] = (training, inference)
         return key, _traced[key][0].output_dtype
 
 
