@@ -1,4 +1,4 @@
-"""What a model costs, part by part."""
+"""The costs of a model, part by part."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -11,7 +11,14 @@ KINDS = ("stem", "projections", "attention products", "mlp", "nll", "norms", "po
 
 @dataclass(frozen=True)
 class Counts:
-    """What one call of a module costs, for one image; `macs` sums up `macs_by_kind`."""
+    """What one call of a module costs, for one image.
+
+    Attributes:
+        params: parameters; shared ones count once.
+        macs_by_kind: multiply-adds of each kind of work, or of each operator.
+        activations: elements that fvcore counts as activations.
+        activation_bytes: bytes that autograd keeps for the backward pass, in fp32.
+    """
 
     params: int
     macs_by_kind: tuple[tuple[str, int], ...]
@@ -26,7 +33,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Part:
-    """A module of the network and how often it runs; `stage` is None for stem and head."""
+    """A module of the network, and how often it runs; `stage` is None outside the stages."""
 
     stage: int | None
     label: str
@@ -38,7 +45,7 @@ class Part:
 class Profile:
     """The exact costs of a spec: parts that add up to the whole network.
 
-    A backbone's are not told apart by stage, and its `layers` are None where they are not known.
+    For a timm model `params_by_stage` is empty, and `layers` is None where it is not known.
     """
 
     spec: Spec
@@ -66,7 +73,7 @@ class Profile:
         return self._sum("activation_bytes")
 
     def macs_by_kind(self) -> dict[str, int]:
-        """Multiply-adds of each kind of work, or of each operator of a backbone."""
+        """Multiply-adds of each kind of work, or for a timm model of each operator."""
         total: Counter[str] = Counter()
         for part in self.parts:
             for kind, macs in part.counts.macs_by_kind:
@@ -74,7 +81,7 @@ class Profile:
         return {kind: total[kind] for kind in (KINDS if self.params_by_stage else total)}
 
     def macs_by_stage(self) -> tuple[int, ...]:
-        """Multiply-adds of each stage's passes; stem, pools and head are not in them."""
+        """Multiply-adds of each stage's passes, without stem, pools and head."""
         return tuple(
             sum(p.times * p.counts.macs for p in self.parts if p.stage == stage)
             for stage in range(len(self.params_by_stage))

@@ -7,22 +7,18 @@ from itertools import product
 from math import ceil, floor, gcd, lcm
 from typing import NamedTuple
 
-from sret_cli.cost.count import Signatures, _count, count, schedule_signatures
+from sret_cli.cost.count import Signatures, count, count_passes, schedule_signatures
 from sret_cli.runtime.errors import SretError, nearest_choice
 from sret_cli.spec.depth import divisors
 from sret_cli.spec.model import ModelSpec
 
-TOLERANCE = 0.01
-
-
-MAX_WIDTH = 65_536
-
-
+TOLERANCE = 0.01  # of the budget
+MAX_WIDTH = 65_536  # of the last stage
 TWIN_KINDS = ("layers", "params", "macs")
 
 
 class Candidate(NamedTuple):
-    """The widths, or the blocks, of the stages, and what the model then costs."""
+    """Widths or blocks of the stages, and the cost of the model that has them."""
 
     sizes: tuple[int, ...]
     cost: int
@@ -31,10 +27,10 @@ class Candidate(NamedTuple):
 def fit_width(spec: ModelSpec, *, params: int | None = None, macs: int | None = None) -> ModelSpec:
     """The same depth, slices and sharing at the width that meets a budget within 1 %.
 
-    Stages keep the ratios of their widths. Heads keep their width and change their number where
-    that comes within 1 %; else they keep their number; else each stage takes the number that
-    divides its width and brings heads nearest to the width they had. Heads cost nothing: neither
-    parameters nor multiply-adds depend on them.
+    Stages keep the ratios of their widths. Heads keep their width and change their number if that
+    comes within 1 %; else they keep their number; else each stage takes the number of heads that
+    divides its width and comes nearest to the width that heads had. The number of heads changes
+    neither parameters nor multiply-adds.
 
     Raises:
         SretError: there is not exactly one budget, or no width meets it; the message names the
@@ -51,20 +47,20 @@ def fit_width(spec: ModelSpec, *, params: int | None = None, macs: int | None = 
 
 
 def twin_spec(spec: ModelSpec, kind: str) -> ModelSpec:
-    """The control of a model with shared weights: an untied one, of blocks passed through once.
+    """The control of a model with shared weights: an untied one, whose blocks run once each.
 
     - "layers": as many layers of the same width, each with weights of its own.
-    - "params": as many layers, narrower, until the parameters match within 1 %.
-    - "macs": as many layers at the width whose multiply-adds match within 1 %: the same width where
-      first and later passes have the same slices.
+    - "params": as many layers, narrower, so that the parameters match within 1 %.
+    - "macs": as many layers at the width whose multiply-adds match within 1 %. That is the same
+      width where first and later passes have the same slices.
 
-    Widths and heads are as in `fit_width`. Where a step of the width is too large, the next wider
-    widths are tried, each with as many layers fewer, in the proportion of the stages, as it takes.
-    All passes of a twin are first passes: they take `slices`, and nothing is shuffled. A model
-    without shared weights is its own twin.
+    Widths and heads are as in `fit_width`. Where a step of the width is too large, the next larger
+    widths are tried with fewer layers, in proportion to the stages. All passes of a twin are first
+    passes: they have `slices`, and nothing is shuffled. A model without shared weights is its own
+    twin.
 
     Raises:
-        SretError: there is no such kind, or nothing matches; the message names the neighbours.
+        SretError: the kind is unknown, or nothing matches; the message names the nearest models.
     """
     if kind not in TWIN_KINDS:
         raise SretError(f"unknown twin {kind!r}; {nearest_choice(str(kind), list(TWIN_KINDS))}")
@@ -92,7 +88,7 @@ def twin_spec(spec: ModelSpec, kind: str) -> ModelSpec:
 
 
 def _best(near: Iterable[Candidate], wanted: int) -> tuple[int, ...] | None:
-    """The sizes that cost most nearly what is wanted, or None where none is within 1 %."""
+    """The sizes whose cost is nearest to what is wanted; None if none is within 1 %."""
     best = min(near, key=lambda candidate: abs(candidate.cost - wanted))
     return best.sizes if abs(best.cost - wanted) <= TOLERANCE * wanted else None
 
@@ -103,11 +99,11 @@ def _refusal(what: str, wanted: int, kind: str, near: list[Candidate], hint: str
 
 
 def _fit(spec: ModelSpec, kind: str, wanted: int) -> tuple[ModelSpec | None, list[Candidate]]:
-    """The spec at the width that `fit_width` describes, if any, and the neighbours."""
+    """The spec at the width that `fit_width` describes, if any, and the nearest widths."""
     ratios, passes = _scaled(spec, 1), schedule_signatures(spec)
     near: list[Candidate] = []
     for parts in (_head_widths(spec), spec.num_heads, (1,) * spec.stages):
-        # The width of the first stage goes in steps of this; the stem halves it.
+        # The first stage's width is a multiple of this; the stem halves it.
         step = lcm(2, *(n // gcd(n, ratio) for n, ratio in zip(parts, ratios, strict=True)))
         near = _near_widths(spec, passes, kind, wanted, step)
         best = _best(near, wanted)
@@ -117,7 +113,7 @@ def _fit(spec: ModelSpec, kind: str, wanted: int) -> tuple[ModelSpec | None, lis
 
 
 def _scaled(spec: ModelSpec, width: int) -> tuple[int, ...]:
-    """The stages' widths where the first is `width`."""
+    """The stages' widths if the first is `width`."""
     return tuple(width * (dim // spec.embed_dims[0]) for dim in spec.embed_dims)
 
 
@@ -126,7 +122,7 @@ def _head_widths(spec: ModelSpec) -> tuple[int, ...]:
 
 
 def _at_width(spec: ModelSpec, dims: tuple[int, ...]) -> ModelSpec:
-    """The spec with other widths, and with heads as `fit_width` says."""
+    """The spec with other widths, and with heads as `fit_width` describes."""
     widths = _head_widths(spec)
     heads = tuple(
         min(divisors(dim), key=lambda number: abs(dim / number - width))
@@ -140,16 +136,16 @@ def _at_width(spec: ModelSpec, dims: tuple[int, ...]) -> ModelSpec:
 def _near_widths(
     spec: ModelSpec, passes: Signatures, kind: str, wanted: int, step: int
 ) -> list[Candidate]:
-    """The widest that costs at most what is wanted, and the next wider; of those there are."""
+    """The widest model that costs at most what is wanted and the next wider one, if they exist."""
 
     def candidate(width: int) -> Candidate:
         dims = _scaled(spec, width)
-        cost = _count(spec.with_values(embed_dims=dims, num_heads=1), passes)
+        cost = count_passes(spec.with_values(embed_dims=dims, num_heads=1), passes)
         return Candidate(dims, getattr(cost, kind))
 
     narrowest, ratio = step, min(spec.mlp_ratio, spec.nll_ratio)
     while int(ratio * narrowest) < 1:
-        narrowest += step  # until each MLP has a hidden unit
+        narrowest += step  # each MLP needs a hidden unit
     widest = max(narrowest, MAX_WIDTH * spec.embed_dims[0] // spec.embed_dims[-1])
     widths = range(narrowest, widest + 1, step)
     wider = bisect_right(widths, wanted, key=lambda width: candidate(width).cost)
@@ -157,7 +153,7 @@ def _near_widths(
 
 
 def _near_depths(spec: ModelSpec, kind: str, wanted: int, spread: int) -> list[Candidate]:
-    """Untied models with fewer layers: each stage's share, rounded and up to `spread` off."""
+    """Untied models with fewer blocks: in proportion, rounded, and up to `spread` more or less."""
 
     def cost(blocks: tuple[int, ...]) -> int:
         return getattr(count(spec.with_values(blocks=blocks)), kind)
@@ -165,9 +161,9 @@ def _near_depths(spec: ModelSpec, kind: str, wanted: int, spread: int) -> list[C
     ones = (1,) * spec.stages
     least = cost(ones)
     each = [cost((*ones[:s], 2, *ones[s + 1 :])) - least for s in range(spec.stages)]
-    share = (wanted - least + sum(each)) / sum(map(operator.mul, each, spec.blocks))
+    ratio = (wanted - least + sum(each)) / sum(map(operator.mul, each, spec.blocks))
     choices = [
-        range(max(1, floor(share * n) - spread), min(n, max(1, ceil(share * n)) + spread) + 1)
+        range(max(1, floor(ratio * n) - spread), min(n, max(1, ceil(ratio * n)) + spread) + 1)
         for n in spec.blocks
     ]
     return [

@@ -1,7 +1,6 @@
-"""What a spec costs, in closed form and without torch, and specs that cost what is wanted.
+"""What a spec costs, in closed form and without torch.
 
-`count` equals to the unit what `cost.trace` counts. From it follow `fit_width`, which
-solves for the width of a budget, and `twin`, the control of a model with shared weights.
+`count` equals, to the unit, what `cost.trace` traces.
 """
 
 from collections import Counter
@@ -10,11 +9,16 @@ from typing import NamedTuple
 
 from sret_cli.spec.model import ModelSpec, ends_shuffled
 
-FLOAT_BYTES, INDEX_BYTES = 4, 8  # of fp32, and of the int64 of a permutation
+FLOAT_BYTES, INDEX_BYTES = 4, 8  # fp32, and the int64 of labels and permutations
 
 
 class Passes(NamedTuple):
-    """Of a stage: how many passes have how many slices, and how often tokens are reordered."""
+    """What the costs of a stage's passes depend on.
+
+    Attributes:
+        by_slices: for each number of slices, the number of passes that have it.
+        gathers: how often tokens are reordered.
+    """
 
     by_slices: Counter[int]
     gathers: int
@@ -27,15 +31,16 @@ Signatures = tuple[Passes, ...]
 class Cost:
     """What one image's forward pass costs.
 
-    Args:
+    Attributes:
         params: parameters; shared ones count once.
         products: multiply-adds of convolutions, linear layers and attention's two matrix products.
-        elements: what fvcore adds for norms and pooling: 5 for each element of a LayerNorm, 2 of a
-            BatchNorm in eval mode, 1 of the input of a pooling (fvcore/nn/jit_handles.py).
+        elements: what fvcore adds for norms and pooling: 5 for each element of a LayerNorm, 2 for
+            each element of a BatchNorm in eval mode, and 1 for each input element of a pooling
+            (fvcore/nn/jit_handles.py).
         activations: elements that convolutions, linear layers and attention put out.
-        activation_bytes: bytes that autograd keeps of one image for the backward pass, in fp32 and
-            without dropout and drop path. Attention is taken to keep one number for each token and
-            head, as PyTorch's fused kernel for the CPU does; kernels for CUDA may pad that.
+        activation_bytes: bytes that autograd keeps of one image for the backward pass, in fp32,
+            without dropout and drop path. Attention keeps one number for each token and head, as
+            PyTorch's fused CPU kernel does; CUDA kernels may pad that.
     """
 
     params: int = 0
@@ -60,28 +65,38 @@ _FIELDS = tuple(f.name for f in fields(Cost))
 
 
 def count(spec: ModelSpec) -> Cost:
-    """Exact costs of one image's forward pass, without building the model.
+    """The exact costs of one image's forward pass, without building the model.
 
-    One multiply-add counts as one, as in fvcore and in the SReT paper's "FLOPs" column; LayerNorm,
-    BatchNorm and pooling are counted by fvcore's rules, softmax and GELU are not (fvcore has none
-    for them). Equals `profiler.trace`, in a fraction of a millisecond at 20 layers.
+    One multiply-add counts as one, as in fvcore and in the SReT paper's "FLOPs" column. LayerNorm,
+    BatchNorm and pooling are counted by fvcore's rules; softmax and GELU are not counted, because
+    fvcore has no rules for them. The result equals that of `profile`, needs no torch, and takes
+    less than a millisecond at 20 layers.
+
+    A `ModelSpec` always describes a valid model, so this raises no error of its own; making a spec
+    with slices that do not divide its tokens raises an SretError.
+
+    Examples:
+        >>> from sret_cli import PRESETS, count
+        >>> cost = count(PRESETS["deep"].at(layers=1000))
+        >>> f"{cost.params:,} parameters, {cost.macs / 1e9:.1f} G multiply-adds"
+        '14,657,700 parameters, 166.4 G multiply-adds'
     """
-    return _count(spec, schedule_signatures(spec))
+    return count_passes(spec, schedule_signatures(spec))
 
 
 def schedule_signatures(spec: ModelSpec) -> Signatures:
-    """What costs depend on, of each stage's schedule."""
+    """For each stage, what its costs depend on in its schedule."""
     return tuple(
         Passes(
-            Counter(p.slices for p in schedule),
-            sum(p.gathers for p in schedule) + ends_shuffled(schedule),
+            by_slices=Counter(p.slices for p in schedule),
+            gathers=sum(p.gathers for p in schedule) + ends_shuffled(schedule),
         )
         for schedule in map(spec.schedule, range(spec.stages))
     )
 
 
-def _count(spec: ModelSpec, passes: Signatures) -> Cost:
-    """As `count`, for schedules that are known: they do not depend on the width."""
+def count_passes(spec: ModelSpec, passes: Signatures) -> Cost:
+    """The result of `count` for schedules that are known; they do not depend on the width."""
     total = _stem(spec) + _head(spec)
     for stage, signature in enumerate(passes):
         if stage:
@@ -93,8 +108,8 @@ def _count(spec: ModelSpec, passes: Signatures) -> Cost:
 def _stem(spec: ModelSpec) -> Cost:
     """Three 3x3 convolutions, each with BatchNorm and ReLU, and the position embedding.
 
-    Kept: the input of each convolution (the ReLU before has kept it), that of each BatchNorm with
-    mean and deviation of each channel, and what the last ReLU puts out.
+    Kept are the input of each convolution (which is the kept output of the ReLU before), the input
+    of each BatchNorm with the mean and deviation of each channel, and the output of the last ReLU.
     """
     width, side, fan_in = spec.embed_dims[0], spec.img_size, spec.in_chans
     total = Cost()
@@ -129,7 +144,7 @@ def _head(spec: ModelSpec) -> Cost:
 
 
 def _stage(spec: ModelSpec, stage: int, passes: Passes) -> Cost:
-    """All passes of a stage, and the parameters of its blocks and NLLs, which are there once.
+    """All passes of a stage, and the parameters of its blocks and NLLs, each counted once.
 
     A gather keeps its indices, unless they are a buffer of the model.
     """
@@ -140,7 +155,9 @@ def _stage(spec: ModelSpec, stage: int, passes: Passes) -> Cost:
         block = _block(spec, stage, slices)
         params = spec.blocks[stage] * block.params + spec.nlls(stage) * nll.params
         total += times * (block + nll)
-    if spec.residual == "lrc" and spec.lrc == "per_pass":  # passes have what blocks had
+    if (
+        spec.residual == "lrc" and spec.lrc == "per_pass"
+    ):  # four for each pass instead of each block
         params += 4 * (passes.by_slices.total() - spec.blocks[stage])
     return replace(total, params=params)
 
@@ -161,7 +178,7 @@ def _nll(spec: ModelSpec, stage: int) -> Cost:
 
 
 def _residual(spec: ModelSpec, stage: int) -> Cost:
-    """One residual connection; learned coefficients keep what their branch puts out."""
+    """One residual connection; a learned coefficient keeps the output of its branch."""
     learned = {"lrc": 2, "rezero": 1, "layerscale": spec.embed_dims[stage]}.get(spec.residual, 0)
     kept = spec.tokens[stage] * spec.embed_dims[stage] if learned else 0
     return Cost(params=learned, activation_bytes=FLOAT_BYTES * kept)
@@ -170,8 +187,8 @@ def _residual(spec: ModelSpec, stage: int) -> Cost:
 def _attention(spec: ModelSpec, stage: int, slices: int) -> Cost:
     """Projections, and the two products of each slice.
 
-    Kept beside the projections' inputs: q, k and v, and the logarithm of each token's sum in each
-    head. What attention puts out is the input of the last projection, kept once.
+    Kept besides the projections' inputs are q, k and v, and the logarithm of each token's sum in
+    each head. The output of attention is the input of the last projection, and kept once.
     """
     tokens, width = spec.tokens[stage], spec.embed_dims[stage]
     kept = FLOAT_BYTES * tokens * (3 * width + spec.num_heads[stage])
@@ -181,7 +198,7 @@ def _attention(spec: ModelSpec, stage: int, slices: int) -> Cost:
 
 
 def _mlp(tokens: int, width: int, hidden: int) -> Cost:
-    """Linear, GELU, linear; the GELU keeps its input, which the linear before put out."""
+    """Linear, GELU, linear; the GELU keeps its input, the output of the first linear layer."""
     gelu = Cost(activation_bytes=FLOAT_BYTES * tokens * hidden)
     return _linear(tokens, width, hidden) + gelu + _linear(tokens, hidden, width)
 
@@ -197,6 +214,6 @@ def _linear(tokens: int, fan_in: int, out: int) -> Cost:
 
 
 def _layer_norm(tokens: int, width: int) -> Cost:
-    """A LayerNorm; it keeps its input, and mean and deviation of each token."""
+    """A LayerNorm; it keeps its input, and the mean and deviation of each token."""
     kept = FLOAT_BYTES * tokens * (width + 2)
     return Cost(params=2 * width, elements=5 * tokens * width, activation_bytes=kept)

@@ -1,4 +1,8 @@
-"""Which passes the backward pass recomputes: fixed plans, and plans that need least."""
+"""Which passes the backward pass recomputes: fixed plans, and plans that need least memory or time.
+
+"Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174, keeps only the input of each
+segment; here segments of each stage have their own length, and the last passes may be kept.
+"""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -6,19 +10,20 @@ from typing import Any, NamedTuple
 from sret_cli.cost.footprint import Parts, StageParts, Weights
 from sret_cli.spec.model import ModelSpec
 
-LEVELS = 24  # numbers of recomputed passes that "auto" tries in each stage
-
-
-SEGMENTS = 48  # and its longest segments
-
+LEVELS = 24  # for each stage, "auto" tries this many numbers of recomputed passes
+SEGMENTS = 48  # and segments of up to this many passes
 
 Recompute = str | int
 
 
 class Plan(NamedTuple):
-    """For each stage: passes of a segment (0: none is recomputed), and how many come in segments.
+    """What is recomputed in each stage.
 
-    Those are the stage's first: the last passes' memory is free again before they are recomputed.
+    A stage's first passes are recomputed: the memory of its last passes is free again before that.
+
+    Attributes:
+        segments: for each stage, the passes of a segment; 0 recomputes none.
+        recomputed: for each stage, how many of its first passes are recomputed.
     """
 
     segments: tuple[int, ...]
@@ -26,24 +31,24 @@ class Plan(NamedTuple):
 
 
 def fixed_plan(spec: ModelSpec, recompute: Recompute) -> Plan:
-    """The plan of "none", "pass" or a number of passes."""
+    """The plan for "none", "pass" or a number of passes."""
     segment = {"none": 0, "pass": 1}.get(str(recompute), recompute)
     passes = tuple(map(spec.passes, range(spec.stages)))
     return Plan((int(segment),) * spec.stages, passes)
 
 
 class _Option(NamedTuple):
-    """One way to recompute a stage: bytes held after its forward pass, the peak, and the time."""
+    """One way to recompute a stage."""
 
-    held: int
-    peak: int
-    time: int
+    held: int  # bytes after the stage's forward pass
+    peak: int  # most bytes in its backward pass
+    time: int  # multiply-adds that are repeated
     segment: int
     recomputed: int
 
 
 def _options(stage: StageParts, macs: int) -> list[_Option]:
-    """The ways to recompute a stage of which no other is better in all respects."""
+    """The ways to recompute a stage that no other way beats in held bytes, peak and time."""
     passes, x = len(stage.usages), stage.usages[0].input
     sums = [0]
     for usage in stage.usages:
@@ -65,7 +70,7 @@ def _options(stage: StageParts, macs: int) -> list[_Option]:
 
 
 def _undominated(options: Iterable[Any]) -> list[Any]:
-    """Those (held, peak, time, …) of which no other is as good in all three."""
+    """Those tuples (held, peak, time, …) that no other one equals or beats in all three."""
     kept: list[Any] = []
     for option in sorted(options):
         if not any(k[1] <= option[1] and k[2] <= option[2] for k in kept):
@@ -74,7 +79,7 @@ def _undominated(options: Iterable[Any]) -> list[Any]:
 
 
 def _search(parts: Parts, weights: Weights, limit: int | None) -> list[tuple]:
-    """(held, peak, time, options) of plans; with a limit, of those whose peak is in it."""
+    """Plans as (held, peak, time, options); with a limit, those whose peak is within it."""
     states: list[tuple] = [(parts.stem.kept, 0, 0, ())]
     for stage, macs in zip(parts.stages, weights.macs, strict=True):
         options = _options(stage, macs)
@@ -95,11 +100,13 @@ def _search(parts: Parts, weights: Weights, limit: int | None) -> list[tuple]:
     ]
 
 
-def _least_memory(parts: Parts, weights: Weights) -> Plan:
+def least_memory_plan(parts: Parts, weights: Weights) -> Plan:
+    """The plan with the lowest peak."""
     return _plan_of(min(_search(parts, weights, None), key=lambda state: state[1]))
 
 
-def _least_time(parts: Parts, weights: Weights, limit: int) -> Plan | None:
+def least_time_plan(parts: Parts, weights: Weights, limit: int) -> Plan | None:
+    """The plan that recomputes least of those whose peak is within a limit in bytes, if any."""
     found = _search(parts, weights, limit)
     return _plan_of(min(found, key=lambda state: state[2])) if found else None
 
@@ -109,8 +116,8 @@ def _plan_of(state: tuple) -> Plan:
     return Plan(tuple(o.segment for o in options), tuple(o.recomputed for o in options))
 
 
-def _need(parts: Parts, plan: Plan) -> int:
-    """The peak of a plan as `_search` sees it."""
+def planned_peak(parts: Parts, plan: Plan) -> int:
+    """The peak of a plan as the search estimates it, without the order of events."""
     held, peak = parts.stem.kept, 0
     for stage, segment, first in zip(parts.stages, *plan, strict=True):
         option = next(

@@ -1,8 +1,8 @@
-"""The published table: what the authors print of each variant, as data (`published.csv`).
+"""The published table: what the authors report for each variant (`published.csv`).
 
-Source: the README of github.com/szq0214/SReT, whose names `source` gives (an asterisk: unsliced),
-and "Sliced Recursive Transformer", ECCV 2022, arXiv 2111.05297. Distilled models have the same
-architecture as plain ones.
+Sources: the README of github.com/szq0214/SReT, whose names are in `source` (an asterisk means
+unsliced), and "Sliced Recursive Transformer", ECCV 2022, arXiv 2111.05297. Distilled models have
+the same architecture as plain ones.
 """
 
 import csv
@@ -35,21 +35,21 @@ def published_table() -> tuple[Published, ...]:
     )
     return tuple(
         Published(
-            line["preset"],
-            line["distilled"] == "yes",
-            float(line["gmacs"]),
-            float(line["params_m"]),
-            float(line["top1_percent"]),
-            line["source"],
+            preset=line["preset"],
+            distilled=line["distilled"] == "yes",
+            gmacs=float(line["gmacs"]),
+            params_m=float(line["params_m"]),
+            top1_percent=float(line["top1_percent"]),
+            source=line["source"],
         )
         for line in lines
     )
 
 
 def published_columns(spec: Spec, params: int, macs: int) -> Row:
-    """What the table says of a spec, beside what was counted; nothing where it is not in it.
+    """The published numbers of a spec and how ours differ; empty if the table does not have it.
 
-    The differences are ours, rounded to the one decimal that is printed, minus the printed ones.
+    A difference is our number, rounded to the one decimal that is printed, minus the printed one.
     """
     lines = [line for line in published_table() if PRESETS[line.preset] == spec]
     if not lines:

@@ -15,7 +15,7 @@ from sret_cli.cost.memory import largest_batch, predict_memory
 from sret_cli.model.backbone import build_any
 from sret_cli.model.compile import GraphedInference, OnFailure, compile_model
 from sret_cli.model.sret import SReT
-from sret_cli.runtime.device import _synchronize, device_name, free_bytes
+from sret_cli.runtime.device import autocast, device_name, free_bytes, synchronize
 from sret_cli.runtime.errors import RESOURCES, SretError
 from sret_cli.spec.backbone import BackboneSpec, Spec
 from sret_cli.spec.model import ModelSpec
@@ -32,13 +32,22 @@ def measure_speed(
 ) -> Row:
     """Time and memory of inference and of a training step (forward, backward, AdamW) on a device.
 
-    Inference is that of the fused model (`SReT.fused`); where it is compiled on CUDA, in one graph
-    of kernels. `compiles` and `on_failure` are those of `compile_model`; time to compile is not in
-    the medians.
+    Inference runs the fused model (`SReT.fused`); compiled on CUDA, it is one graph of kernels.
+    Times are medians of at least 5 rounds after 2 rounds of warm-up, with the interquartile range;
+    they do not include compilation. `peak_memory_bytes` is the training step's: on CUDA the
+    allocator's maximum, on a CPU the weights, the optimizer state and the most that torch allocated
+    besides them.
 
-    Times are medians of at least 5 rounds after 2 of warm-up, with the interquartile range beside
-    them. `peak_memory_bytes` is the training step's: what CUDA's allocator had at the most, or on
-    a CPU the weights and optimizer state and the most that torch allocated on top of them.
+    Args:
+        spec: the model.
+        device: the device to measure on.
+        batch_size: images of a step.
+        precision: fp32, or bf16 by autocast.
+        compiles: off, on or auto, as in `compile_model`.
+        on_failure: as in `compile_model`.
+
+    Raises:
+        SretError: the training step needs more memory than is free.
     """
     if not isinstance(spec, BackboneSpec):
         _check_memory(spec, device, batch_size, precision)
@@ -69,7 +78,7 @@ def measure_speed(
 
 
 def _check_memory(spec: ModelSpec, device: torch.device, batch_size: int, precision: str) -> None:
-    """Refuses a training step that cannot fit, before the system ends the process for it."""
+    """Refuses a training step that cannot fit, before the system kills the process."""
     setting, free = Setting(batch_size, precision, device.type), free_bytes(device)
     needed = predict_memory(spec, setting)[0].training_memory_bytes
     if needed > free:
@@ -86,15 +95,14 @@ def _check_memory(spec: ModelSpec, device: torch.device, batch_size: int, precis
 def inference_function(
     model: nn.Module, x: Tensor, precision: str, compiles: str, on_failure: OnFailure | None = None
 ) -> Callable[[], object]:
-    """A call that puts images through a copy of the model that is made for inference."""
+    """A function that runs images through a copy of the model made for inference."""
     copy = model.fused() if isinstance(model, SReT) else deepcopy(model).eval()
     compile_model(copy, compiles, on_failure)
     if x.device.type == "cuda" and compiles != "off":
         return partial(GraphedInference(copy, x, precision), x)
-    autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16")
 
     def forward() -> None:
-        with torch.inference_mode(), autocast:
+        with torch.inference_mode(), autocast(x.device, precision):
             copy(x)
 
     return forward
@@ -106,10 +114,10 @@ def median_seconds(call: Callable[[], object], device: torch.device) -> tuple[fl
     for _ in range(2):
         call()
     while len(seconds) < 5 or (sum(seconds) < 2 and len(seconds) < 50):
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         call()
-        _synchronize(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - start)
     low, median, high = statistics.quantiles(seconds, n=4)
     return median, high - low
@@ -118,12 +126,11 @@ def median_seconds(call: Callable[[], object], device: torch.device) -> tuple[fl
 def training_step(
     model: nn.Module, x: torch.Tensor, target: torch.Tensor, precision: str
 ) -> tuple[Callable[[], None], torch.optim.Optimizer]:
-    """A call that trains a model for a step (forward, backward, AdamW), and its optimizer."""
+    """A function that trains a model for one step (forward, backward, AdamW), and its optimizer."""
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
-    autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16")
 
     def step() -> None:
-        with autocast:
+        with autocast(x.device, precision):
             output = model(x)
         nn.functional.cross_entropy(output.float(), target).backward()
         optimizer.step()
@@ -138,9 +145,10 @@ def peak_memory_bytes(
     optimizer: torch.optim.Optimizer | None,
     device: torch.device,
 ) -> int:
-    """The most memory that tensors take in a call of a training step, or of inference.
+    """The most bytes that tensors take during a training step or inference.
 
-    On a CPU: the weights, the optimizer's state if there is one, and what the call allocates.
+    On a CPU these are the weights, the state of the optimizer if there is one, and the most that
+    the call allocates.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -149,5 +157,5 @@ def peak_memory_bytes(
     tensors = [*model.parameters(), *model.buffers()]
     states = () if optimizer is None else optimizer.state.values()
     tensors += [v for state in states for v in state.values() if torch.is_tensor(v)]
-    there = sum(t.untyped_storage().nbytes() for t in tensors)
-    return there + most_allocated(step)
+    held = sum(t.untyped_storage().nbytes() for t in tensors)
+    return held + most_allocated(step)

@@ -92,7 +92,8 @@ def free_bytes(device: "torch.device") -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _synchronize(device: "torch.device") -> None:
+def synchronize(device: "torch.device") -> None:
+    """Waits until all kernels on a CUDA device have run; on a CPU there are none to wait for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -39,6 +39,12 @@ class SretError(Exception):
         self.reported_here: bool | None = None
 
 
+def first_line(error: BaseException, default: str | None = None) -> str:
+    """The first line of an error's message; without one `default`, or else the error's type."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else default or type(error).__name__
+
+
 def as_out_of_memory(error: BaseException) -> SretError | None:
     """The user's error where torch or Python ran out of memory, else None."""
     text = str(error)

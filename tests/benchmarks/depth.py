@@ -17,7 +17,8 @@ from matplotlib import pyplot as plt
 
 from sret_cli.cost.footprint import Setting
 from sret_cli.cost.memory import predict_memory
-from sret_cli.cost.trace import _traced, count_module, saved_bytes, trace_costs
+from sret_cli.cost.module_costs import count_module, saved_bytes
+from sret_cli.cost.trace import _traced, trace_costs
 from sret_cli.model.sret import build_model
 from sret_cli.spec.presets import PRESETS
 

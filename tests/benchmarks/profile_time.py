@@ -12,7 +12,8 @@ import statistics
 import torch
 from common import arguments, deep_reference, prepare, reference_module, seconds
 
-from sret_cli.cost.trace import _traced, count_module, trace_costs
+from sret_cli.cost.module_costs import count_module
+from sret_cli.cost.trace import _traced, trace_costs
 from sret_cli.model.sret import build_model
 from sret_cli.spec.presets import PRESETS
 

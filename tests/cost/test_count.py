@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sret_cli.cost.budget import fit_width, twin_spec
-from sret_cli.cost.count import _count, count
+from sret_cli.cost.count import count, count_passes
 from sret_cli.cost.trace import trace_costs
 from sret_cli.model.sret import build_model
 from sret_cli.runtime.errors import SretError
@@ -201,8 +201,8 @@ def test_a_budget_that_no_width_meets_is_refused(budget, message):
 
 @pytest.mark.parametrize("layers", [20, 1000])
 def test_a_budget_is_solved_for_by_few_counts_whatever_the_depth(layers, monkeypatch):
-    spec, counted = PRESETS["deep"].at(layers=layers), Mock(wraps=_count)
-    monkeypatch.setattr("sret_cli.cost.budget._count", counted)
+    spec, counted = PRESETS["deep"].at(layers=layers), Mock(wraps=count_passes)
+    monkeypatch.setattr("sret_cli.cost.budget.count_passes", counted)
     fit_width(spec, params=14_213_608)
     # Twice 13: with heads as wide as before, then with as many, the range of widths is halved.
     assert counted.call_count == 26

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from sret_cli.cost import footprint
-from sret_cli.cost.allocations import most_allocated
 from sret_cli.cost.footprint import Setting
 from sret_cli.cost.liveness import trace_storages
 from sret_cli.cost.memory import largest_batch, predict_memory, set_recompute
@@ -146,17 +145,6 @@ def test_the_peak_of_one_images_inference_is_predicted_within_a_fiftieth(name, p
     memory, _ = predict_memory(PRESETS[name], Setting(1, precision, "cpu"))
     seen = inference_of(build_model(PRESETS[name]).eval(), torch.randn(1, 3, 224, 224), precision)
     assert memory.inference_memory_bytes == pytest.approx(seen, rel=0.02)
-
-
-def test_allocations_are_the_most_that_a_call_holds_at_once():
-    def call():
-        first = torch.empty(1000, dtype=torch.uint8)
-        second = torch.empty(500, dtype=torch.uint8)
-        del first
-        return torch.empty(300, dtype=torch.uint8), second
-
-    assert most_allocated(call) == 1500
-    assert most_allocated(lambda: None) == 0
 
 
 def test_inference_holds_the_map_that_entered_a_stage():

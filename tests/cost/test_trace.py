@@ -6,8 +6,9 @@ from helpers import REFERENCE, UNSLICED
 from torch import nn
 
 from sret_cli.cost import trace as profiler
+from sret_cli.cost.module_costs import count_module, saved_bytes
 from sret_cli.cost.timing import measure_speed
-from sret_cli.cost.trace import count_module, saved_bytes, trace_costs
+from sret_cli.cost.trace import trace_costs
 from sret_cli.model.sret import build_model
 from sret_cli.runtime.device import choose_device
 from sret_cli.runtime.errors import SretError
