@@ -13,7 +13,6 @@ from sret_cli.commands.output import Output, print_json, stderr_console
 from sret_cli.report.columns import COLUMNS
 from sret_cli.report.tables import _least_width
 from sret_cli.runtime.errors import USAGE, SretError
-from sret_cli.spec.model import ModelSpec
 
 
 @with_flags(MODEL)
@@ -31,7 +30,7 @@ def build(
     """Build a model, run one image through it, and print its stages."""
     import torch
 
-    from sret_cli.model.backbone import build_any
+    from sret_cli.model.kinds import build_any
     from sret_cli.weights.store import check_no_model, load_model, save_model
 
     flags = [f for f in ("study", *MODEL_FLAGS, "set_") if f in flags_given(context)]
@@ -61,7 +60,7 @@ def build_summary(model: Any) -> dict[str, Any]:
     """What `sret build` says of a model, after one image ran through it, as plain values."""
     import torch
 
-    from sret_cli.model.backbone import count_layers, describe_backbone
+    from sret_cli.model.kinds import count_layers, describe_stages
 
     spec = model.spec
     x = torch.randn(1, spec.in_chans, spec.img_size, spec.img_size)
@@ -70,19 +69,7 @@ def build_summary(model: Any) -> dict[str, Any]:
         logits = model.eval()(x)
     seconds = time.perf_counter() - start
     total = sum(p.numel() for p in model.parameters())
-    if isinstance(spec, ModelSpec):
-        params = [sum(p.numel() for p in stage.parameters()) for stage in model.stages]
-        names = ("embed_dims", "blocks", "recursions", "slices", "recursive_slices")
-        stages: list[dict[str, Any]] = [
-            {
-                "tokens": spec.tokens[s],
-                **{n: getattr(spec, n)[s] for n in names},
-                "params": params[s],
-            }
-            for s in range(spec.stages)
-        ]
-    else:
-        stages = [{"name": name, **values} for name, values in describe_backbone(model).items()]
+    stages = describe_stages(model)
     return {
         "model": spec.model_dump(mode="json"),
         "stages": stages,

@@ -42,7 +42,7 @@ def export(
     """
     import torch
 
-    from sret_cli.model.backbone import build_any
+    from sret_cli.model.kinds import build_any
     from sret_cli.report.card import model_card
     from sret_cli.spec.run import run_directory
     from sret_cli.study.rows import read_row

@@ -24,7 +24,6 @@ from sret_cli.cost.footprint import (
 )
 from sret_cli.cost.liveness import Usage
 from sret_cli.cost.plan import Plan, Recompute, _least_memory, _least_time, _need, fixed_plan
-from sret_cli.model.sret import SReT
 from sret_cli.spec.model import ModelSpec, Pass
 from sret_cli.spec.train import TrainSpec
 
@@ -108,7 +107,7 @@ def set_recompute(
     world_size: int = 1,
 ) -> None:
     """Has a model recompute what its training asks for; timm's models know all passes or none."""
-    if not isinstance(model, SReT):
+    if model.spec.is_timm:
         model.set_grad_checkpointing(train.recompute != "none")
         return
     spec = model.spec

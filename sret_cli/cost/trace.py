@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from sret_cli.cost.breakdown import Counts, Part, Profile
-from sret_cli.model.backbone import build_any, build_backbone, count_layers
+from sret_cli.model.backbone import build_backbone
 from sret_cli.model.blocks import NLL, Block
+from sret_cli.model.kinds import build_any, count_layers
 from sret_cli.model.sret import Pool, SReT, Stem
 from sret_cli.model.stage import one_pass
 from sret_cli.runtime.errors import SretError
@@ -203,10 +204,16 @@ def trace_full(spec: Spec) -> Profile:
 
 def profile(run: Run, full: bool = False) -> Profile:
     """The exact costs of a run's model; `full` traces every pass, which takes its time."""
-    model = run.model
-    if full:
-        return trace_full(model)
-    return trace_backbone(model) if isinstance(model, BackboneSpec) else trace_costs(model)
+    return trace_full(run.model) if full else trace_any(run.model)
+
+
+def trace_any(spec: Spec) -> Profile:
+    """The exact costs of a model of either kind, without a trace of all its passes.
+
+    Raises:
+        SretError: timm cannot build the model so, or a matrix product has no rule.
+    """
+    return trace_backbone(spec) if spec.is_timm else trace_costs(spec)
 
 
 def count_module(module: nn.Module, x: Tensor) -> Counts:

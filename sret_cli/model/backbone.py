@@ -26,9 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sret_cli.model.blocks import NLL
 from sret_cli.model.layer_places import place_parameters
-from sret_cli.model.sret import build_model
 from sret_cli.runtime.errors import SretError, show_note_once
-from sret_cli.spec.backbone import MISFITS, BackboneSpec, Spec
+from sret_cli.spec.backbone import MISFITS, BackboneSpec
 from sret_cli.spec.depth import MAX_LAYERS, divisors
 from sret_cli.spec.model import ModelSpec
 
@@ -140,11 +139,6 @@ class Passes(nn.Module):
         return self
 
 
-def build_any(spec: Spec) -> Any:
-    """A freshly initialised model of either kind of spec, in training mode."""
-    return build_backbone(spec) if isinstance(spec, BackboneSpec) else build_model(spec)
-
-
 def build_backbone(spec: BackboneSpec) -> Any:
     """One of timm's models with recursion on it, freshly initialised, in training mode.
 
@@ -199,25 +193,6 @@ def recompute_passes(model: nn.Module, enable: bool = True) -> None:
 def block_sequences(model: nn.Module) -> dict[str, Passes]:
     """The sequences of blocks of a backbone, one a stage, by their names."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Passes)}
-
-
-def describe_backbone(model: Any) -> dict[str, dict[str, int]]:
-    """Of each sequence of blocks: sets of block weights, layers, and parameters with its NLLs."""
-    return {
-        name: {
-            "blocks": passes.banks,
-            "layers": passes.layers,
-            "params": sum(p.numel() for p in passes.parameters()),
-        }
-        for name, passes in block_sequences(model).items()
-    }
-
-
-def count_layers(model: Any) -> int | None:
-    """Passes of all stages of a model of either kind; None where timm's model has no sequences."""
-    if isinstance(model.spec, ModelSpec):
-        return model.spec.layers
-    return sum(passes.layers for passes in block_sequences(model).values()) or None
 
 
 def build_nll(width: int, nll_ratio: float) -> NLL:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sret_cli.model.sret import SReT
+from sret_cli.model.kinds import sret_stages
 from sret_cli.model.stage import one_pass
 from sret_cli.runtime.errors import RESOURCES, SretError
 from sret_cli.spec.train import check_compile_mode
@@ -55,7 +55,7 @@ class Compiled:
 
 
 def compile_model(
-    model: nn.Module, mode: str = "on", on_failure: OnFailure | None = None, stem: bool = True
+    model: Any, mode: str = "on", on_failure: OnFailure | None = None, stem: bool = True
 ) -> None:
     """Compiles a model's passes and stem from their next call on.
 
@@ -81,7 +81,8 @@ def compile_model(
         told.append(reason)
 
     fall_back = tell if mode == "auto" else None
-    if not isinstance(model, SReT):
+    stages = sret_stages(model)
+    if not stages:  # a timm model is compiled as one function
         device = next(model.parameters()).device
         Compiled(_copy(_probe), fall_back)(torch.ones(2, device=device))
         if not told:
@@ -89,13 +90,13 @@ def compile_model(
         return
     if stem:
         model.call_stem = Compiled(_copy(model.call_stem), fall_back)
-    for stage in model.every_stage():
+    for stage in stages:
         stage.one_pass = Compiled(_copy(one_pass), fall_back)
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether `compile_model` was told to compile that model of ours."""
-    return isinstance(model, SReT) and isinstance(model.every_stage()[0].one_pass, Compiled)
+    """Whether `compile_model` has compiled the passes of that SReT; False for timm models."""
+    return any(isinstance(stage.one_pass, Compiled) for stage in sret_stages(model))
 
 
 def _probe(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from functools import cache
 from inspect import signature
 from math import isfinite
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     Field,
@@ -53,6 +53,8 @@ class BackboneSpec(Strict):
         SretError: timm has no such model, its model takes no such argument, or a value is of the
             wrong type or out of range.
     """
+
+    is_timm: ClassVar[Literal[True]] = True
 
     backbone: str
     """Name of a timm model, in place of `preset`."""
@@ -130,7 +132,7 @@ class BackboneSpec(Strict):
 
     @property
     def layers(self) -> None:
-        """Unknown before the model is built: `recurse.count_layers` and profiles know."""
+        """Unknown before the model is built: `model.kinds.count_layers` and profiles know."""
         return None
 
 

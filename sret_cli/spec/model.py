@@ -8,7 +8,7 @@ Transformer", Shen, Liu and Xing, ECCV 2022, arXiv 2111.05297.
 from collections.abc import Iterable
 from functools import cached_property
 from math import gcd, prod
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -68,6 +68,8 @@ class ModelSpec(Strict):
     Raises:
         SretError: a value is of the wrong type or out of range, or the values do not fit together.
     """
+
+    is_timm: ClassVar[Literal[False]] = False  # a `BackboneSpec` is a timm model's
 
     img_size: Annotated[int, Field(ge=1, le=16_384)] = 224
     """Height and width of the images, in pixels."""

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sret_cli.data.class_names import ClassList, all_outputs, config_classes, match_classes
-from sret_cli.model.backbone import build_any
+from sret_cli.model.kinds import build_any
 from sret_cli.runtime.errors import CHECKPOINT, USAGE, SretError, show_note_once
 from sret_cli.runtime.files import make_directory, read_json, write_atomically, write_json
 from sret_cli.spec.backbone import read_spec
@@ -101,7 +101,7 @@ def load_model(directory: Path, changes: Mapping[str, Any] | None = None) -> Any
         SretError: a file is missing or damaged, or the weights are of another model.
     """
     spec = read_spec(load_config(directory)["model"])
-    if isinstance(spec, ModelSpec):
+    if not spec.is_timm:
         spec = spec_with_changes(spec, changes or {})
     elif changes:
         raise SretError(f"{', '.join(changes)} of a timm model cannot be changed after training")
@@ -109,7 +109,7 @@ def load_model(directory: Path, changes: Mapping[str, Any] | None = None) -> Any
     if not path.is_file():
         raise SretError(f"{directory} has no {WEIGHTS_FILE}; train the run first", CHECKPOINT)
     tensors = read_tensors(path)
-    if changes and "img_size" in changes and isinstance(spec, ModelSpec):
+    if changes and "img_size" in changes and not spec.is_timm:
         tensors = _fitted(tensors, spec)
     model = build_any(spec)
     _check_shapes(model.state_dict(), tensors, str(path))
@@ -134,7 +134,7 @@ def load_weights(
     if not path.is_file():
         raise SretError(f"{directory} has no {WEIGHTS_FILE}; name a trained run", CHECKPOINT)
     tensors, state = read_tensors(path), model.state_dict()
-    if isinstance(model.spec, ModelSpec):
+    if not model.spec.is_timm:
         tensors = _fitted(tensors, model.spec)
     head = [key for key in _head_keys(model) if key in tensors and key in state]
     for key in head:
@@ -180,7 +180,7 @@ def spec_with_changes(spec: ModelSpec, changes: Mapping[str, Any]) -> ModelSpec:
 
 def refuse_backbone(model: Any) -> None:
     """Refuses a timm model where only an SReT can be written."""
-    if hasattr(model.spec, "backbone"):
+    if model.spec.is_timm:
         raise SretError(
             f"{model.spec.backbone} cannot be written in the reference's layout: it is a timm "
             "model, not an SReT; its weights are in model.safetensors of its directory"

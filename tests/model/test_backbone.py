@@ -17,7 +17,8 @@ from helpers import (
 from timm.models.vision_transformer import VisionTransformer
 
 from sret_cli.cost.trace import count_module, trace_backbone
-from sret_cli.model.backbone import block_sequences, build_backbone, count_layers
+from sret_cli.model.backbone import block_sequences, build_backbone
+from sret_cli.model.kinds import count_layers
 from sret_cli.runtime.errors import SretError
 from sret_cli.spec.backbone import BackboneSpec
 

@@ -3,7 +3,8 @@ import timm
 import torch
 from helpers import FAMILIES, backbone_model
 
-from sret_cli.model.backbone import block_sequences, build_any, build_backbone
+from sret_cli.model.backbone import block_sequences, build_backbone
+from sret_cli.model.kinds import build_any
 from sret_cli.spec.backbone import BackboneSpec
 from sret_cli.spec.train import TrainSpec
 from sret_cli.training.optimizer import create_optimizer
