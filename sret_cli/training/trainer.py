@@ -105,9 +105,8 @@ class Trainer:
             load_weights(self.module, init, loader.class_list, self.spec.reset_head)
         set_recompute(self.module, self.spec, device, gpu_memory, ranks.world_size)
         if self.spec.recursions_range is not None:
-            set_recursions(
-                self.module, self.spec.recursions_range[1]
-            )  # refuses what has no weights
+            most = self.spec.recursions_range[1]
+            set_recursions(self.module, most)  # refuses a model without weights for these
         self.model: nn.Module = self.module
         self.ema = create_ema(self.module, self.spec)
         if ranks.is_distributed:
