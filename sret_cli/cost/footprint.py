@@ -16,7 +16,8 @@ from sret_cli.cost.allocations import most_allocated
 from sret_cli.cost.liveness import ALIGNMENT, Forward, Trace, Usage, fake_module, trace_storages
 from sret_cli.model.sret import SReT
 from sret_cli.model.stage import Stage, one_pass
-from sret_cli.spec.model import ModelSpec, Pass, ends_shuffled
+from sret_cli.spec.model import ModelSpec
+from sret_cli.spec.schedule import Pass, ends_shuffled
 
 FLOAT_BYTES, INDEX_BYTES = 4, 8
 RUN_BYTES = 16 * 2**20  # parts of at most so many bytes are run on a CPU: milliseconds each

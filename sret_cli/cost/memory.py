@@ -24,7 +24,8 @@ from sret_cli.cost.footprint import (
 )
 from sret_cli.cost.liveness import Usage
 from sret_cli.cost.plan import Plan, Recompute, _least_memory, _least_time, _need, fixed_plan
-from sret_cli.spec.model import ModelSpec, Pass
+from sret_cli.spec.model import ModelSpec
+from sret_cli.spec.schedule import Pass
 from sret_cli.spec.train import TrainSpec
 
 # cuBLAS: ":4096:8" in CUBLAS_WORKSPACE_CONFIG, which training sets, and the default on Hopper.

@@ -29,8 +29,9 @@ from sret_cli.model.sret import Pool, SReT, Stem
 from sret_cli.model.stage import one_pass
 from sret_cli.runtime.errors import SretError
 from sret_cli.spec.backbone import BackboneSpec, Spec
-from sret_cli.spec.model import ModelSpec, ends_shuffled
+from sret_cli.spec.model import ModelSpec
 from sret_cli.spec.run import Run
+from sret_cli.spec.schedule import ends_shuffled
 
 with warnings.catch_warnings():  # fvcore uses torch.jit, whose deprecation is no news to our user
     warnings.simplefilter("ignore")

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from sret_cli.model.blocks import NLL, Block
 from sret_cli.model.recompute import recompute
 from sret_cli.runtime.errors import SretError
-from sret_cli.spec.model import ModelSpec, Pass, ends_shuffled
+from sret_cli.spec.model import ModelSpec
+from sret_cli.spec.schedule import Pass, ends_shuffled
 
 SHUFFLE_SEED = 0  # of the permutations in evaluation
 

@@ -45,7 +45,7 @@ from sret_cli.weights.store import load_model, save_model
         ({"backbone": "vit_small", "timm_args": {"depth": None}}, "timm_args.depth = None: give"),
         (
             {"backbone": "vit_small", "timm_args": {"depth": [1, {"a": 2}]}},
-            "timm_args.depth = {'a': 2}: give a number, a text, true or false, or a list",
+            "timm_args.depth = {'a': 2}: give a number, a string, true or false, or a list",
         ),
         ({"backbone": "vit_small", "timm_args": {"depth": float("nan")}}, "depth = nan: give"),
         ({"backbone": "vit_small", "timm_args": {"img_size": 8}}, "img_size is a field of the"),

@@ -1,8 +1,9 @@
 import pytest
 
 from sret_cli.runtime.errors import SretError
-from sret_cli.spec.model import ModelSpec, Pass
+from sret_cli.spec.model import ModelSpec
 from sret_cli.spec.presets import PRESETS, preset
+from sret_cli.spec.schedule import Pass
 from sret_cli.spec.train import TrainSpec
 
 DEEP = PRESETS["deep"]
@@ -124,7 +125,7 @@ def test_one_value_stands_for_all_stages():
         ({"loop": "both"}, "loop = 'both'"),
         ({"num_heads": (3, 4, 8)}, "3 heads do not divide the width 128"),
         ({"embed_dims": (127, 254, 508), "num_heads": 1}, "127 is odd"),
-        ({"embed_dims": (128, 200, 512), "num_heads": 4}, "200 is no multiple of the 128"),
+        ({"embed_dims": (128, 200, 512), "num_heads": 4}, "200 is not a multiple of the 128"),
         ({"nll_ratio": 0.001}, "leaves no hidden unit"),
         ({"residual": "highway"}, "residual = 'highway'"),
         ({"order": ((0,), (0,), (0,))}, r"stage 1: order \[0\] does not visit its blocks 0 to 1"),
