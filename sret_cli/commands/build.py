@@ -100,7 +100,7 @@ def build(
 
 def build_models(context: typer.Context) -> list[Any]:
     """The model of `--from`, or those that a study or flags describe, each one once."""
-    from sret_cli.model.backbone import build_any
+    from sret_cli.model.kinds import build_any
     from sret_cli.weights.store import load_model
 
     flags = context.params

@@ -105,7 +105,7 @@ def exported_model(context: typer.Context) -> tuple[Any, Any]:
     """
     import torch
 
-    from sret_cli.model.backbone import build_any
+    from sret_cli.model.kinds import build_any
     from sret_cli.spec.run import run_directory
     from sret_cli.study.rows import read_row
     from sret_cli.weights.origin import Origin, read_origin

@@ -18,7 +18,6 @@ from sret_cli.cost.plan import (
     planned_peak,
 )
 from sret_cli.cost.step import Memory, walk_step
-from sret_cli.model.sret import SReT
 from sret_cli.spec.model import ModelSpec
 from sret_cli.spec.train import TrainSpec
 
@@ -72,7 +71,7 @@ def set_recompute(
     world_size: int = 1,
 ) -> None:
     """Sets what a model recomputes in training; timm models recompute all passes or none."""
-    if not isinstance(model, SReT):
+    if model.spec.is_timm:
         model.set_grad_checkpointing(train.recompute != "none")
         return
     spec = model.spec

@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Callable
-from copy import deepcopy
 from functools import partial
 
 import torch
@@ -12,12 +11,11 @@ from torch import Tensor, nn
 from sret_cli.cost.allocations import most_allocated
 from sret_cli.cost.footprint import Setting
 from sret_cli.cost.memory import largest_batch, predict_memory
-from sret_cli.model.backbone import build_any
 from sret_cli.model.compile import GraphedInference, OnFailure, compile_model
-from sret_cli.model.sret import SReT
+from sret_cli.model.kinds import build_any, inference_copy
 from sret_cli.runtime.device import autocast, device_name, free_bytes, synchronize
 from sret_cli.runtime.errors import RESOURCES, SretError
-from sret_cli.spec.backbone import BackboneSpec, Spec
+from sret_cli.spec.backbone import Spec
 from sret_cli.spec.model import ModelSpec
 from sret_cli.spec.run import Row
 
@@ -49,7 +47,7 @@ def measure_speed(
     Raises:
         SretError: the training step needs more memory than is free.
     """
-    if not isinstance(spec, BackboneSpec):
+    if not spec.is_timm:
         _check_memory(spec, device, batch_size, precision)
     model = build_any(spec).to(device)
     size = (batch_size, spec.in_chans, spec.img_size, spec.img_size)
@@ -96,7 +94,7 @@ def inference_function(
     model: nn.Module, x: Tensor, precision: str, compiles: str, on_failure: OnFailure | None = None
 ) -> Callable[[], object]:
     """A function that runs images through a copy of the model made for inference."""
-    copy = model.fused() if isinstance(model, SReT) else deepcopy(model).eval()
+    copy = inference_copy(model)
     compile_model(copy, compiles, on_failure)
     if x.device.type == "cuda" and compiles != "off":
         return partial(GraphedInference(copy, x, precision), x)

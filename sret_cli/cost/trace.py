@@ -21,25 +21,26 @@ from torch import nn
 from sret_cli.cost.breakdown import Counts, Part, Profile
 from sret_cli.cost.module_costs import count_module
 from sret_cli.cost.parts import HeadPart, PassPart, ReturnPart
-from sret_cli.model.backbone import build_any, build_backbone, count_layers
+from sret_cli.model.backbone import build_backbone
 from sret_cli.model.blocks import NLL, Block
+from sret_cli.model.kinds import build_any, count_layers
 from sret_cli.model.sret import Pool, Stem, parameter_count
 from sret_cli.spec.backbone import BackboneSpec, Spec
-from sret_cli.spec.model import ModelSpec, ends_shuffled
-from sret_cli.spec.run import Run
+from sret_cli.spec.model import ModelSpec
+from sret_cli.spec.schedule import ends_shuffled
 
 _traced: dict[tuple, Counts] = {}
 
 
-def profile(run: Run, full: bool = False) -> Profile:
-    """The exact costs of a run's model, traced by fvcore and autograd.
+def profile(spec: Spec, full: bool = False) -> Profile:
+    """The exact costs of a model, traced by fvcore and autograd.
 
     One multiply-add counts as one, as in fvcore and in the SReT paper's "FLOPs" column. LayerNorm,
     BatchNorm and pooling are counted by fvcore's rules; softmax and GELU are not counted. Each kind
     of pass is traced once, so any depth takes about the same time.
 
     Args:
-        run: holds the spec of the model, an SReT or a timm model.
+        spec: an SReT or a timm model.
         full: trace every pass of the built model instead, which takes time in proportion to depth.
 
     Raises:
@@ -48,15 +49,13 @@ def profile(run: Run, full: bool = False) -> Profile:
 
     Examples:
         >>> from sret_cli import PRESETS, profile
-        >>> from sret_cli.spec.run import Run
-        >>> costs = profile(Run("study", "deep", PRESETS["nano"].at(layers=1000)))
+        >>> costs = profile(PRESETS["nano"].at(layers=1000))
         >>> costs.layers, costs.params, costs.macs
         (1000, 331842, 887683968)
     """
-    model = run.model
     if full:
-        return trace_full(model)
-    return trace_backbone(model) if isinstance(model, BackboneSpec) else trace_costs(model)
+        return trace_full(spec)
+    return trace_backbone(spec) if spec.is_timm else trace_costs(spec)
 
 
 def trace_costs(spec: ModelSpec) -> Profile:

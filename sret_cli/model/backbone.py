@@ -1,16 +1,16 @@
-"""Recursion, tied weights and NLLs put on timm's vision transformers.
+"""Adds recursion, tied weights and NLLs to timm's vision transformers.
 
-timm's models keep their blocks in a sequence and walk it: `for block in blocks: x = block(x, ...)`.
-`Passes` takes the place of that sequence, and its iteration is a schedule of passes, so that the
-model's own `forward_features` does the rest: embeddings, class tokens, pooling between stages, and
-whatever else the blocks take (masks, rotary embeddings, the height and width of the map).
+A timm model keeps its blocks in a sequence and walks it: `for block in blocks: x = block(x, ...)`.
+`Passes` replaces that sequence, and iterating over it gives a schedule of passes. The model's own
+`forward_features` does the rest: embeddings, class tokens, pooling between stages, and further
+arguments of the blocks (masks, rotary embeddings, the height and width of the map).
 
-Each layer of timm's model keeps all that is no weight: its drop-path rate, its window's shift and
-mask (Swin), and its BatchNorm statistics (XCiT). Tied layers have one set of weights, which is in
-the state dict once, under the name of the first of them. All other names are timm's.
+Each block of the timm model keeps what is not a weight: its drop-path rate, the shift and mask of
+its window (Swin), its BatchNorm statistics (XCiT). Tied blocks have one set of weights. The state
+dict has it once, under the name of the first of them. All other names are timm's.
 
-Tensors carry their shape in their name: B batch, X anything, C channels; timm's blocks pass tokens,
-`[B, N, C]`, or maps with channels last, `[B, H, W, C]`.
+Tensors carry their shape in their name: B batch, X any dimensions, C channels. timm's blocks take
+tokens, `[B, N, C]`, or maps with channels last, `[B, H, W, C]`.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,19 +26,18 @@ from torch.utils.checkpoint import checkpoint
 
 from sret_cli.model.blocks import NLL
 from sret_cli.model.layer_places import place_parameters
-from sret_cli.model.sret import build_model
 from sret_cli.runtime.errors import SretError, show_note_once
-from sret_cli.spec.backbone import MISFITS, BackboneSpec, Spec
+from sret_cli.spec.backbone import MISFITS, BackboneSpec
 from sret_cli.spec.depth import MAX_LAYERS, divisors
 from sret_cli.spec.model import ModelSpec
 
-FEW_TOKENS = 4  # fewer are worth a note
+FEW_TOKENS = 4  # with fewer, the user gets a note
 
 
 class Passes(nn.Module):
-    """A sequence of blocks that is walked as a schedule of passes, tied in groups of `share`.
+    """A sequence of blocks, tied in groups of `share`; iterating over it gives the passes.
 
-    Set `grad_checkpointing` to recompute every pass in the backward pass instead of storing it.
+    With `grad_checkpointing` the backward pass recomputes every pass instead of storing it.
     """
 
     def __init__(self, blocks: list[nn.Module], spec: BackboneSpec, width: int) -> None:
@@ -58,12 +57,12 @@ class Passes(nn.Module):
 
     @property
     def layers(self) -> int:
-        """Passes in all."""
+        """Number of passes."""
         return self.count * self.recursions
 
     @property
     def banks(self) -> int:
-        """Sets of block weights."""
+        """Number of sets of block weights."""
         return self.count // self.share
 
     def __len__(self) -> int:
@@ -73,8 +72,10 @@ class Passes(nn.Module):
         return self.get_submodule(str(range(self.count)[index]))
 
     def __iter__(self) -> Iterator[Any]:
-        """What timm's loops call on tokens, in turn: all passes of a block, or one pass each."""
-        if self.loop == "internal":  # one call a block: some models have arguments for each block
+        """The functions that timm's loop calls in turn: all passes of a block, or one pass each."""
+        if (
+            self.loop == "internal"
+        ):  # one call for each block: some models have arguments for each block
             for start in range(0, self.layers, self.recursions):
                 yield partial(self.run, range(start, start + self.recursions))
         else:
@@ -88,7 +89,7 @@ class Passes(nn.Module):
         return x_BXC
 
     def run(self, numbers: Any, x_BXC: Tensor, *arguments: Any, **named: Any) -> Tensor:
-        """The passes of those numbers in the schedule, each with its NLL."""
+        """Runs the passes with these numbers in the schedule, each with its NLL."""
         for number in numbers:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x_BXC = checkpoint(
@@ -99,7 +100,7 @@ class Passes(nn.Module):
         return x_BXC
 
     def run_pass(self, number: int, x_BXC: Tensor, *arguments: Any, **named: Any) -> Tensor:
-        """The pass of that number in the schedule, and its NLL."""
+        """Runs the pass with this number in the schedule, and its NLL."""
         index = self._block_of_pass(number)
         x_BXC = self[index](x_BXC, *arguments, **named)
         if self.nll == "none":
@@ -107,7 +108,7 @@ class Passes(nn.Module):
         return self.nlls[number if self.nll == "per_pass" else index // self.share](x_BXC)
 
     def blocks_of_nlls(self) -> list[int]:
-        """For each NLL, the block that it follows: the first of those that are tied."""
+        """For each NLL, the block that it follows; of tied blocks the first."""
         if self.nll == "none":
             return []
         if self.nll == "per_block":
@@ -119,9 +120,9 @@ class Passes(nn.Module):
         return number // self.recursions if self.loop == "internal" else number % self.count
 
     def _tie(self) -> None:
-        """Gives tied blocks the parameters of the first of their group, as plain attributes.
+        """Gives tied blocks the parameters of the first block of their group.
 
-        So they are registered, moved and saved once.
+        They are plain attributes there, so that torch registers, moves and saves them once.
         """
         for index in range(self.count):
             first = self[index - index % self.share]
@@ -136,23 +137,18 @@ class Passes(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Passes":
         super()._apply(fn, recurse)
-        self._tie()  # a conversion may have put other parameters in the place of the first block's
+        self._tie()  # a conversion may have replaced the parameters of the first block
         return self
 
 
-def build_any(spec: Spec) -> Any:
-    """A freshly initialised model of either kind of spec, in training mode."""
-    return build_backbone(spec) if isinstance(spec, BackboneSpec) else build_model(spec)
-
-
 def build_backbone(spec: BackboneSpec) -> Any:
-    """One of timm's models with recursion on it, freshly initialised, in training mode.
+    """A timm model with recursion, freshly initialised, in training mode; it keeps its `spec`.
 
-    `spec` is kept on the model. A model that is to be as timm has it gets `Passes` too where its
-    blocks allow, which change neither its names nor its numbers, so that passes can be recomputed.
+    A model without recursion, tied weights and NLLs gets `Passes` too, if its blocks allow that, so
+    that passes can be recomputed. Its state dict and its logits stay the same.
 
     Raises:
-        SretError: timm cannot build the model so, or recursion cannot be put on it.
+        SretError: timm cannot build the model with these values, or it cannot be made recursive.
     """
     model = _create(spec)
     try:
@@ -170,7 +166,7 @@ def build_backbone(spec: BackboneSpec) -> Any:
 
 
 def group_matcher(model: nn.Module, coarse: bool = False) -> Callable[[str], int]:
-    """Where a parameter stands from input to output, by its name, for layer decay by timm."""
+    """A function from a parameter's name to its place from input to output, for layer decay."""
     block_of_nll = {
         f"{name}.nlls.{number}": f"{name}.{block}"
         for name, passes in block_sequences(model).items()
@@ -185,7 +181,7 @@ def recompute_passes(model: nn.Module, enable: bool = True) -> None:
     BatchNorm inside blocks (XCiT) then counts each batch twice in its running statistics.
 
     Raises:
-        SretError: the model has no passes that are known.
+        SretError: the model has no `Passes`.
     """
     found = block_sequences(model)
     if enable and not found:
@@ -197,31 +193,12 @@ def recompute_passes(model: nn.Module, enable: bool = True) -> None:
 
 
 def block_sequences(model: nn.Module) -> dict[str, Passes]:
-    """The sequences of blocks of a backbone, one a stage, by their names."""
+    """The sequences of blocks of a timm model, one for each stage, by their names."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Passes)}
 
 
-def describe_backbone(model: Any) -> dict[str, dict[str, int]]:
-    """Of each sequence of blocks: sets of block weights, layers, and parameters with its NLLs."""
-    return {
-        name: {
-            "blocks": passes.banks,
-            "layers": passes.layers,
-            "params": sum(p.numel() for p in passes.parameters()),
-        }
-        for name, passes in block_sequences(model).items()
-    }
-
-
-def count_layers(model: Any) -> int | None:
-    """Passes of all stages of a model of either kind; None where timm's model has no sequences."""
-    if isinstance(model.spec, ModelSpec):
-        return model.spec.layers
-    return sum(passes.layers for passes in block_sequences(model).values()) or None
-
-
 def build_nll(width: int, nll_ratio: float) -> NLL:
-    """The NLL of a model of one stage."""
+    """An NLL for tokens of that width."""
     names = ("num_heads", "blocks", "recursions", "slices", "recursive_slices")
     one: dict[str, Any] = dict.fromkeys(names, 1)
     return NLL(ModelSpec(embed_dims=(width,), nll_ratio=nll_ratio, **one), 0)
@@ -261,7 +238,7 @@ def _image(spec: BackboneSpec) -> Tensor:
 
 
 def _find(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """The outermost sequences of blocks of timm's model, but for those of a stem."""
+    """The outermost sequences of blocks of a timm model, without those of its stem."""
     found: dict[str, list[nn.Module]] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{other}.") for other in (*found, "patch_embed"))
@@ -280,10 +257,10 @@ def _install(model: nn.Module, spec: BackboneSpec, widths: dict[str, int]) -> No
 
 
 def _check(model: nn.Module, spec: BackboneSpec) -> dict[str, int]:
-    """The width of each sequence of blocks, seen while a copy without data runs two recursions.
+    """The width of each sequence of blocks, from a run of a copy on "meta" with two recursions.
 
     Raises:
-        SretError: says what keeps recursion from the model.
+        SretError: the model cannot be made recursive; the message says why.
     """
     found = _find(model)
     if not found:
@@ -303,13 +280,13 @@ def _check(model: nn.Module, spec: BackboneSpec) -> dict[str, int]:
     ) -> None:
         x = arguments[0] if arguments else None
         if not isinstance(x, Tensor) or not isinstance(output, Tensor):
-            raise SretError(f"the blocks of {name} pass on more than one tensor")
+            raise SretError(f"the blocks of {name} take or return more than one tensor")
         if x.shape != output.shape:
             change = f"{list(x.shape[1:])} to {list(output.shape[1:])}"
             raise SretError(f"block {index} of {name} changes the shape of its input, {change}")
         if x.ndim != 3 and getattr(model, "output_fmt", None) != "NHWC":
             raise SretError(
-                f"the blocks of {name} are no transformer's: they pass maps, not tokens"
+                f"the blocks of {name} are not transformer blocks: they take maps, not tokens"
             )
         widths[name] = x.shape[-1]
         grids[name] = _grid_tokens(model, x)
@@ -327,17 +304,18 @@ def _check(model: nn.Module, spec: BackboneSpec) -> dict[str, int]:
     for (name, index), times in calls.items():
         if times != 2:
             raise SretError(
-                f"it does not walk its {name} in order: block {index} ran {times} times"
+                f"it does not run its {name} in order: block {index} ran {times} times in two "
+                "recursions"
             )
     _note_few_tokens(spec, grids)
     return widths
 
 
 def _grid_tokens(model: nn.Module, x: Tensor) -> int:
-    """Tokens of the image in what a block takes, without class tokens and registers."""
+    """The number of image tokens in a block's input, without class tokens and registers."""
     tokens = prod(x.shape[1:-1])
     without = tokens - getattr(model, "num_prefix_tokens", 0)
-    # Some models add their class token after these blocks; images are square, and so are grids.
+    # Some models add their class token after these blocks. Images and their grids are square.
     return without if without > 0 and (isqrt(without) ** 2 == without or x.ndim > 3) else tokens
 
 
@@ -347,8 +325,8 @@ def _note_few_tokens(spec: BackboneSpec, grids: dict[str, int]) -> None:
         tokens = "1 token" if grids[name] == 1 else f"{grids[name]} tokens"
         where = "its blocks" if len(grids) == 1 else name
         show_note_once(
-            f"{spec.backbone} at {spec.img_size} px has {tokens} of the image in {where}, and "
-            "attention little to do; use larger images or, where the model takes it, a smaller "
+            f"{spec.backbone} at {spec.img_size} px has {tokens} of the image in {where}, too few "
+            "for attention to do much; use larger images or, if the model has it, a smaller "
             "model.timm_args.patch_size"
         )
 

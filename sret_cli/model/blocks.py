@@ -1,4 +1,4 @@
-"""One pass: attention in slices, MLP and NLL, with the residual rules.
+"""The parts of a pass: attention in slices, MLP and NLL, with the rules of residual sums.
 
 "Sliced Recursive Transformer", Shen, Liu and Xing, ECCV 2022, arXiv 2111.05297.
 
@@ -28,7 +28,7 @@ class Mlp(nn.Module):
         self.drop_rate = drop_rate
 
     def forward(self, x_BNC: Tensor) -> Tensor:
-        """Maps each token by itself."""
+        """Maps each token on its own."""
         hidden = dropout(F.gelu(self.fc1(x_BNC)), self.drop_rate, self.training)
         return dropout(self.fc2(hidden), self.drop_rate, self.training)
 
@@ -45,7 +45,7 @@ class Attention(nn.Module):
         self.attn_drop_rate = attn_drop_rate
 
     def forward(self, x_BNC: Tensor, slices: int) -> Tensor:
-        """Attends within `slices` groups."""
+        """Attends within each of `slices` groups."""
         B, N, C = x_BNC.shape
         grouped = (B * slices, N // slices, 3, self.heads, C // self.heads)
         q, k, v = self.qkv(x_BNC).view(grouped).permute(2, 0, 3, 1, 4)  # each [B*G, H, n, D]
@@ -57,7 +57,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One set of shared weights: attention and MLP, each with its residual connection."""
+    """Attention and MLP, each with its residual sum: the weights that several passes use."""
 
     def __init__(self, spec: ModelSpec, stage: int) -> None:
         super().__init__()
@@ -82,8 +82,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """One pass: x = c1*x + c2*Attn(LN(x)), then x = c3*x + c4*MLP(LN(x)).
 
-        The coefficients are the residual rule's (`ModelSpec`); `lrc_4` are a pass's own. Drop path
-        multiplies the branches of each sample with `drop_2B11`.
+        The coefficients follow from `ModelSpec.residual`; `lrc_4` holds those of a single pass.
+        Drop path multiplies the two branches of each image by `drop_2B11`.
         """
         c1, c2, c3, c4 = self._coefficients(self.lrc if lrc_4 is None else lrc_4)
         if drop_2B11 is not None:
@@ -103,7 +103,7 @@ class Block(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> None:
-        """Folds what multiplies the branches into their last projections, for inference."""
+        """Folds the factors of the branches into their last projections, for inference."""
         keep1, scale1, keep2, scale2 = self._coefficients(self.lrc)
         fold_scale(self.attn.proj, scale1)
         fold_scale(self.mlp.fc2, scale2)
@@ -113,7 +113,7 @@ class Block(nn.Module):
 
 
 class NLL(nn.Module):
-    """The non-linear projection layer that keeps repeated passes from degenerating."""
+    """The non-linear projection layer: an MLP after a pass, with its residual sum."""
 
     def __init__(self, spec: ModelSpec, stage: int) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class NLL(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> None:
-        """Folds what multiplies the branch into its last projection, for inference."""
+        """Folds the factor of the branch into its last projection, for inference."""
         keep1, scale1 = self._coefficients()
         fold_scale(self.mlp.fc2, scale1)
         self.lrc, self.scale1, self.scale = None, None, 1.0
@@ -147,7 +147,7 @@ class NLL(nn.Module):
 
 
 def add_residual(x: Tensor, branch: Tensor, keep: Coefficient, scale: Coefficient) -> Tensor:
-    """Returns keep * x + scale * branch, in one pass over memory where a coefficient is 1."""
+    """Returns keep * x + scale * branch, in one kernel if one of the two is 1."""
     if isinstance(scale, Tensor):
         if isinstance(keep, float) and keep == 1.0:
             return torch.addcmul(x, scale, branch)
@@ -158,12 +158,12 @@ def add_residual(x: Tensor, branch: Tensor, keep: Coefficient, scale: Coefficien
 
 
 def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
-    """F.dropout, without a call where there is nothing to drop."""
+    """F.dropout, not called if the rate is 0 or in evaluation."""
     return F.dropout(x, rate) if rate and training else x
 
 
 def learned_scale(spec: ModelSpec, stage: int) -> nn.Parameter | None:
-    """What a branch is multiplied with in `layerscale` and `rezero`; other rules have none."""
+    """The learned factor of a branch in `layerscale` and `rezero`; None for the other rules."""
     if spec.residual == "rezero":
         return nn.Parameter(torch.zeros(1))
     if spec.residual == "layerscale":  # CaiT, section 3.1 of arXiv 2103.17239
@@ -173,13 +173,13 @@ def learned_scale(spec: ModelSpec, stage: int) -> nn.Parameter | None:
 
 
 def fold_scale(linear: nn.Linear, scale: Coefficient) -> None:
-    """Multiplies what a linear layer puts out, by its weights; `scale` has one value or `out`."""
+    """Scales the output of a linear layer through its weights; `scale` has 1 or `out` values."""
     linear.weight.mul_(scale.unsqueeze(-1) if isinstance(scale, Tensor) else scale)
     linear.bias.mul_(scale)
 
 
 def hold_coefficient(module: nn.Module, name: str, value: Coefficient) -> None:
-    """Keeps a coefficient as a number, or as a buffer that the state dict has not."""
+    """Keeps a tensor as a buffer outside the state dict; a number is an attribute already."""
     if isinstance(value, Tensor):
         delattr(module, name)
         module.register_buffer(name, value.detach().clone(), persistent=False)

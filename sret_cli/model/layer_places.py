@@ -1,4 +1,4 @@
-"""Where the parameters of timm's models stand from input to output, for layer decay."""
+"""The places of a timm model's parameters from input to output, for layer decay."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class _Names(NamedTuple):
-    """Names of parameters, in the shape of the module that timm's `group_parameters` reads."""
+    """Names of parameters, as timm's `group_parameters` reads them from a module."""
 
     names: list[str]
 
@@ -22,18 +22,18 @@ def place_parameters(
     block_of_nll: dict[str, str],
     coarse: bool = False,
 ) -> Callable[[str], int]:
-    """A function from a parameter's name to its place: 0 is the stem's, the last is the head's.
+    """A function from a parameter's name to its place: 0 is the stem, the largest is the head.
 
-    A block's NLLs stand where the block does, whichever passes they serve. Everything else stands
-    where timm's own matcher puts it. One exception: what stands before the blocks, and timm leaves
-    to the head (a table of positions that all blocks read), goes with the stem. A model without a
-    matcher (PiT) has one place for each block and the pool before it.
+    An NLL has the place of its block, whichever passes it follows. All other parameters have the
+    place that timm's own matcher gives them, with one exception: parameters before the blocks that
+    timm puts with the head (a table of positions that all blocks read) go with the stem. A model
+    without a matcher (PiT) has one place for each block, together with the pool before it.
 
     Args:
-        model: one of timm's, with NLLs or without.
+        model: a timm model, with or without NLLs.
         sequences: the names of its sequences of blocks.
-        block_of_nll: for each NLL's name, the name of the block that it follows.
-        coarse: as in timm: one place for a stage, where timm's matcher has that.
+        block_of_nll: for the name of each NLL, the name of the block that it follows.
+        coarse: as in timm: one place for each stage, if timm's matcher supports that.
     """
     from timm.models import group_parameters
 
@@ -60,7 +60,7 @@ def place_parameters(
 
 
 def _in_order(names: list[str], blocks: dict[str, str]) -> dict[str, int]:
-    """Places by the order of the names alone: the stem, each block with its pool, the head."""
+    """Places by the order of the names: the stem, each block with its pool, the head."""
     order = {block: number for number, block in enumerate(dict.fromkeys(blocks.values()), 1)}
     places, place = {}, len(order) + 1
     for name in reversed(names):

@@ -1,7 +1,9 @@
-"""Linear layers that large products on a CPU leave to oneDNN.
+"""Linear layers that use oneDNN for large fp32 products on a CPU.
 
-torch has MKL multiply matrices in fp32, which keeps to AVX2 on processors that are not Intel's;
-oneDNN takes AVX-512 wherever it is: twice as fast on AMD's. bf16 goes to oneDNN anyway.
+torch uses MKL for these, and MKL uses only AVX2 on processors that are not from Intel. oneDNN uses
+AVX-512 wherever the processor has it, which is twice as fast on AMD. torch uses oneDNN for bf16.
+
+`torch.ops.mkldnn._linear_pointwise` is not public; this is the only file that calls it.
 """
 
 from typing import Any
@@ -11,22 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Multiply-adds from which oneDNN gains more than calling it costs.
+# From this many multiply-adds on, oneDNN saves more time than the call to it costs.
 LEAST_MACS = 2**23
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` by oneDNN, in fp32 on a CPU, without a gradient."""
-    if torch.compiler.is_compiling():
-        return _opaque_product(x, weight, bias)
+    call = _opaque_product if torch.compiler.is_compiling() else _onednn_linear
+    return call(x, weight, bias)
+
+
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-# The compiler would take oneDNN's operator for one of its own, whose weights are constants.
+# The compiler has a rule for oneDNN's operator that expects constant weights; for this one it has
+# none.
 @torch.library.custom_op("sret::product", mutates_args=())
 def _opaque_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return _onednn_linear(x, weight, bias)
 
 
 @_opaque_product.register_fake
@@ -35,7 +41,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """`product` with its gradients, which are products themselves."""
+    """`product` and its gradients, which also use `product`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -57,7 +63,7 @@ class _Product(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """nn.Linear with a bias, whose large products in fp32 on a CPU are oneDNN's."""
+    """nn.Linear with a bias that uses oneDNN for large fp32 products on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `[..., in]` to `[..., out]`."""
@@ -68,7 +74,7 @@ class Linear(nn.Linear):
         return product(x, self.weight, self.bias)
 
     def _is_large(self, x: Tensor) -> bool:
-        # Counts and other programs are to see a linear layer, whatever computes it.
+        # Traces and exported programs must contain a linear layer, not oneDNN's operator.
         if torch.jit.is_tracing() or torch.compiler.is_exporting() or type(x) is not Tensor:
             return False
         return (

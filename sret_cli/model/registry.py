@@ -1,7 +1,7 @@
-"""The presets in timm's registry: `timm.create_model("sret_t")` after `import sret_cli.model`.
+"""Adds the presets to timm's registry: `import sret_cli.model; timm.create_model("sret_t")`.
 
-timm takes seconds to import and the model does not need it, so that the registration waits until
-somebody imports timm.
+timm takes seconds to import, and an SReT does not need it. So the presets are registered when the
+user's code imports timm.
 """
 
 import importlib.util
@@ -16,10 +16,10 @@ from sret_cli.spec.presets import PRESETS
 
 
 def register_models(build: Callable[..., Any]) -> None:
-    """Registers every preset with timm, now or when timm is imported.
+    """Registers every preset with timm: now if timm is imported already, else at its import.
 
     Args:
-        build: makes a model of a `ModelSpec`.
+        build: makes a model from a `ModelSpec`.
     """
     if "timm" in sys.modules:
         _register(build)
@@ -28,7 +28,7 @@ def register_models(build: Callable[..., Any]) -> None:
 
 
 class _WhenTimmIsImported(MetaPathFinder):
-    """Finds nothing itself: it has the registration done after timm's own import."""
+    """An import hook that registers the presets right after timm has been imported."""
 
     def __init__(self, build: Callable[..., Any]) -> None:
         self.build = build
@@ -76,7 +76,7 @@ def _register(build: Callable[..., Any]) -> None:
 
     def entry(name: str) -> Callable[..., Any]:
         def from_fields(**fields: Any) -> Any:
-            if isinstance(fields.get("img_size"), tuple):  # timm gives height and width
+            if isinstance(fields.get("img_size"), tuple):  # timm passes (height, width)
                 fields["img_size"] = fields["img_size"][0]
             return build(PRESETS[name].with_values(**fields))
 
@@ -90,7 +90,9 @@ def _register(build: Callable[..., Any]) -> None:
             )
 
         create.__name__ = create.__qualname__ = name
-        create.__doc__ = f"The preset `{name}`; any field of its spec can be given."
+        create.__doc__ = (
+            f"Builds the preset `{name}`; takes every field of its spec as an argument."
+        )
         create.__module__ = __name__
         return create
 

@@ -1,8 +1,8 @@
 """The Sliced Recursive Transformer, at any depth: stem, passes over shared blocks, head.
 
 "Sliced Recursive Transformer", Shen, Liu and Xing, ECCV 2022, arXiv 2111.05297. Each block is held
-once, and a stage walks its schedule (`ModelSpec.schedule`); the state dict has one entry for each
-tensor, whatever the depth.
+once, and a stage walks its schedule (`ModelSpec.schedule`). The state dict has one entry for each
+tensor at any depth.
 
 Tensors carry their shape in their name: B batch, N tokens, C channels, Y and X rows and columns.
 """
@@ -39,15 +39,15 @@ class Stem(nn.Module):
         self.bn3 = nn.BatchNorm2d(width)
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
-        """Images to the first stage's map of tokens."""
-        x_BCYX = x_BCYX.contiguous(memory_format=torch.channels_last)  # tokens lie so, too
+        """Maps images to the first stage's map of tokens."""
+        x_BCYX = x_BCYX.contiguous(memory_format=torch.channels_last)  # the memory layout of tokens
         x_BCYX = F.relu(self.bn1(self.conv1(x_BCYX)), inplace=True)
         x_BCYX = F.relu(self.bn2(self.conv2(x_BCYX)), inplace=True)
         return F.relu(self.bn3(self.conv3(x_BCYX)), inplace=True)
 
 
 class Pool(nn.Module):
-    """A depthwise 3x3 convolution of stride 2 that widens: a quarter of the tokens, as in PiT."""
+    """A depthwise 3x3 convolution, as in PiT: a quarter of the tokens, with more channels."""
 
     def __init__(self, spec: ModelSpec, stage: int) -> None:
         super().__init__()
@@ -56,16 +56,14 @@ class Pool(nn.Module):
         self.conv = nn.Conv2d(width, next_width, 3, 2, 1, groups=width)
 
     def forward(self, x_BNC: Tensor) -> Tensor:
-        """Tokens of one stage to tokens of the next."""
+        """Maps tokens of one stage to tokens of the next."""
         return to_tokens(self.conv(to_map(x_BNC, self.side)))
 
 
 class SReT(nn.Module):
-    """A Sliced Recursive Transformer; `spec` says everything about it.
+    """A Sliced Recursive Transformer, built from a `ModelSpec`.
 
     Input is `[B, in_chans, img_size, img_size]`, output `[B, num_classes]` logits.
-
-    `set_recompute` has passes recomputed in the backward pass instead of stored.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -80,7 +78,7 @@ class SReT(nn.Module):
         ]
         side = spec.sides[0]
         self.stem = Stem(spec)
-        self.call_stem = Stem.forward  # or its compiled form
+        self.call_stem = Stem.forward  # `compile_model` puts a compiled one here
         self.pos_embed = nn.Parameter(torch.zeros(1, spec.embed_dims[0], side, side))
         self.stages = nn.ModuleList(Stage(spec, index) for index in range(spec.stages))
         self.pools = nn.ModuleList(Pool(spec, index) for index in range(spec.stages - 1))
@@ -89,7 +87,7 @@ class SReT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Sets all that does not keep PyTorch's default (and LayerNorm 1 and 0, LRC 1)."""
+        """Initialises what does not start at PyTorch's defaults or at a constant."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         if self.spec.residual == "deepnorm":  # section 4 of arXiv 2203.00555
             gain = (4 * self.spec.branches) ** -0.25
@@ -120,16 +118,18 @@ class SReT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps `[B, C, Y, X]` that stages end with, and the last stage's tokens before them.
+        """The last stage's tokens, and a list with the output maps `[B, C, Y, X]` of stages.
 
-        As in timm: `indices` are stages, an int takes the last so many, None all; `stop_early`
-        leaves out stages that are not asked for. There is no norm before the average to apply.
+        As in timm: `indices` is a list of stages, an int for the last n stages, or None for all;
+        `stop_early` skips the stages after the last one wanted; `intermediates_only` returns the
+        list alone. `norm` has no effect, since SReT normalises after the average over tokens.
 
         Raises:
-            AssertionError: there is no such stage, or not so many.
+            AssertionError: a stage does not exist.
+            ValueError: `output_fmt` is not "NCHW".
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt = {output_fmt!r}: SReT puts out 'NCHW'")
+            raise ValueError(f"output_fmt = {output_fmt!r}: SReT supports only 'NCHW'")
         wanted = self._stage_indices(indices)
         last = max(wanted) if stop_early else len(self.stages) - 1
         maps = []
@@ -143,10 +143,10 @@ class SReT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drops what the stages asked for do not need, as timm's feature extraction does.
+        """Removes the stages after the last one wanted, as timm's feature extraction does.
 
         Raises:
-            AssertionError: there is no such stage, or not so many.
+            AssertionError: a stage does not exist.
         """
         wanted = self._stage_indices(indices)
         self.stages = self.stages[: max(wanted) + 1]
@@ -167,7 +167,7 @@ class SReT(nn.Module):
         return to_tokens(F.dropout(x_BCYX, self.spec.drop_rate, self.training))
 
     def forward_head(self, x_BNC: Tensor, pre_logits: bool = False) -> Tensor:
-        """Averages the tokens, normalises and classifies; `pre_logits` leaves the last step out."""
+        """Averages the tokens, normalises and classifies; `pre_logits` skips the classifier."""
         x_BC = self.norm(F.adaptive_avg_pool2d(to_map(x_BNC, self.spec.sides[-1]), 1).flatten(1))
         return x_BC if pre_logits else self.head(x_BC)
 
@@ -187,15 +187,16 @@ class SReT(nn.Module):
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay leaves alone, beside those of one dimension."""
+        """Names of parameters without weight decay, in addition to those of one dimension."""
         return {"pos_embed", *(n for n, _ in self.named_parameters() if n.endswith("lrc_P4"))}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[float, ...]]:
-        """Where a parameter stands from input to output, by its name, for layer decay by timm.
+        """A function from a parameter's name to its place from input to output, for layer decay.
 
-        The stem is first, then each block with its NLLs, whichever passes they serve, then the
-        head; `coarse` has one place for a stage. A pool goes with the first block of the stage that
-        it leads to, and so do coefficients per pass: they are one tensor for all its blocks.
+        The stem is first, then each block with its NLLs, whichever passes they follow, then the
+        head; `coarse` has one place for a stage. A pool has the place of the first block of the
+        next stage. Coefficients per pass have that of their stage's first block: they are one
+        tensor for all blocks of the stage.
         """
         block_of = [
             {p.nll: p.block for p in self.spec.schedule(stage)} for stage in range(self.spec.stages)
@@ -222,25 +223,24 @@ class SReT(nn.Module):
     def set_recompute(
         self, segments: tuple[int, ...], recomputed: tuple[int, ...] | None = None
     ) -> None:
-        """Store what enters each segment of passes alone, and recompute it in the backward pass.
+        """Store only the input of each segment of passes, and recompute it in the backward pass.
 
-        Loss and gradients stay bitwise what they are without it: a recomputation repeats the random
-        draws of the first time.
+        Loss and gradients stay bitwise the same: a recomputation repeats the random draws.
 
         Args:
-            segments: for each stage, the passes of a segment; 0 recomputes none.
-            recomputed: for each stage, how many of its first passes are recomputed; all if None.
+            segments: for each stage, the number of passes in a segment; 0 recomputes none.
+            recomputed: for each stage, how many of its first passes are recomputed; None: all.
         """
         for index, stage in enumerate(self.every_stage()):
             stage.segment = segments[index]
             stage.recomputed = None if recomputed is None else recomputed[index]
 
     def set_recursions(self, recursions: int | tuple[int, ...] | None) -> None:
-        """Runs the same blocks another number of times from now on; None is the spec's own number.
+        """Sets how often later calls run each block; None is the number of the spec.
 
         Raises:
-            SretError: NLLs or coefficients per pass have no weights for so many recursions, or the
-                passes have an explicit order.
+            SretError: NLLs or coefficients are per pass, and there are none for so many recursions;
+                or the spec has an explicit `order`.
         """
         spec = self.spec
         if recursions is not None:
@@ -251,19 +251,19 @@ class SReT(nn.Module):
             stage.set_schedule(spec.schedule(index), spec.drop_path_rates(index))
 
     def set_reference_shuffle(self, enable: bool = True) -> None:
-        """Draw a permutation for each shuffled pass from the CPU's generator, in eval as well.
+        """Draw a permutation for each shuffled pass from the CPU's generator, also in evaluation.
 
-        So does the reference. Two evaluations then differ, unless `torch.manual_seed` comes before
-        each; use it to check against the reference's numbers, and for nothing else.
+        The reference does this. Use it only to reproduce the reference's numbers: two evaluations
+        differ unless `torch.manual_seed` is called before each.
         """
         for stage in self.every_stage():
             stage.reference_shuffle = enable
 
     def fused(self) -> "SReT":
-        """A copy for inference that does less: no coefficients of branches, no BatchNorm.
+        """A faster copy for inference, without coefficients of branches and without BatchNorm.
 
-        Learned scalars are folded into the projections before them (where they belong to a block),
-        BatchNorm into the convolutions. Logits differ by rounding; it is not to be trained.
+        Learned coefficients of blocks and NLLs are folded into the projections before them,
+        BatchNorm into the convolutions. Logits differ by rounding. The copy cannot be trained.
         """
         model = deepcopy(self).eval().requires_grad_(False)
         for module in model.modules():
@@ -281,7 +281,17 @@ class SReT(nn.Module):
 
 
 def build_model(spec: ModelSpec) -> SReT:
-    """A freshly initialised model on the default device, in training mode."""
+    """A freshly initialised SReT on torch's default device, in training mode.
+
+    Examples:
+        >>> import torch
+        >>> from sret_cli import PRESETS, build_model
+        >>> model = build_model(PRESETS["nano"])
+        >>> model(torch.zeros(2, 3, 16, 16)).shape
+        torch.Size([2, 10])
+        >>> sum(p.numel() for p in model.parameters())
+        331842
+    """
     return SReT(spec)
 
 
@@ -294,7 +304,7 @@ register_models(build_model)
 
 
 def to_map(x_BNC: Tensor, side: int) -> Tensor:
-    """Tokens of a square, `[B, N, C]`, as a map `[B, C, Y, X]` that shares their memory."""
+    """Tokens of a square, `[B, N, C]`, as a view with the shape `[B, C, Y, X]`."""
     return x_BNC.transpose(1, 2).unflatten(2, (side, side))
 
 

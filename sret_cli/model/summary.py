@@ -5,10 +5,7 @@ from typing import Any
 
 import torch
 
-from sret_cli.model.backbone import count_layers, describe_backbone
-from sret_cli.spec.model import ModelSpec
-
-STAGE_FIELDS = ("embed_dims", "blocks", "recursions", "slices", "recursive_slices")
+from sret_cli.model.kinds import count_layers, describe_stages
 
 
 def summarise(model: Any) -> dict[str, Any]:
@@ -19,7 +16,7 @@ def summarise(model: Any) -> dict[str, Any]:
     with torch.inference_mode():
         logits = model.eval()(x)
     seconds = time.perf_counter() - start
-    stages = _stages(model)
+    stages = describe_stages(model)
     total = sum(p.numel() for p in model.parameters())
     return {
         "model": spec.model_dump(mode="json"),
@@ -30,17 +27,3 @@ def summarise(model: Any) -> dict[str, Any]:
         "forward_seconds": seconds,
         "logits_are_finite": bool(logits.isfinite().all()),
     }
-
-
-def _stages(model: Any) -> list[dict[str, Any]]:
-    spec = model.spec
-    if not isinstance(spec, ModelSpec):
-        return [{"name": name, **values} for name, values in describe_backbone(model).items()]
-    return [
-        {
-            "tokens": spec.tokens[index],
-            **{name: getattr(spec, name)[index] for name in STAGE_FIELDS},
-            "params": sum(p.numel() for p in stage.parameters()),
-        }
-        for index, stage in enumerate(model.stages)
-    ]

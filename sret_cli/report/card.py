@@ -6,11 +6,10 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from sret_cli.cost.trace import trace_backbone, trace_costs
-from sret_cli.model.backbone import count_layers
+from sret_cli.cost.trace import profile
+from sret_cli.model.kinds import count_layers
 from sret_cli.report.columns import COLUMNS, FLOPS_NOTE
 from sret_cli.runtime.errors import SretError
-from sret_cli.spec.backbone import BackboneSpec
 from sret_cli.study.axes import format_value
 from sret_cli.weights.export import Export
 from sret_cli.weights.origin import Origin
@@ -37,7 +36,6 @@ def model_card(model: Any, to: str, export: Export, origin: Origin) -> str:
         file_bytes=export.file_bytes,
         difference=export.logits_difference,
         spec=spec,
-        backbone=spec if isinstance(spec, BackboneSpec) else None,
         fields={field: format_value(value) for field, value in spec.model_dump().items()},
         costs=_costs(model),
         flops_note=FLOPS_NOTE,
@@ -68,9 +66,7 @@ def _costs(model: Any) -> dict[str, str]:
 
 def _macs(spec: Any) -> int | None:
     """Multiply-adds for one image; None if a timm model has an operator without a counting rule."""
-    if not isinstance(spec, BackboneSpec):
-        return trace_costs(spec).macs
     try:
-        return trace_backbone(spec).macs
+        return profile(spec).macs
     except SretError:
         return None

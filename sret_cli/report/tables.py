@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from sret_cli.report.columns import COLUMNS, FLOPS_NOTE, group_seeds, heading, mean_and_deviation
-from sret_cli.spec.model import ModelSpec
 from sret_cli.spec.run import Row
 from sret_cli.study.axes import varying_fields
 
@@ -129,7 +128,7 @@ def breakdown_tables(profile: "Profile") -> list[Table]:
     lines = []
     stages = zip(profile.params_by_stage, profile.macs_by_stage(), strict=True)
     for s, (params, cost) in enumerate(stages):
-        assert isinstance(spec, ModelSpec)
+        assert not spec.is_timm
         layers = f"{spec.blocks[s] * spec.recursions[s]:,}"
         line = [str(s + 1), str(spec.tokens[s]), str(spec.embed_dims[s]), layers]
         line += [COLUMNS["params"].text(params), macs.text(cost)]

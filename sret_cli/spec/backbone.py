@@ -1,11 +1,11 @@
-"""Which of timm's models to build, and how its layers recur and share their weights."""
+"""The spec of a timm model: which one, and how its blocks recur and are tied."""
 
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import cache
 from inspect import signature
 from math import isfinite
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     Field,
@@ -22,62 +22,90 @@ from sret_cli.spec.model import ModelSpec
 from sret_cli.spec.presets import PRESETS
 from sret_cli.spec.strict import Count, Rate, Strict
 
-Arguments = tuple[tuple[str, Any], ...]  # names, sorted, and plain values
+Arguments = tuple[tuple[str, Any], ...]  # pairs of name and plain value, sorted by name
 
-# What timm's models raise where their parts do not fit each other or the image.
+# What timm models raise if their parts do not fit each other or the image.
 MISFITS = (
-    *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError),
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
     ValueError,
 )
 
-# Arguments of timm's that are fields here, or would load weights or make something else of a model.
+# Arguments of timm that are fields here, and those that would load weights or do not belong to the
+# design of a model.
 FIELDS = ("img_size", "in_chans", "num_classes", "drop_path_rate")
 FOREIGN = (
-    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict"),
-    *("pretrained_filter_fn", "pretrained_model_args", "checkpoint_path", "cache_dir"),
-    *("model_cfg", "feature_cfg", "kwargs_filter", "features_only", "out_indices"),
-    *("scriptable", "exportable", "no_jit", "device", "dtype", "model_name", "variant"),
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_strict",
+    "pretrained_filter_fn",
+    "pretrained_model_args",
+    "checkpoint_path",
+    "cache_dir",
+    "model_cfg",
+    "feature_cfg",
+    "kwargs_filter",
+    "features_only",
+    "out_indices",
+    "scriptable",
+    "exportable",
+    "no_jit",
+    "device",
+    "dtype",
+    "model_name",
+    "variant",
 )
 
 
 class BackboneSpec(Strict):
-    """One of timm's models, each of its blocks passed through `recursions` times.
+    """A timm model, with `recursions` passes through each of its blocks.
 
-    `share` consecutive blocks have one set of weights ("all": every block of a stage has); the
-    number of layers stays. `img_size` is the model's own where it is not given. `timm_args` are
-    further arguments for timm's model, such as `patch_size`: a table of numbers, texts, true or
-    false, and lists of them, kept as sorted pairs. The defaults leave the model as timm has it, so
-    that any of its models can be a baseline.
+    With the defaults the model stays as it is in timm, so that any timm model can be a baseline.
 
     Raises:
-        SretError: timm has no such model, its model takes no such argument, or a value is of the
-            wrong type or out of range.
+        SretError: timm has no such model, the model does not take one of `timm_args`, or a value is
+            of the wrong type or out of range.
     """
 
+    is_timm: ClassVar[Literal[True]] = True
+
     backbone: str
-    """Name of a timm model, in place of `preset`."""
+    """Name of a timm model, such as `vit_tiny_patch16_224`; given instead of `preset`."""
     img_size: Annotated[int, Field(ge=1, le=16_384)]
-    """Height and width of the images; the model's own if not given."""
+    """Height and width of the images, in pixels; if not given, those of timm's config."""
     in_chans: Count = 3
-    """Channels of the images."""
+    """Channels of the images; 1 or 3 to train."""
     num_classes: Annotated[int, Field(ge=0)] = 1000
-    """Classes; those of the data where a run trains."""
+    """Number of classes; 0 builds no classifier. If not given, a run that trains takes the number
+    of its data.
+    """
     recursions: Annotated[int, Field(ge=1, le=MAX_LAYERS)] = 1
     """Passes through each block."""
     loop: Literal["internal", "external"] = "internal"
-    """`internal` repeats each block before the next, `external` repeats the list of blocks."""
+    """`internal` repeats each block before the next (b0 b0 b1 b1), `external` repeats the list of
+    blocks (b0 b1 b0 b1).
+    """
     share: Count | Literal["all"] = 1
-    """Consecutive blocks that have one set of weights, or `all` blocks of a stage."""
+    """Number of consecutive blocks with one set of weights, or `all` for all blocks of a stage.
+    It has to divide the blocks of each stage. The number of layers stays the same.
+    """
     nll: Literal["per_pass", "per_block", "none"] = "none"
-    """Non-linear projection layers after the passes: one for each pass, one for each block, or
-    none.
+    """Non-linear projection layers after the passes: `per_pass` has one for each pass, `per_block`
+    one for each set of block weights, `none` has none.
     """
     nll_ratio: Annotated[float, Field(gt=0, le=64)] = 1.0
-    """Hidden units of an NLL, as a multiple of its channels."""
+    """Hidden units of an NLL, as a multiple of its channels, rounded down."""
     drop_path_rate: Rate = 0.0
-    """Drop path, as timm's model spreads it over its blocks."""
+    """Drop-path rate that the timm model spreads over its blocks; 0 keeps timm's default."""
     timm_args: Arguments = ()
-    """Further arguments of timm's model, such as `{ patch_size = 4 }`."""
+    """Further arguments of the timm model, such as `{ patch_size = 4 }`: a table of numbers,
+    strings, true or false, and lists of them.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -105,7 +133,7 @@ class BackboneSpec(Strict):
             if name in FIELDS:
                 raise SretError(f"timm_args.{name}: {name} is a field of the model; set it there")
             if name in FOREIGN:
-                raise SretError(f"timm_args.{name} is no matter of a model's design; leave it out")
+                raise SretError(f"timm_args.{name} is not part of a model's design; leave it out")
         return tuple((name, plain(f"timm_args.{name}", value[name])) for name in sorted(value))
 
     @model_validator(mode="after")
@@ -117,7 +145,7 @@ class BackboneSpec(Strict):
     def _serialize(
         self, handler: SerializerFunctionWrapHandler, info: SerializationInfo
     ) -> dict[str, Any]:
-        """Fields, without `timm_args` where there are none: older runs keep their ids."""
+        """The fields; empty `timm_args` are left out, so that older runs keep their ids."""
         values = handler(self)
         as_written = as_lists if info.mode == "json" else lambda value: value
         values["timm_args"] = {name: as_written(value) for name, value in self.timm_args}
@@ -125,12 +153,12 @@ class BackboneSpec(Strict):
 
     @property
     def untouched(self) -> bool:
-        """Whether the model is as timm has it."""
+        """Whether the model stays as it is in timm."""
         return self.recursions == 1 and self.share == 1 and self.nll == "none"
 
     @property
     def layers(self) -> None:
-        """Unknown before the model is built: `recurse.count_layers` and profiles know."""
+        """None: it is known once the model is built (`model.kinds.count_layers`)."""
         return None
 
 
@@ -138,12 +166,12 @@ Spec = ModelSpec | BackboneSpec
 
 
 def read_spec(values: dict[str, Any]) -> Spec:
-    """The spec of either kind that `model_dump` gave these values."""
+    """The spec, of either kind, whose `model_dump` gave these values."""
     return BackboneSpec(**values) if "backbone" in values else ModelSpec(**values)
 
 
 def plain(name: str, value: Any) -> Any:
-    """A number, a text, true or false, or a list of them as a tuple.
+    """A number, a string, true or false, or a list of them as a tuple.
 
     Raises:
         SretError: the value is something else.
@@ -152,17 +180,19 @@ def plain(name: str, value: Any) -> Any:
         return tuple(plain(name, item) for item in value)
     if isinstance(value, bool | int | str) or (isinstance(value, float) and isfinite(value)):
         return value
-    raise SretError(f"{name} = {value!r}: give a number, a text, true or false, or a list of them")
+    raise SretError(
+        f"{name} = {value!r}: give a number, a string, true or false, or a list of them"
+    )
 
 
 def as_lists(value: Any) -> Any:
-    """A plain value as JSON has it, without tuples."""
+    """A plain value with lists instead of tuples, as in JSON."""
     return [as_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
 @cache
 def check_arguments(backbone: str, arguments: Arguments) -> None:
-    """Refuses an argument that timm's model does not take; its value is checked when it is built.
+    """Refuses arguments that the timm model does not take; their values are checked at its build.
 
     Raises:
         SretError: names the argument.
@@ -186,11 +216,11 @@ def check_arguments(backbone: str, arguments: Arguments) -> None:
                     f"{nearest_choice(name, known)}"
                 ) from None
     except MISFITS:
-        return  # what is wrong with a value is said where the model is built
+        return  # a wrong value is reported when the model is built
 
 
 def _parameters(cls: type) -> list[str]:
-    """Names of the arguments of a model's class and, where it passes them on, of its bases."""
+    """Names of the arguments of a model's class and of its timm base classes."""
     names: dict[str, None] = {}
     for base in cls.__mro__:
         init: Callable[..., Any] | None = base.__dict__.get("__init__")
@@ -201,7 +231,7 @@ def _parameters(cls: type) -> list[str]:
 
 
 def default_img_size(name: str) -> int:
-    """The image size that timm's model of that name is meant for.
+    """The image size in timm's pretrained config of the model of that name; 224 without a config.
 
     Raises:
         SretError: timm has no such model; the message names the nearest.
@@ -209,7 +239,7 @@ def default_img_size(name: str) -> int:
     import timm
 
     architecture, _, tag = name.partition(".")
-    if architecture in PRESETS:  # which timm knows, too, once our models are in its registry
+    if architecture in PRESETS:  # `model.registry` adds the presets to timm
         raise SretError(f"{name!r} is a preset, not a timm model; use --preset {name}")
     if not timm.is_model(architecture):
         near = get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)

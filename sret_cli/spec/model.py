@@ -1,128 +1,123 @@
-"""What to build: the spec of a model, presets, the schedule of passes, and their rules.
+"""The spec of a Sliced Recursive Transformer, and its rules.
 
-A stage is a schedule of passes over a bank of blocks. `ModelSpec.schedule` lists the passes as
-plain values; models, costs and reports are views of that list. Source: "Sliced Recursive
-Transformer", Shen, Liu and Xing, ECCV 2022, arXiv 2111.05297.
+Source: "Sliced Recursive Transformer", Shen, Liu and Xing, ECCV 2022, arXiv 2111.05297.
 """
 
 from collections.abc import Iterable
 from functools import cached_property
 from math import gcd, prod
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from sret_cli.runtime.errors import SretError
 from sret_cli.spec.depth import MAX_LAYERS, divisors, recursions_for
+from sret_cli.spec.schedule import Pass
 from sret_cli.spec.strict import Count, Rate, Strict, as_tuples, without_none
 
 PER_STAGE = ("embed_dims", "num_heads", "blocks", "recursions", "slices", "recursive_slices")
-
-
-class Pass(NamedTuple):
-    """One execution of a block: what one layer of the network is.
-
-    `visit` counts the passes through the same block before it. Tokens stay as a shuffled pass has
-    left them, since all but sliced attention takes them in any order: a pass `gathers` them where
-    it needs another order, be it shuffled or, after a shuffled pass, the tokens' own.
-    """
-
-    block: int
-    visit: int
-    nll: int | None
-    slices: int
-    shuffled: bool
-    gathers: bool
 
 
 Width = Annotated[int, Field(ge=1, le=65_536)]
 Stride = Annotated[int, Field(ge=1, le=2)]
 
 
-def ends_shuffled(schedule: tuple[Pass, ...]) -> bool:
-    """Whether a stage has to put its tokens back in their order after its last pass."""
-    last = next((p for p in reversed(schedule) if p.gathers), None)
-    return last is not None and last.shuffled
-
-
 class ModelSpec(Strict):
     """A Sliced Recursive Transformer: everything that determines its weights and its costs.
 
-    Per-stage fields are tuples; one value stands for all stages. The defaults are the preset
-    `deep`. `order` lists the blocks of each stage's passes and stands in for `loop` and
-    `recursions`. `drop_path_ramp` is explained at `drop_path_rates`. How branches are added to the
-    stream, by `residual`:
-
-    - `lrc`: c1*x + c2*f(LN(x)), learned scalars that start at 1, for each block or, with
-      `lrc = "per_pass"`, for each pass (SReT, arXiv 2111.05297)
-    - `plain`: x + f(LN(x))
-    - `layerscale`: x + g*f(LN(x)), g learned for each channel, from 0.1 (to 18 layers), 1e-5 (to
-      24) or 1e-6 (CaiT, arXiv 2103.17239)
-    - `rezero`: x + a*f(LN(x)), one learned scalar that starts at 0 (ReZero, arXiv 2003.04887)
-    - `sqrt`: x + f(LN(x)) / sqrt(layers) (depth-muP, arXiv 2310.02244)
-    - `loop`: x + f(LN(x)) / (recursions * sqrt(blocks)): passes through one block are correlated
-      and add up linearly, blocks as independent ones do (arXiv 2606.18524)
-    - `deepnorm`: LN(a*x + f(x)), a = M^(1/4) for M branches, whose value, output and MLP weights
-      start smaller by (4M)^(-1/4) (DeepNet, arXiv 2203.00555)
+    Fields with a value for each stage are tuples; a single value is used for all stages. The
+    defaults are the preset `deep`.
 
     Raises:
         SretError: a value is of the wrong type or out of range, or the values do not fit together.
+
+    Examples:
+        >>> from sret_cli import ModelSpec
+        >>> spec = ModelSpec(blocks=(2, 5, 3), recursions=4)
+        >>> spec.layers
+        40
+        >>> spec.at(layers=1000).recursions
+        (100, 100, 100)
     """
+
+    is_timm: ClassVar[Literal[False]] = False  # True in `BackboneSpec`
 
     img_size: Annotated[int, Field(ge=1, le=16_384)] = 224
     """Height and width of the images, in pixels."""
     in_chans: Annotated[int, Field(ge=1, le=4096)] = 3
-    """Channels of the images."""
+    """Channels of the images; 1 or 3 to train."""
     num_classes: Annotated[int, Field(ge=0, le=1_000_000)] = 1000
-    """Classes; those of the data where a run trains."""
+    """Number of classes; 0 builds no classifier. If not given, a run that trains takes the number
+    of its data.
+    """
     stem_strides: tuple[Stride, Stride, Stride] = (2, 2, 2)
-    """Strides of the three convolutions of the stem."""
+    """Strides of the three convolutions of the stem, each 1 or 2."""
     embed_dims: tuple[Width, ...] = (128, 256, 512)
-    """Channels of each stage."""
+    """Channels of each stage; their number is the number of stages."""
     num_heads: tuple[Count, ...] = (2, 4, 8)
-    """Attention heads of each stage."""
+    """Attention heads of each stage; they have to divide its channels."""
     blocks: tuple[Count, ...] = (2, 5, 3)
-    """Blocks of each stage: sets of shared weights."""
+    """Blocks of each stage: the sets of weights that its passes use."""
     recursions: tuple[Count, ...] = (2, 2, 2)
-    """Passes through each block, by stage."""
+    """Passes through each block of a stage."""
     loop: Literal["internal", "external"] = "internal"
     """`internal` repeats each block before the next (b0 b0 b1 b1), `external` repeats the list of
     blocks (b0 b1 b0 b1).
     """
     order: tuple[tuple[Annotated[int, Field(ge=0)], ...], ...] | None = None
-    """The blocks of a stage's passes, one by one, instead of `loop` and `recursions`: [0, 0, 1, 0].
+    """The block of each pass of a stage, such as [0, 0, 1, 0], instead of `loop` and `recursions`:
+    one list for each stage, or one for all.
     """
     slices: tuple[Count, ...] = (4, 4, 1)
-    """Groups that attention is confined to, on the first pass through a block. A single number
-    takes its greatest common divisor with each stage's tokens.
+    """Groups of tokens that attention is confined to, on the first pass through a block; 1 is no
+    slicing. In a study file a single number becomes its greatest common divisor with the tokens of
+    each stage.
     """
     recursive_slices: tuple[Count, ...] = (4, 4, 1)
-    """The same on later passes; `slices` where only that is given."""
+    """The same on later passes; if not given, a single number of `slices` sets them too."""
     shuffle: Literal["random", "fixed", "none"] = "random"
-    """Permutation of tokens before later sliced passes: `random` is drawn anew at each training
-    step and fixed in evaluation, `fixed` is seeded, `none` leaves the order.
+    """Permutation of tokens before later sliced passes: `random` draws a new one at each training
+    step and uses fixed ones in evaluation, `fixed` always uses the fixed ones, `none` does not
+    permute.
     """
     mlp_ratio: Annotated[float, Field(gt=0, le=64)] = 3.0
-    """Hidden units of a block's MLP, as a multiple of its channels."""
+    """Hidden units of a block's MLP, as a multiple of its channels, rounded down."""
     nll: Literal["per_pass", "per_block", "none"] = "per_block"
-    """Non-linear projection layers after the passes: one for each pass (the reference), one for
-    each block (no parameters with depth), or none.
+    """Non-linear projection layers after the passes: `per_pass` has one for each pass (as in the
+    reference), `per_block` one for each block (so that recursions add no parameters), `none` has
+    none.
     """
     nll_ratio: Annotated[float, Field(gt=0, le=64)] = 1.0
-    """Hidden units of an NLL, as a multiple of its channels."""
+    """Hidden units of an NLL, as a multiple of its channels, rounded down."""
     residual: Literal["lrc", "plain", "layerscale", "rezero", "sqrt", "loop", "deepnorm"] = "lrc"
-    """How a branch is added to the stream; docs/models.md compares the rules."""
+    """Rule by which the output of a branch f is added to the stream x:
+
+    - `lrc`: c1*x + c2*f(LN(x)), learned scalars that start at 1, for each block or, with
+      `lrc = "per_pass"`, for each pass (SReT, arXiv 2111.05297)
+    - `plain`: x + f(LN(x))
+    - `layerscale`: x + g*f(LN(x)), g learned for each channel, starting at 0.1 (up to 18 layers),
+      1e-5 (up to 24) or 1e-6 (CaiT, arXiv 2103.17239)
+    - `rezero`: x + a*f(LN(x)), one learned scalar that starts at 0 (ReZero, arXiv 2003.04887)
+    - `sqrt`: x + f(LN(x)) / sqrt(layers) (depth-muP, arXiv 2310.02244)
+    - `loop`: x + f(LN(x)) / (recursions * sqrt(blocks)), with the recursions of the stage and the
+      blocks of the model: passes through one block are correlated and add up linearly, different
+      blocks add up as independent ones (arXiv 2606.18524)
+    - `deepnorm`: LN(a*x + f(x)), a = M^(1/4) for M branches, whose value, output and MLP weights
+      start smaller by (4M)^(-1/4) (DeepNet, arXiv 2203.00555)
+    """
     lrc: Literal["per_block", "per_pass"] = "per_block"
-    """Learned residual coefficients for each block, or for each pass."""
+    """Learned coefficients of `residual = "lrc"`: four for each block, or four for each pass."""
     drop_rate: Rate = 0.0
-    """Dropout of the MLPs and projections."""
+    """Probability of dropout after the stem, in MLPs and NLLs, and after attention."""
     attn_drop_rate: Rate = 0.0
-    """Dropout of the attention weights."""
+    """Probability of dropout of the attention weights."""
     drop_path_rate: Rate = 0.0
-    """Drop path of the last pass; earlier passes drop in proportion to their depth."""
+    """Probability that a branch of the last pass is dropped for an image in training;
+    `drop_path_ramp` gives that of earlier passes.
+    """
     drop_path_ramp: Literal["per_pass", "per_block"] = "per_pass"
-    """`per_pass` climbs over all passes; `per_block` gives all passes through a block one rate, by
-    the formula of the SReT code.
+    """`per_pass` rises linearly from 0 at the first pass to `drop_path_rate` at the last;
+    `per_block` gives all passes through a block one rate, by the formula of the SReT code.
     """
 
     @model_validator(mode="before")
@@ -174,7 +169,7 @@ class ModelSpec(Strict):
                 )
             if index and width % self.embed_dims[index - 1]:
                 raise SretError(
-                    f"stage {index + 1}: its width {width} is no multiple of the "
+                    f"stage {index + 1}: its width {width} is not a multiple of the "
                     f"{self.embed_dims[index - 1]} before it; the depthwise convolution between "
                     "stages needs one (e.g. twice)"
                 )
@@ -197,7 +192,7 @@ class ModelSpec(Strict):
             if set(visited) != set(range(blocks)):
                 raise SretError(
                     f"stage {stage + 1}: order {list(visited)} does not visit its blocks "
-                    f"0 to {blocks - 1}, each at least once; mend it, or set blocks"
+                    f"0 to {blocks - 1}, each at least once; change it, or set blocks"
                 )
 
     def _check_slices(self, stage: int) -> None:
@@ -214,7 +209,7 @@ class ModelSpec(Strict):
 
     @property
     def stages(self) -> int:
-        """How many stages the model has."""
+        """Number of stages."""
         return len(self.embed_dims)
 
     @cached_property
@@ -239,22 +234,22 @@ class ModelSpec(Strict):
         return sum(self.passes(stage) for stage in range(self.stages))
 
     def passes(self, stage: int) -> int:
-        """How many passes a stage has."""
+        """Number of passes of a stage."""
         if self.order is not None:
             return len(self.order[stage])
         return self.blocks[stage] * self.recursions[stage]
 
     def hidden(self, stage: int, kind: Literal["mlp", "nll"]) -> int:
-        """Hidden units of a stage's MLP or NLL; a fraction is cut off, as in the reference."""
+        """Hidden units of a stage's MLP or NLL, rounded down as in the reference."""
         return int(getattr(self, f"{kind}_ratio") * self.embed_dims[stage])
 
     def nlls(self, stage: int) -> int:
-        """How many NLLs, with weights of their own, a stage holds."""
+        """Number of NLLs of a stage, each with its own weights."""
         banks = {"per_pass": self.passes(stage), "per_block": self.blocks[stage], "none": 0}
         return banks[self.nll]
 
     def schedule(self, stage: int) -> tuple[Pass, ...]:
-        """The passes of a stage (0-based), in their order."""
+        """The passes of a stage (0-based), in the order in which they run."""
         blocks, recursions = self.blocks[stage], self.recursions[stage]
         order: Iterable[int]
         if self.order is not None:
@@ -284,9 +279,9 @@ class ModelSpec(Strict):
         return tuple(passes)
 
     def branch_scales(self, stage: int) -> tuple[float, float]:
-        """Constants that a stage's residual sums multiply the stream and the branch with.
+        """Constant factors of the stream and of the branch in a stage's residual sums.
 
-        1 and 1 where the rule has learned coefficients or none.
+        They are 1 and 1 if the rule has learned coefficients or none.
         """
         if self.residual == "sqrt":
             return 1.0, self.layers**-0.5
@@ -299,15 +294,15 @@ class ModelSpec(Strict):
 
     @property
     def branches(self) -> int:
-        """Residual sums on the way through the network: 2 a layer, or 3 with its NLL."""
+        """Number of residual sums in the network: 2 for each layer, or 3 with its NLL."""
         return self.layers * (2 if self.nll == "none" else 3)
 
     def drop_path_rates(self, stage: int) -> tuple[float, ...]:
-        """Drop-path rate of each pass, of a ramp over the passes or, as published, the blocks.
+        """Drop-path rate of each pass of a stage.
 
-        "per_pass" climbs from 0 to `drop_path_rate` over all passes. "per_block" has one rate for
+        "per_pass" rises from 0 to `drop_path_rate` over all passes. "per_block" has one rate for
         all passes through a block: `drop_path_rate * (b + i) / layers` for block i of a stage with
-        b passes before it, which climbs by blocks and skips by passes, and so ends below the top.
+        b passes before it. This is the published formula; its last rate is below `drop_path_rate`.
         """
         before, last = sum(map(self.passes, range(stage))), max(self.layers - 1, 1)
         if self.drop_path_ramp == "per_block":
@@ -325,12 +320,13 @@ class ModelSpec(Strict):
     ) -> "ModelSpec":
         """The same design at another depth or slicing.
 
-        `layers` sets the stages' recursions in proportion to what they are, to exactly that many
-        layers. `slices` takes gcd(slices, tokens) in each stage, for first and later passes;
-        `recursive_slices` does so for later passes alone.
+        Args:
+            layers: exact number of layers; the recursions of the stages keep their proportions.
+            slices: becomes gcd(slices, tokens) in each stage, for first and later passes.
+            recursive_slices: the same, only for later passes.
 
         Raises:
-            SretError: no recursion counts reach `layers`, or the slices divide no stage's tokens.
+            SretError: no recursions give exactly `layers`, or the slices divide no stage's tokens.
         """
         values: dict[str, Any] = {}
         if layers is not None:
@@ -344,7 +340,7 @@ class ModelSpec(Strict):
         return self.with_values(**values)
 
     def with_fitted(self, **values: Any) -> Self:
-        """A copy with other values; single numbers of slices fit each stage, as `--slices` does.
+        """A copy with other values; single numbers of slices are fitted to each stage.
 
         Raises:
             SretError: a value is of the wrong type, or the values do not fit together.
@@ -356,15 +352,16 @@ class ModelSpec(Strict):
                 raise SretError(f"{key} = {wanted!r}: give one whole number for the whole model")
         if "slices" in fits and "recursive_slices" not in {**values, **fits}:
             fits["recursive_slices"] = fits["slices"]
-        # One slice fits any stage: the numbers wanted are fitted once the tokens are known.
+        # The tokens are known once the spec is built, so it is built with 1 slice first.
         spec = self.with_values(**values, **dict.fromkeys(fits, 1))
         return spec.with_values(**{key: spec.fit_slices(wanted) for key, wanted in fits.items()})
 
     def fit_slices(self, wanted: int) -> tuple[int, ...]:
-        """The slices of each stage that come nearest to what is wanted: gcd(wanted, tokens).
+        """The slices of each stage for one wanted number: gcd(wanted, tokens).
 
         Raises:
-            SretError: the number is not positive, or shares a divisor with no stage's tokens.
+            SretError: the number is not positive, or has no divisor in common with any stage's
+                tokens.
         """
         if wanted < 1:
             raise SretError(

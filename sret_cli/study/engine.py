@@ -13,7 +13,6 @@ from sret_cli.runtime.errors import SretError
 from sret_cli.runtime.files import read_json
 from sret_cli.runtime.lock import Busy, locked_directory
 from sret_cli.runtime.progress import Display
-from sret_cli.spec.backbone import BackboneSpec
 from sret_cli.spec.contents import Contents
 from sret_cli.spec.options import RunOptions
 from sret_cli.spec.run import CONFIG_FILE, Row, Run
@@ -156,7 +155,7 @@ def _check_backbones(study: Study, root: Path) -> None:
     known = [run for run in study.runs if run.is_identified]
     new = [run for run in known if read_row(run.directory(root)) is None]
     for spec in dict.fromkeys(run.model for run in new):
-        if isinstance(spec, BackboneSpec) and len(new) > 1:
+        if spec.is_timm and len(new) > 1:
             from sret_cli.model.backbone import build_backbone
 
             build_backbone(spec)

@@ -9,7 +9,6 @@ from sret_cli.cost.published import published_columns
 from sret_cli.runtime.errors import RESOURCES, SOME_FAILED, SretError, as_out_of_memory, show_note
 from sret_cli.runtime.files import read_json, write_json
 from sret_cli.runtime.progress import Display
-from sret_cli.spec.backbone import BackboneSpec
 from sret_cli.spec.options import RunOptions
 from sret_cli.spec.run import CONFIG_FILE, Row, Run
 from sret_cli.spec.train import TrainSpec
@@ -31,7 +30,7 @@ def profile_run(run: Run, options: RunOptions) -> tuple[Row, "Profile"]:
     """
     from sret_cli.cost.trace import profile
 
-    costs = profile(run, options.full_trace)
+    costs = profile(run.model, options.full_trace)
     row = {**planned_row(run), **provenance(), **costs.row()}
     row |= published_columns(run.model, costs.params, costs.macs)
     if options.measure_batch_size is not None:
@@ -91,7 +90,7 @@ def predicted_memory_columns(
         "memory_recompute": chosen,
         "gpu_memory_bytes": options.gpu_memory,
     }
-    if isinstance(run.model, BackboneSpec):
+    if run.model.is_timm:
         return row
     memory, plan = predict_memory(run.model, setting, chosen, options.gpu_memory)
     row |= {**memory.row(), **plan._asdict(), "fits": None, "largest_batch": None}
@@ -160,7 +159,7 @@ def _do(
     if measurement == "cost":
         from sret_cli.cost.trace import profile
 
-        costs = profile(run, options.full_trace)
+        costs = profile(run.model, options.full_trace)
         return {**costs.row(), **published_columns(run.model, costs.params, costs.macs)}
     if measurement == "speed":
         return _speed(run, options)

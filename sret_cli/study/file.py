@@ -16,7 +16,6 @@ from typing import NoReturn
 
 from sret_cli.cost.budget import TWIN_KINDS, twin_spec
 from sret_cli.runtime.errors import USAGE, SretError, nearest_choice
-from sret_cli.spec.backbone import BackboneSpec
 from sret_cli.spec.model import ModelSpec
 from sret_cli.spec.run import HANDLING, Run, Table, put
 from sret_cli.spec.strict import Strict
@@ -218,7 +217,7 @@ def with_twins(runs: list[Run], kinds: list[str]) -> list[Run]:
     """
     found, control, added = {_canonical(run) for run in runs}, cache(twin_spec), []
     for run, kind in product(runs, kinds):
-        if isinstance(run.model, BackboneSpec):
+        if run.model.is_timm:
             continue
         try:
             model = control(run.model, kind)

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from sret_cli.data.class_names import ClassList, config_classes
 from sret_cli.data.loaders import Loader, load_test_data
-from sret_cli.model.backbone import count_layers
 from sret_cli.model.compile import is_compiled
-from sret_cli.model.sret import SReT
+from sret_cli.model.kinds import count_layers, set_recursions
 from sret_cli.runtime.device import autocast, choose_device, device_name, use_deterministic_kernels
 from sret_cli.runtime.errors import DATA, SretError
 from sret_cli.runtime.progress import OnStep, Progress
@@ -131,12 +130,9 @@ def evaluate_run(
     target_device = choose_device(options.device)
     use_deterministic_kernels(target_device)
     model = load_model(directory, how.changes).to(target_device)
-    layers = count_layers(model)
     if how.recursions is not None:
-        if not isinstance(model, SReT):
-            raise SretError(f"{directory} holds a timm model; its recursions cannot be changed")
-        model.set_recursions(how.recursions)
-        layers = model.spec.with_values(recursions=how.recursions).layers
+        set_recursions(model, how.recursions, str(directory))
+    layers = count_layers(model)
     workers = default_workers(spec) if options.workers is None else options.workers
     trained = ClassList(
         config_classes(config),

@@ -4,7 +4,6 @@ from sret_cli.cost.footprint import Setting
 from sret_cli.cost.memory import largest_batch, predict_memory
 from sret_cli.runtime.device import free_bytes, peak_gigabytes, used_bytes
 from sret_cli.runtime.errors import RESOURCES, SretError
-from sret_cli.spec.model import ModelSpec
 from sret_cli.training.trainer import Trainer
 
 
@@ -23,7 +22,7 @@ def out_of_memory_error(error: BaseException, trainer: Trainer) -> SretError:
     spec, step = trainer.spec, trainer.progress.step + 1
     at_once = -(-spec.batch_size // (spec.accumulation * trainer.ranks.world_size))
     fits, predicted = 0, ""
-    if isinstance(trainer.run.model, ModelSpec):
+    if not trainer.run.model.is_timm:
         setting = Setting(at_once, spec.precision, trainer.device.type, spec.opt)
         needed = predict_memory(trainer.run.model, setting, spec.recompute)[0].training_memory_bytes
         predicted = f", {needed / 1e9:.1f} GB predicted"

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
-from sret_cli.model.sret import SReT
+from sret_cli.model.kinds import sret_stages
 from sret_cli.runtime.errors import SretError
 from sret_cli.spec.train import TrainSpec
 from sret_cli.training.ranks import Ranks
@@ -107,16 +107,15 @@ def synchronise_norms(model: nn.Module) -> None:
         model.set_submodule(name, synchronised.train(module.training))
 
 
-def replicate(model: nn.Module, spec: TrainSpec, ranks: Ranks) -> nn.Module:
+def replicate(model: Any, spec: TrainSpec, ranks: Ranks) -> nn.Module:
     """The model, with gradients that are averaged over the ranks in the backward pass.
 
     Shared weights are reduced once, when all their passes have added to their gradient. Which
     weights a step uses changes where passes with NLLs of their own are drawn; those of no rank
     keep no gradient, as in one process.
     """
-    changing = not isinstance(model, SReT) or (
-        spec.recursions_range is not None and model.spec.nll == "per_pass"
-    )
+    varies = spec.recursions_range is not None
+    changing = model.spec.is_timm or (varies and model.spec.nll == "per_pass")
     assert ranks.device is not None
     # A depthwise convolution's gradient may lie in another order than its weights; it is copied.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
@@ -139,11 +138,12 @@ def shard(model: nn.Module, ranks: Ranks) -> None:
     Raises:
         SretError: the model is timm's.
     """
-    if not isinstance(model, SReT):
+    stages = sret_stages(model)
+    if not stages:
         raise SretError("models of timm's are not sharded; leave out --shard")
     assert ranks.device is not None
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
-    for stage in model.every_stage():
+    for stage in stages:
         fully_shard(stage, mesh=mesh)
     fully_shard(model, mesh=mesh)
 

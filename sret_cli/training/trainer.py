@@ -18,9 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from sret_cli import __version__
 from sret_cli.cost.memory import set_recompute
 from sret_cli.data.loaders import Batches, Loader
-from sret_cli.model.backbone import build_any
 from sret_cli.model.compile import compile_model
-from sret_cli.model.sret import SReT
+from sret_cli.model.kinds import build_any, set_recursions, sret_stages
 from sret_cli.runtime.device import autocast, device_name
 from sret_cli.runtime.errors import SOME_FAILED, SretError, show_note
 from sret_cli.runtime.processes import places_of_rank
@@ -106,7 +105,8 @@ class Trainer:
             load_weights(self.module, init, loader.class_list, self.spec.reset_head)
         set_recompute(self.module, self.spec, device, gpu_memory, ranks.world_size)
         if self.spec.recursions_range is not None:
-            self.module.set_recursions(self.spec.recursions_range[1])  # refuses what has no weights
+            most = self.spec.recursions_range[1]
+            set_recursions(self.module, most)  # refuses a model without weights for these
         self.model: nn.Module = self.module
         self.ema = create_ema(self.module, self.spec)
         if ranks.is_distributed:
@@ -131,9 +131,7 @@ class Trainer:
         )
         self.generator = torch.Generator(device)
         in_parts = ranks.is_distributed or self.spec.accumulation > 1
-        self.stages = (
-            self.module.every_stage() if in_parts and isinstance(self.module, SReT) else []
-        )
+        self.stages = sret_stages(self.module) if in_parts else []
         for stage in self.stages:
             stage.generator = self.generator
         self.progress = TrainingProgress()

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from sret_cli.runtime.errors import CHECKPOINT, SretError
-from sret_cli.spec.model import ModelSpec
+from sret_cli.spec.backbone import Spec
 from sret_cli.weights.state_dicts import State
 
 MAX_TABLE_LINES = 20
@@ -30,8 +30,10 @@ def resample_pos_embed(pos_embed: Tensor, side: int) -> Tensor:
     return resampled.permute(0, 3, 1, 2).contiguous()
 
 
-def _fitted(tensors: dict[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
-    """The state dict with position embeddings of the spec's image size."""
+def _fitted(tensors: dict[str, Tensor], spec: Spec) -> dict[str, Tensor]:
+    """The state dict with position embeddings of the spec's image size; a timm model's as it is."""
+    if spec.is_timm:
+        return tensors
     found = tensors.get("pos_embed")
     if found is None or found.ndim != 4 or found.shape[:2] != (1, spec.embed_dims[0]):
         return tensors  # of another model: the check of shapes says so

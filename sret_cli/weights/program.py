@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from sret_cli.model.sret import SReT, build_model
 from sret_cli.model.stage import Stage
 from sret_cli.runtime.errors import SretError, as_out_of_memory
-from sret_cli.spec.backbone import MISFITS, BackboneSpec, Spec
+from sret_cli.spec.backbone import MISFITS, Spec
 
 MAX_PERIOD = 64  # of cycles that are looked for in a schedule
 
@@ -103,7 +103,7 @@ def to_program(model: Any) -> ExportedProgram:
         SretError: torch.export cannot take the backbone.
     """
     spec = model.spec
-    if isinstance(model, SReT):
+    if not spec.is_timm:
         return _exported(_with_loops(model), spec)
     with _refused_backbones(spec, "as a program of torch.export"):
         return _exported(_with_parameters_registered(model), spec)
@@ -151,7 +151,7 @@ def _refused_backbones(spec: Spec, what: str) -> Iterator[None]:
     try:
         yield
     except MISFITS as error:
-        if as_out_of_memory(error) is not None or not isinstance(spec, BackboneSpec):
+        if as_out_of_memory(error) is not None or not spec.is_timm:
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SretError(

@@ -12,11 +12,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sret_cli.data.class_names import ClassList, all_outputs, config_classes, match_classes
-from sret_cli.model.backbone import build_any
+from sret_cli.model.kinds import build_any
 from sret_cli.runtime.errors import CHECKPOINT, USAGE, SretError, show_note_once
 from sret_cli.runtime.files import make_directory, read_json, write_atomically, write_json
-from sret_cli.spec.backbone import read_spec
-from sret_cli.spec.model import ModelSpec
+from sret_cli.spec.backbone import Spec, read_spec
 from sret_cli.spec.run import CONFIG_FILE
 from sret_cli.weights.match import _check_shapes, _fitted, _like
 from sret_cli.weights.safe_read import read_tensors
@@ -100,16 +99,12 @@ def load_model(directory: Path, changes: Mapping[str, Any] | None = None) -> Any
     Raises:
         SretError: a file is missing or damaged, or the weights are of another model.
     """
-    spec = read_spec(load_config(directory)["model"])
-    if isinstance(spec, ModelSpec):
-        spec = spec_with_changes(spec, changes or {})
-    elif changes:
-        raise SretError(f"{', '.join(changes)} of a timm model cannot be changed after training")
+    spec = spec_with_changes(read_spec(load_config(directory)["model"]), changes or {})
     path = directory / WEIGHTS_FILE
     if not path.is_file():
         raise SretError(f"{directory} has no {WEIGHTS_FILE}; train the run first", CHECKPOINT)
     tensors = read_tensors(path)
-    if changes and "img_size" in changes and isinstance(spec, ModelSpec):
+    if changes and "img_size" in changes:
         tensors = _fitted(tensors, spec)
     model = build_any(spec)
     _check_shapes(model.state_dict(), tensors, str(path))
@@ -134,8 +129,7 @@ def load_weights(
     if not path.is_file():
         raise SretError(f"{directory} has no {WEIGHTS_FILE}; name a trained run", CHECKPOINT)
     tensors, state = read_tensors(path), model.state_dict()
-    if isinstance(model.spec, ModelSpec):
-        tensors = _fitted(tensors, model.spec)
+    tensors = _fitted(tensors, model.spec)
     head = [key for key in _head_keys(model) if key in tensors and key in state]
     for key in head:
         if not reset_head and tensors[key].shape[0] != state[key].shape[0]:
@@ -165,14 +159,17 @@ def _head_keys(model: Any) -> list[str]:
     return [f"{name}.{part}" for name in names for part in ("weight", "bias")]
 
 
-def spec_with_changes(spec: ModelSpec, changes: Mapping[str, Any]) -> ModelSpec:
+def spec_with_changes(spec: Spec, changes: Mapping[str, Any]) -> Spec:
     """A spec with other fields; single numbers of slices fit each stage, as `--slices` does.
 
     Raises:
-        SretError: the fields do not fit together, such as slices that no longer divide the tokens.
+        SretError: the fields do not fit together, such as slices that no longer divide the tokens,
+            or the model is a timm model.
     """
     if not changes:
         return spec
+    if spec.is_timm:
+        raise SretError(f"{', '.join(changes)} of a timm model cannot be changed after training")
     if "slices" in changes and "recursive_slices" not in changes:
         changes = {**changes, "recursive_slices": changes["slices"]}
     return spec.with_fitted(**changes)
@@ -180,7 +177,7 @@ def spec_with_changes(spec: ModelSpec, changes: Mapping[str, Any]) -> ModelSpec:
 
 def refuse_backbone(model: Any) -> None:
     """Refuses a timm model where only an SReT can be written."""
-    if hasattr(model.spec, "backbone"):
+    if model.spec.is_timm:
         raise SretError(
             f"{model.spec.backbone} cannot be written in the reference's layout: it is a timm "
             "model, not an SReT; its weights are in model.safetensors of its directory"

@@ -45,19 +45,19 @@ from sret_cli.weights.store import load_model, save_model
         ({"backbone": "vit_small", "timm_args": {"depth": None}}, "timm_args.depth = None: give"),
         (
             {"backbone": "vit_small", "timm_args": {"depth": [1, {"a": 2}]}},
-            "timm_args.depth = {'a': 2}: give a number, a text, true or false, or a list",
+            "timm_args.depth = {'a': 2}: give a number, a string, true or false, or a list",
         ),
         ({"backbone": "vit_small", "timm_args": {"depth": float("nan")}}, "depth = nan: give"),
         ({"backbone": "vit_small", "timm_args": {"img_size": 8}}, "img_size is a field of the"),
         ({"backbone": "vit_small", "timm_args": {"pretrained": True}}, "pretrained is no matter"),
     ],
 )
-def test_a_backbone_that_cannot_be_says_why(values, message):
+def test_an_invalid_backbone_is_refused_with_the_reason(values, message):
     with pytest.raises(SretError, match=message):
         BackboneSpec(**values)
 
 
-def test_timm_args_are_arguments_of_timms_model():
+def test_timm_args_are_passed_to_the_timm_model():
     spec = BackboneSpec(
         backbone="swin_small",
         img_size=32,
@@ -104,7 +104,7 @@ def test_timm_args_are_axes_of_a_study():
         study_from_tables("s", {"model": {"timm_args": {"depth": 2}}})
 
 
-def test_a_value_that_timms_model_cannot_have_is_refused_with_it():
+def test_an_invalid_value_of_timm_args_is_named_in_the_message():
     spec = BackboneSpec(backbone="vit_small", img_size=32, timm_args={"patch_size": 0})
     with pytest.raises(SretError, match="timm cannot build vit_small .*, patch_size = 0: "):
         build_backbone(spec)
@@ -159,9 +159,7 @@ def test_a_model_with_timm_args_is_trained_evaluated_and_read_back(sret, tmp_pat
         ("pit_small", 16, "of the image in transformers.2.blocks"),
     ],
 )
-def test_an_image_size_that_leaves_a_handful_of_tokens_is_said_once(
-    capsys, backbone, img_size, said
-):
+def test_an_image_size_that_leaves_few_tokens_is_noted_once(capsys, backbone, img_size, said):
     show_note_once.cache_clear()
     for recursions in (1, 2):
         build_backbone(BackboneSpec(backbone=backbone, img_size=img_size, recursions=recursions))
@@ -240,7 +238,7 @@ def test_a_backbone_is_profiled_and_measured(sret):
     assert "matmul" in out
 
 
-def test_a_study_with_a_backbone_that_cannot_be_is_refused_before_anything_is_done(sret, tmp_path):
+def test_a_study_with_an_invalid_backbone_is_refused_before_anything_runs(sret, tmp_path):
     text = (
         'baselines = ["vit_small"]\n[model]\nbackbone = "resnet18"\nimg_size = 32\nrecursions = 2\n'
     )
@@ -292,7 +290,7 @@ def test_training_a_recursive_backbone_lowers_the_loss_and_is_repeatable(tmp_pat
 
 
 @pytest.mark.parametrize("name", ["deep", "sret_t"])
-def test_a_preset_is_no_backbone_though_timm_knows_it(sret, name):
+def test_a_preset_is_refused_as_a_backbone(sret, name):
     code, _, err = sret("build", "--backbone", name)
     assert code == 3
     assert f"'{name}' is a preset, not a timm model; use --preset {name}" in err

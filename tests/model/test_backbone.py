@@ -18,7 +18,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from sret_cli.cost.module_costs import count_module
 from sret_cli.cost.trace import trace_backbone
-from sret_cli.model.backbone import block_sequences, build_backbone, count_layers
+from sret_cli.model.backbone import block_sequences, build_backbone
+from sret_cli.model.kinds import count_layers
 from sret_cli.runtime.errors import SretError
 from sret_cli.spec.backbone import BackboneSpec
 
@@ -26,7 +27,7 @@ ALL = pytest.mark.parametrize("family", FAMILIES)
 
 
 @ALL
-def test_without_recursion_a_model_is_timms_to_the_bit(family):
+def test_without_recursion_a_model_equals_timms_bitwise(family):
     model = backbone_model(family)
     untouched = timm.create_model(f"{family}_small", img_size=32, num_classes=10)
     untouched.load_state_dict(model.state_dict())
@@ -48,7 +49,7 @@ def test_recursion_adds_layers_and_no_weights(family, loop):
 
 @ALL
 @pytest.mark.parametrize("nll", ["none", "per_block", "per_pass"])
-def test_every_parameter_gets_a_gradient_and_stands_once(family, nll):
+def test_every_parameter_gets_a_gradient_and_is_registered_once(family, nll):
     model = backbone_model(family, recursions=2, share=2, nll=nll)
     model.train()(backbone_images()).square().sum().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
@@ -59,7 +60,7 @@ def test_every_parameter_gets_a_gradient_and_stands_once(family, nll):
 
 @ALL
 @pytest.mark.parametrize("share", [2, "all"])
-def test_tied_layers_compute_what_copies_of_the_weights_do(family, share):
+def test_tied_layers_equal_layers_with_copies_of_the_weights(family, share):
     tied, untied = backbone_model(family, share=share), backbone_model(family, seed=1)
     untied.load_state_dict(tied.state_dict(), strict=False)
     expected = parameter_count(untied)
@@ -157,7 +158,7 @@ REAL = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "params", "macs", "blocks"), REAL)
-def test_timms_models_of_every_family_keep_or_share_their_weights(name, params, macs, blocks):
+def test_models_of_every_timm_family_keep_or_tie_their_weights(name, params, macs, blocks):
     spec = BackboneSpec(backbone=name)
     costs = trace_backbone(spec)
     assert (costs.params, costs.macs) == (params, macs)
@@ -170,7 +171,7 @@ def test_timms_models_of_every_family_keep_or_share_their_weights(name, params, 
 
 
 @ALL
-def test_macs_are_those_that_torch_counts_and_grow_by_the_blocks(family):
+def test_macs_equal_torchs_count_and_grow_by_the_blocks(family):
     one, two, three = (trace_backbone(backbone_spec(family, recursions=n)) for n in (1, 2, 3))
     assert three.macs - two.macs == two.macs - one.macs > one.macs / 2
     assert three.params == one.params
@@ -179,7 +180,7 @@ def test_macs_are_those_that_torch_counts_and_grow_by_the_blocks(family):
     assert sum(products.values()) == torch_products(model, torch.zeros(1, 3, 32, 32))
 
 
-def test_the_macs_of_a_block_are_those_worked_out_by_hand():
+def test_the_macs_of_a_block_equal_a_count_by_hand():
     one, two = (trace_backbone(backbone_spec("vit", recursions=n)) for n in (1, 2))
     tokens, width = 17, 32
     products = 12 * tokens * width**2 + 2 * tokens**2 * width
@@ -209,8 +210,8 @@ def test_a_model_whose_batch_norm_refuses_one_image_is_profiled():
     ("values", "reason"),
     [
         ({"backbone": "resnet18"}, "it has no sequence of transformer blocks"),
-        ({"backbone": "convnext_atto"}, "are no transformer's: they pass maps, not tokens"),
-        ({"backbone": "tnt_s_legacy_patch16_224"}, "pass on more than one tensor"),
+        ({"backbone": "convnext_atto"}, "are not transformer blocks: they take maps, not"),
+        ({"backbone": "tnt_s_legacy_patch16_224"}, "take or return more than one tensor"),
         ({"backbone": "hiera_tiny_224"}, r"changes the shape of its input, \[3136, 96\] to \[784"),
         ({"backbone": "convit_tiny", "share": "all"}, "blocks 0 and 10 of blocks cannot share"),
         ({"backbone": "swin_small", "share": 4}, r"share = 4 does not divide its 2 \+ 4 blocks"),
@@ -221,14 +222,14 @@ def test_a_model_whose_batch_norm_refuses_one_image_is_profiled():
         ),
     ],
 )
-def test_what_cannot_be_treated_is_refused_with_the_reason(values, reason):
+def test_a_model_that_cannot_be_made_recursive_is_refused_with_the_reason(values, reason):
     with pytest.raises(SretError, match=f"{values['backbone']} cannot be .*{reason}") as refused:
         build_backbone(BackboneSpec(**{"recursions": 2, **values}))
     assert refused.value.code == 3
     assert "\n" not in str(refused.value)
 
 
-def test_any_model_of_timms_can_be_a_baseline():
+def test_any_timm_model_can_be_a_baseline():
     model = build_backbone(BackboneSpec(backbone="resnet18", img_size=32, num_classes=10))
     assert count_layers(model) is None
     assert logits(model).shape == (2, 10)

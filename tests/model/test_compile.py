@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from sret_cli.model.compile import GraphedInference, compile_model
+from sret_cli.model.compile import GraphedInference, compile_model, compiler_errors
 from sret_cli.model.sret import build_model
 from sret_cli.runtime.errors import RESOURCES, USAGE, SretError
 from sret_cli.spec.train import check_compile_mode
@@ -51,6 +51,22 @@ def test_each_signature_is_compiled_once_whatever_the_depth_and_never_again(tiny
     assert fresh["unique_graphs"] == before
 
 
+def test_torch_still_has_the_compiler_errors_that_compile_py_catches():
+    import torch._dynamo.exc
+    import torch._inductor.exc
+
+    names = [error.__name__ for error in compiler_errors()]
+    assert names == ["TorchDynamoException", "CppCompileError"]
+    assert issubclass(torch._dynamo.exc.BackendCompilerFailed, compiler_errors())
+    assert not issubclass(RuntimeError, compiler_errors())
+
+
+def test_torch_still_has_the_limit_of_recompilations_that_compile_py_sets(fresh):
+    with torch._dynamo.config.patch(recompile_limit=8):
+        torch.compiler.config.recompile_limit = 64
+        assert torch._dynamo.config.recompile_limit == 64
+
+
 @pytest.fixture
 def no_compiler(fresh):
     with torch._inductor.config.patch(
@@ -59,16 +75,16 @@ def no_compiler(fresh):
         yield
 
 
-def test_without_a_compiler_auto_goes_on_and_says_so_once(tiny, no_compiler):
-    model, told = build_model(tiny).eval(), []
+def test_without_a_compiler_auto_runs_uncompiled_and_reports_that_once(tiny, no_compiler):
+    model, reports = build_model(tiny).eval(), []
     x = image(tiny)
     with torch.no_grad():
         expected = model(x)
-        compile_model(model, "auto", told.append)
+        compile_model(model, "auto", reports.append)
         assert torch.equal(model(x), expected)
         assert torch.equal(model(x), expected)
-    assert len(told) == 1
-    assert "C++ compiler" in told[0]
+    assert len(reports) == 1
+    assert "C++ compiler" in reports[0]
 
 
 def test_without_a_compiler_on_is_an_error_that_says_what_to_do(tiny, no_compiler):

@@ -3,7 +3,8 @@ import timm
 import torch
 from helpers import FAMILIES, backbone_model
 
-from sret_cli.model.backbone import block_sequences, build_any, build_backbone
+from sret_cli.model.backbone import block_sequences, build_backbone
+from sret_cli.model.kinds import build_any
 from sret_cli.spec.backbone import BackboneSpec
 from sret_cli.spec.train import TrainSpec
 from sret_cli.training.optimizer import create_optimizer
@@ -51,7 +52,7 @@ def blocks_and_nlls(model):
         ("per_pass", "all", "external"),
     ],
 )
-def test_all_that_belongs_to_a_block_decays_with_it(family, nll, share, loop):
+def test_all_parameters_of_a_block_decay_with_it(family, nll, share, loop):
     model = backbone_model(family, recursions=2, nll=nll, share=share, loop=loop)
     scales, rates, walked = scales_of(model), [], set()
     for block, nlls in blocks_and_nlls(model):
@@ -88,7 +89,7 @@ def test_every_block_of_a_backbone_is_a_layer(family, expected):
     assert found == expected
 
 
-def test_the_nlls_of_deit_tiny_have_their_blocks_rates():
+def test_the_nlls_of_deit_tiny_have_the_rates_of_their_blocks():
     values = {"recursions": 2, "nll": "per_block", "img_size": 32}
     model = build_backbone(BackboneSpec(backbone="deit_tiny_patch16_224", **values))
     scales = scales_of(model, layer_decay=0.7)
@@ -126,7 +127,7 @@ def test_a_model_without_recursion_keeps_timms_places():
     assert scales_of(model) == scales_of(untouched)
 
 
-def test_a_model_that_cannot_be_treated_keeps_timms_places():
+def test_a_model_without_passes_keeps_timms_places():
     model = build_backbone(BackboneSpec(backbone="resnet18", img_size=32, num_classes=10))
     assert scales_of(model)["fc.weight"] == 1.0
 
@@ -142,7 +143,7 @@ def test_a_model_that_cannot_be_treated_keeps_timms_places():
     ],
     ids=["internal", "external", "layerscale", "rezero", "order"],
 )
-def test_all_that_belongs_to_a_block_of_an_sret_decays_with_it(tiny, values):
+def test_all_parameters_of_a_block_of_an_sret_decay_with_it(tiny, values):
     model = build_any(tiny.with_values(**values))
     scales, rates = scales_of(model), []
     for number, stage in enumerate(model.stages):

@@ -13,8 +13,17 @@ def seen(monkeypatch):
     return calls
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_torch_still_has_the_onednn_linear_that_linear_py_uses():
+    assert ONEDNN
+    assert str(torch.ops.mkldnn._linear_pointwise.default._schema) == (
+        "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, "
+        "str? algorithm) -> Tensor Y"
+    )
+
+
 @pytest.mark.skipif(not ONEDNN, reason="torch without oneDNN")
-def test_large_products_and_their_gradients_are_onednns_and_equal_torchs(seen):
+def test_large_products_and_their_gradients_use_onednn_and_equal_torchs(seen):
     torch.manual_seed(0)
     ours, plain = Linear(128, 256), torch.nn.Linear(128, 256)
     plain.load_state_dict(ours.state_dict())
@@ -33,7 +42,7 @@ def test_large_products_and_their_gradients_are_onednns_and_equal_torchs(seen):
         torch.testing.assert_close(ours(x), plain(x))
 
 
-def test_small_products_bf16_and_traces_are_torchs(seen):
+def test_small_products_bf16_and_traces_use_torchs_linear(seen):
     layer = Linear(128, 256)
     large, small = torch.randn(4, 64, 128), torch.randn(4, 63, 128)
     layer(small)
@@ -46,7 +55,7 @@ def test_small_products_bf16_and_traces_are_torchs(seen):
     assert "aten.linear" in str(program)
 
 
-def test_only_gradients_that_are_asked_for_are_computed(seen):
+def test_only_requested_gradients_are_computed(seen):
     layer, x = Linear(128, 256).requires_grad_(False), torch.randn(4, 64, 128, requires_grad=True)
     layer(x).sum().backward()
     assert len(seen) == (2 if ONEDNN else 0)

@@ -22,6 +22,6 @@ def test_every_rule_is_probed():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
-def test_signal_and_gradient_in_a_thousand_passes_are_as_the_readme_says(rule):
+def test_signal_and_gradient_in_a_thousand_passes_agree_with_the_readme(rule):
     norms = probe(rule, 1000)
     assert (norms.forward, norms.backward) == pytest.approx(AT_1000[rule], rel=0.25)

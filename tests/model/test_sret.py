@@ -62,7 +62,7 @@ def test_evaluation_is_deterministic_and_shuffled(tiny):
         assert not torch.allclose(model(x), plain(x))
 
 
-def test_two_models_of_one_spec_shuffle_alike_in_evaluation(tiny):
+def test_two_models_of_one_spec_shuffle_the_same_in_evaluation(tiny):
     spec = tiny.with_values(recursions=3)
     one = build_model(spec)
     torch.manual_seed(123)
@@ -96,7 +96,7 @@ def test_attention_stays_inside_its_slices(tiny):
     assert not torch.allclose(attention(x, 1)[:, 4:], attention(changed, 1)[:, 4:])
 
 
-def test_tokens_that_stay_shuffled_give_what_tokens_put_back_after_each_pass_give(tiny):
+def test_keeping_tokens_shuffled_equals_restoring_their_order_after_each_pass(tiny):
     spec = tiny.with_values(recursions=3, loop="external")
     model = build_model(spec).eval()
     x = image(spec)
@@ -156,7 +156,7 @@ def gradients_of(spec, segments, recomputed=None, wrap=lambda model: model, auto
     "values",
     [{"drop_path_rate": 0.3, "drop_rate": 0.1, "attn_drop_rate": 0.1}, {"lrc": "per_pass"}],
 )
-def test_recomputation_leaves_loss_and_gradients_bitwise_as_they_are(
+def test_recomputation_keeps_loss_and_gradients_bitwise_the_same(
     tiny, segments, recomputed, autocast, values
 ):
     spec = tiny.with_values(recursions=4, **values)
@@ -165,7 +165,7 @@ def test_recomputation_leaves_loss_and_gradients_bitwise_as_they_are(
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
-def test_recomputation_leaves_gradients_as_they_are_in_parallel_training(tiny, tmp_path):
+def test_recomputation_keeps_gradients_the_same_in_parallel_training(tiny, tmp_path):
     from torch import distributed
     from torch.nn.parallel import DistributedDataParallel
 
@@ -199,7 +199,7 @@ def test_shuffles_and_drop_path_are_drawn_before_the_first_pass(tiny, monkeypatc
     assert len(drawn) == 2
 
 
-def test_features_head_and_classifier_are_timms(tiny):
+def test_features_head_and_classifier_follow_timm(tiny):
     model = build_model(tiny).eval()
     x = image(tiny)
     features = model.forward_features(x)
@@ -340,7 +340,7 @@ def test_more_recursions_than_trained_keep_the_first_permutations(tiny):
 
 
 @pytest.mark.parametrize("values", [{"nll": "per_pass"}, {"lrc": "per_pass"}])
-def test_recursions_without_weights_of_their_own_are_refused(tiny, values):
+def test_more_recursions_than_there_are_weights_per_pass_are_refused(tiny, values):
     model = build_model(tiny.with_values(**values))
     with pytest.raises(SretError, match="3 recursions are more than the 2 .* has weights for"):
         model.set_recursions(3)
@@ -357,7 +357,7 @@ def test_timm_creates_the_presets(name):
     assert [info["num_chs"] for info in model.feature_info] == list(model.spec.embed_dims)
 
 
-def test_features_of_the_stages_are_timms():
+def test_features_of_the_stages_follow_timm():
     import timm
 
     spec = PRESETS["nano"]
@@ -386,7 +386,7 @@ def test_features_of_the_stages_are_timms():
         ([-4], r"feature index -1 is out of range \(0 to 2\)"),
     ],
 )
-def test_stages_that_are_not_there_are_refused_as_timm_refuses_them(tiny, indices, message):
+def test_stages_that_do_not_exist_are_refused_as_in_timm(tiny, indices, message):
     model = build_model(tiny)
     with pytest.raises(AssertionError, match=message):
         model.forward_intermediates(torch.zeros(1, 3, 16, 16), indices)

@@ -1,8 +1,9 @@
 import pytest
 
 from sret_cli.runtime.errors import SretError
-from sret_cli.spec.model import ModelSpec, Pass
+from sret_cli.spec.model import ModelSpec
 from sret_cli.spec.presets import PRESETS, preset
+from sret_cli.spec.schedule import Pass
 from sret_cli.spec.train import TrainSpec
 
 DEEP = PRESETS["deep"]
@@ -77,7 +78,7 @@ def test_external_loop_passes_all_blocks_in_turn(tiny):
     ]
 
 
-def test_later_passes_take_recursive_slices_and_shuffle_unless_told(tiny):
+def test_later_passes_use_recursive_slices_and_shuffle_by_default(tiny):
     assert [p.slices for p in tiny.schedule(0)] == [4, 2]
     assert not any(p.shuffled for p in tiny.with_values(shuffle="none").schedule(0))
     assert not any(p.shuffled for p in tiny.schedule(2))
@@ -124,7 +125,7 @@ def test_one_value_stands_for_all_stages():
         ({"loop": "both"}, "loop = 'both'"),
         ({"num_heads": (3, 4, 8)}, "3 heads do not divide the width 128"),
         ({"embed_dims": (127, 254, 508), "num_heads": 1}, "127 is odd"),
-        ({"embed_dims": (128, 200, 512), "num_heads": 4}, "200 is no multiple of the 128"),
+        ({"embed_dims": (128, 200, 512), "num_heads": 4}, "200 is not a multiple of the 128"),
         ({"nll_ratio": 0.001}, "leaves no hidden unit"),
         ({"residual": "highway"}, "residual = 'highway'"),
         ({"order": ((0,), (0,), (0,))}, r"stage 1: order \[0\] does not visit its blocks 0 to 1"),
@@ -133,7 +134,7 @@ def test_one_value_stands_for_all_stages():
         ({"recursions": 50_000}, "500,000 layers are more than"),
     ],
 )
-def test_what_cannot_be_built_is_refused_in_one_line(values, message):
+def test_an_invalid_model_is_refused_in_one_line(values, message):
     with pytest.raises(SretError, match=message) as refused:
         ModelSpec(**values)
     assert "\n" not in str(refused.value)
@@ -155,12 +156,12 @@ def test_what_cannot_be_built_is_refused_in_one_line(values, message):
         ({"recursions_range": [4, 1]}, "smallest count"),
     ],
 )
-def test_training_that_cannot_be_is_refused(values, message):
+def test_an_invalid_training_is_refused(values, message):
     with pytest.raises(SretError, match=message):
         TrainSpec(**values)
 
 
-def test_a_folder_of_images_is_flipped_and_cropped_where_nothing_else_is_said():
+def test_a_folder_of_images_is_flipped_and_cropped_by_default():
     assert TrainSpec(data_dir="x").dataset == "folder"
     assert TrainSpec(dataset="wds/", data_dir="x").dataset == "wds"
     assert TrainSpec(data_dir="x").hflip == 0.5

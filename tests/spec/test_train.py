@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sret_cli.data.loaders import Loader, load_data
-from sret_cli.model.backbone import build_any
+from sret_cli.model.kinds import build_any
 from sret_cli.runtime.errors import SretError, show_note_once
 from sret_cli.spec.backbone import BackboneSpec
 from sret_cli.spec.run import Run
@@ -45,7 +45,7 @@ def test_the_recipe_of_the_paper_is_filled_in():
     assert {key: spec[key] for key in expected} == expected
 
 
-def test_recipes_differ_where_they_were_published_to_differ():
+def test_recipes_differ_where_their_sources_differ():
     deit = TrainSpec(recipe="deit", batch_size=512)
     assert (deit.lr, deit.warmup_epochs, deit.min_lr) == (5e-4, 5, 1e-5)
     tune = TrainSpec(recipe="finetune")
@@ -72,7 +72,7 @@ def test_recipes_differ_where_they_were_published_to_differ():
         ({"preset": "sret_s", "drop_path_ramp": "per_pass"}, "sret", 0.2, "per_pass"),
     ],
 )
-def test_drop_path_is_that_of_the_recipe_and_the_model(model, recipe, rate, ramp):
+def test_drop_path_follows_from_the_recipe_and_the_model(model, recipe, rate, ramp):
     found = resolve_run("t", model, {"recipe": recipe, "dataset": "synthetic"}).model
     assert (found.drop_path_rate, found.drop_path_ramp) == (rate, ramp)
 
@@ -89,7 +89,7 @@ def test_rates_that_a_recipe_fills_in_are_never_above_the_learning_rate():
     assert spec.lr == spec.min_lr == spec.warmup_lr == 5e-6 * 8 / 512
 
 
-def test_every_value_can_be_set_over_the_recipes():
+def test_a_value_given_overrides_the_recipe():
     spec = TrainSpec(recipe="sret", batch_size=256, mixup=0.0, epochs=100)
     assert (spec.lr, spec.mixup, spec.cutmix, spec.epochs) == (5e-4, 0.0, 1.0, 100)
     assert TrainSpec(recipe="deit", lr=1.0, batch_size=8).lr == 1.0
@@ -119,7 +119,7 @@ def test_no_recipe_changes_nothing():
         ({"model_ema_warmup": True}, "needs averaged weights; set model_ema_decay"),
     ],
 )
-def test_what_does_not_fit_is_refused(values, message):
+def test_values_that_do_not_fit_together_are_refused(values, message):
     with pytest.raises(SretError, match=message):
         TrainSpec(**values)
 
@@ -212,7 +212,7 @@ def trainer_of(model, **values):
     return Trainer(run, loader, torch.device("cpu")), next(iter(loader.epoch(0)))
 
 
-def test_a_step_in_parts_is_the_step_as_a_whole_up_to_rounding():
+def test_a_step_in_parts_equals_the_complete_step_up_to_rounding():
     losses, weights = [], []
     for parts in (1, 3):
         trainer, batch = trainer_of(VIT, accumulation=parts, opt="sgd")
@@ -224,7 +224,9 @@ def test_a_step_in_parts_is_the_step_as_a_whole_up_to_rounding():
 
 
 @pytest.mark.parametrize("drop_path_ramp", ["per_pass", "per_block"])
-def test_parts_of_a_batch_draw_shuffles_and_drop_path_for_the_whole(tiny, double, drop_path_ramp):
+def test_parts_of_a_batch_use_shuffles_and_drop_path_of_the_complete_batch(
+    tiny, double, drop_path_ramp
+):
     model = tiny.with_values(drop_path_rate=0.5, drop_path_ramp=drop_path_ramp)
     losses = {}
     for parts, seed in ((1, 0), (4, 0), (1, 1)):
@@ -235,7 +237,7 @@ def test_parts_of_a_batch_draw_shuffles_and_drop_path_for_the_whole(tiny, double
     assert losses[1, 1] != pytest.approx(losses[1, 0], abs=1e-3, rel=0)
 
 
-def test_a_batch_that_is_not_full_is_drawn_for_as_a_whole_in_parts(tiny, double):
+def test_a_batch_that_is_not_full_is_split_into_parts_with_the_same_draws(tiny, double):
     losses = []
     for parts in (1, 3):
         trainer, (images, target) = trainer_of(
@@ -289,7 +291,7 @@ def test_the_decay_of_averaged_weights_can_be_warmed_up(tiny):
     assert torch.allclose(trainer.ema.module.head.weight, expected, atol=1e-7)
 
 
-def test_averaged_weights_are_evaluated_and_kept_beside_the_others(tiny, tmp_path):
+def test_averaged_weights_are_evaluated_and_kept_next_to_the_others(tiny, tmp_path):
     values = {"epochs": 2, "warmup_epochs": 0, "batch_size": 240, "model_ema_decay": 0.5}
     values |= {"accumulation": 3, "mixup": 0.1}
     row = train(Run("test", "tiny", tiny, TrainSpec(**values)), tmp_path)
@@ -305,7 +307,7 @@ def test_averaged_weights_are_evaluated_and_kept_beside_the_others(tiny, tmp_pat
     assert last["ema_top1_percent"] == row["ema_top1_percent"]
 
 
-def test_fine_tuning_says_once_what_it_does_not_start_from(tiny, tmp_path, capsys):
+def test_fine_tuning_notes_once_what_it_does_not_load(tiny, tmp_path, capsys):
     show_note_once.cache_clear()
     nowhere = TrainSpec(recipe="finetune", data_dir=str(tmp_path / "none"))
     for _ in range(2):
@@ -333,7 +335,7 @@ def test_fine_tuning_starts_from_a_runs_weights_at_another_resolution(tiny, tmp_
         trainer_of(larger, init=str(tmp_path))
 
 
-def test_a_warm_up_that_was_not_asked_for_is_cut_to_its_usual_part_of_the_epochs():
+def test_a_default_warm_up_is_shortened_in_proportion_to_the_epochs():
     assert TrainSpec(epochs=1).warmup_epochs == 0
     assert TrainSpec(epochs=2).warmup_epochs == 1
     assert TrainSpec(recipe="sret", epochs=20).warmup_epochs == 2
@@ -341,13 +343,13 @@ def test_a_warm_up_that_was_not_asked_for_is_cut_to_its_usual_part_of_the_epochs
     assert TrainSpec(recipe="deit", epochs=5).warmup_epochs == 0
 
 
-def test_a_lowest_learning_rate_that_was_not_asked_for_is_at_most_the_highest():
+def test_a_default_min_lr_is_at_most_lr():
     assert TrainSpec(lr=1e-6).min_lr == 1e-6
     assert TrainSpec(lr=1e-4).min_lr == 1e-5
     assert TrainSpec(recipe="finetune", lr=1e-6).min_lr == 1e-6
 
 
-def test_none_switches_off_what_is_off_where_it_is_not_given():
+def test_none_switches_off_fields_that_are_off_by_default():
     assert TrainSpec(recipe="sret", auto_augment="none").auto_augment is None
     assert TrainSpec(teacher="none", recursions_range="none") == TrainSpec()
     assert TrainSpec(recompute="none").recompute == "none"
