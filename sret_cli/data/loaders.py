@@ -22,7 +22,7 @@ from sret_cli.data.readers import known_source, stored_source
 from sret_cli.data.soft_labels import StoredLabels, stored_classes
 from sret_cli.data.sources import Source, digits, synthetic, test_folder, train_folder
 from sret_cli.data.streams import Shards, Stream, find_shards
-from sret_cli.runtime.errors import DATA, SretError, show_note, show_note_once
+from sret_cli.runtime.errors import DATA, SretError, as_lost_process, show_note, show_note_once
 from sret_cli.runtime.processes import places_of_rank
 from sret_cli.runtime.signals import ignore_ended_processes
 from sret_cli.spec.backbone import Spec
@@ -213,26 +213,18 @@ class Loader:
 def load_batches(loader: DataLoader) -> Iterator[Any]:
     """Yields the batches of a loader; a dead process of it always gives the same `RuntimeError`.
 
-    torch raises that only if it finds the process dead. But the pipes of a killed process break
-    first, which raises an `OSError`; and on CUDA they end the thread that pins memory.
-
     Raises:
-        RuntimeError: a process that loads images is gone; `errors.lost_loader` knows it.
+        RuntimeError: a process that loads images is gone; `errors.as_loader_lost` recognises it.
     """
     try:
         batches = iter(loader)
         ignore_ended_processes()
         yield from batches
-    except (ConnectionError, EOFError, FileNotFoundError, RuntimeError) as error:
-        text = str(error)
-        if isinstance(error, RuntimeError):
-            gone = text.startswith("Pin memory thread exited")
-        else:  # an error of the dataset itself is raised here, or has the name of its process
-            gone = loader.num_workers > 0 and "in DataLoader worker process" not in text
-        if not gone:
+    except (OSError, EOFError, RuntimeError) as error:
+        lost = as_lost_process(error, loader.num_workers)
+        if lost is None:
             raise
-        reason = f"{type(error).__name__}: {text}"
-        raise RuntimeError(f"DataLoader worker (pid unknown) is gone: {reason}") from error
+        raise lost from error
 
 
 def collate(batch: list[Any]) -> tuple[Tensor, Tensor, list[SretError], list[str]]:
