@@ -47,6 +47,7 @@ from sret_cli.runtime.files import (
 )
 from sret_cli.runtime.progress import OnStep, Progress
 from sret_cli.spec.backbone import Spec
+from sret_cli.spec.dataset import has_lasting_indices
 from sret_cli.spec.options import RunOptions
 from sret_cli.spec.train import TrainSpec
 from sret_cli.training.evaluate import default_workers
@@ -113,7 +114,7 @@ def write_labels(
         SretError: the data or the teacher are not there, an image cannot be decoded, a process that
             loads images is gone, the directory has other labels, or the disk has no room for these.
     """
-    if train.dataset in ("synthetic", "wds"):
+    if not has_lasting_indices(train.dataset):
         raise SretError(
             f"dataset = {train.dataset!r} has no images that stay and have a number, to keep "
             "labels of; use another, or a live teacher"
