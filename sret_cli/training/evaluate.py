@@ -19,9 +19,9 @@ from sret_cli.runtime.device import autocast, choose_device, device_name, use_de
 from sret_cli.runtime.errors import DATA, SretError
 from sret_cli.runtime.progress import OnStep, Progress
 from sret_cli.runtime.signals import Stop
+from sret_cli.spec.dataset import has_label_columns
 from sret_cli.spec.options import RunOptions
 from sret_cli.spec.run import Row, run_directory
-from sret_cli.spec.dataset import has_label_columns
 from sret_cli.spec.train import TrainSpec
 from sret_cli.training.ranks import ALONE, Ranks
 from sret_cli.weights.store import load_config, load_model
