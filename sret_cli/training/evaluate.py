@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sret_cli.data.class_names import ClassList, config_classes
-from sret_cli.data.loaders import Loader, load_test_data
+from sret_cli.data.loader import Loader
+from sret_cli.data.loaders import load_test_data
 from sret_cli.model.backbone import count_layers
 from sret_cli.model.compile import is_compiled
 from sret_cli.model.sret import SReT

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sret_cli.data.augment import MODES, Pixels
+from sret_cli.data.augment import MODES, Pixels, as_byte_values
 from sret_cli.data.fingerprint import Images, write_fingerprints
 from sret_cli.data.image_notes import Noted, noted, tell_warnings, without_notes
-from sret_cli.data.loaders import find_source, load_batches
+from sret_cli.data.loader import load_batches
+from sret_cli.data.loaders import find_source
 from sret_cli.data.soft_labels import (
     HEADER_FILE,
     LABELS_FILE,
@@ -178,10 +179,8 @@ class Labeller:
 
     def __init__(self, teacher: Teacher, spec: LabelsSpec, pixels: Pixels, batch_size: int) -> None:
         self.teacher, self.spec, self.batch_size = teacher, spec, batch_size
-        self.mean, self.std = (
-            torch.tensor(values, device=teacher.device).mul(255).view(1, -1, 1, 1)
-            for values in (pixels.mean, pixels.std)
-        )
+        self.mean = as_byte_values(pixels.mean, teacher.device)
+        self.std = as_byte_values(pixels.std, teacher.device)
 
     def records(self, batch: list[Crops]) -> np.ndarray:
         """The records `[crops, images]`; those of images that cannot be read are zeros."""
