@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sret_cli.runtime.errors import DATA, SretError, show_note_once
+from sret_cli.spec.dataset import has_numbered_classes
 
 DIGITS = tuple(map(str, range(10)))  # the classes of `digits`
 
@@ -105,8 +106,8 @@ def config_classes(config: Any) -> tuple[str, ...] | None:
     train = train if isinstance(train, Mapping) else {}
     if train.get("dataset") == "digits":
         return DIGITS
-    if train.get("dataset") in ("synthetic", "wds") and train.get("label_column") is None:
-        return None  # configs of earlier versions have the numbers in place of names
+    if has_numbered_classes(str(train.get("dataset")), train.get("label_column")):
+        return None  # configs of earlier versions list the numbers as names
     names = config.get("classes")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return None

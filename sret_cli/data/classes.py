@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from sret_cli.data.folders import folder_classes
+from sret_cli.spec.dataset import is_stream
 from sret_cli.spec.train import TrainSpec
 
 DIGITS_CLASSES = 10
@@ -20,7 +21,7 @@ def dataset_classes(train: TrainSpec) -> int | None:
         return DIGITS_CLASSES
     if train.dataset == "folder":
         return len(folder_classes(Path(train.data_dir or "")))
-    if train.dataset == "wds":
+    if is_stream(train.dataset):
         from sret_cli.data.streams import find_shards
 
         return find_shards(str(train.data_dir), True, train.label_column).classes

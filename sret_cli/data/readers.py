@@ -16,7 +16,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from sret_cli.data.class_names import order_classes
 from sret_cli.data.folders import TEST_NAMES, refuse_cut
 from sret_cli.data.sources import Indexed, Source, test_folder, train_folder
-from sret_cli.runtime.errors import DATA, SretError
+from sret_cli.runtime.errors import DATA, SretError, first_line
 
 USUAL_LABELS = ("label", "labels")
 
@@ -131,7 +131,7 @@ def torchvision_source(dataset: str, root: str, training: bool) -> Source:
     try:
         found = create_dataset(dataset, root, split, download=False)
     except (AssertionError, OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "timm cannot make it"
+        reason = first_line(error, "timm cannot make it")
         raise SretError(
             f"dataset = {dataset!r} in {root}: {reason.removesuffix('.')}; put its files there, "
             "as torchvision.datasets downloads them",
@@ -171,7 +171,7 @@ def hugging_face_source(
     try:
         splits = datasets.load_dataset(name, cache_dir=root)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise SretError(f"cannot read the dataset {name}: {reason}", DATA) from None
     for split in ("train",) if training else TEST_NAMES:
         if split not in splits:

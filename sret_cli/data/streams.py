@@ -4,24 +4,27 @@ import io
 import json
 import random
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from sret_cli.data.augment import temporarily_seeded
+from sret_cli.data.augment import SampleTransform
 from sret_cli.data.class_names import order_classes
 from sret_cli.data.decode import EXTENSIONS, UNREADABLE, decode_image, unreadable_error
 from sret_cli.data.folders import TEST_NAMES, refuse_cut
 from sret_cli.data.image_notes import noted
+from sret_cli.data.order import BatchPlan
 from sret_cli.runtime.errors import DATA, SretError
 
-BUFFERED_SAMPLES = 2_048  # of which the next is drawn
+BUFFERED_SAMPLES = 2_048  # the next sample is drawn from as many
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -179,85 +182,88 @@ def read_label(sample: dict[str, Any], label_column: str | None) -> int | str | 
 class Stream(IterableDataset):
     """One rank's batches of an epoch over shards, from batch `start` on, as lists of samples.
 
-    With a seed, shards and samples are shuffled, and a worker whose shards are at their end before
-    those of others begins them again: all ranks have as many batches. Without, each sample comes
-    once. The same number of ranks and workers gives the same batches again.
+    With a seed, shards and samples are shuffled, and a worker that reaches the end of its shards
+    before the epoch ends reads them again, so that all ranks have the same number of batches.
+    Without a seed, each sample comes once. The batches depend on the numbers of ranks and workers.
+
+    Raises:
+        SretError: there are fewer shards than processes.
     """
 
     def __init__(
         self,
         shards: Shards,
-        transform: Any,
-        mode: str,
-        classes: int,
-        batch_size: int,
-        seed: int | None,
-        rank: int,
-        world_size: int,
+        transform: SampleTransform,
+        plan: BatchPlan,
         workers: int,
+        num_classes: int,
         label_column: str | None = None,
         names: tuple[str, ...] | None = None,
     ) -> None:
-        self.label_column = label_column
+        self.source, self.transform, self.plan = shards, transform, plan
+        self.num_classes, self.label_column = num_classes, label_column
         self.numbers = {name: number for number, name in enumerate(names or ())}
-        self.shards, self.transform, self.mode, self.seed = shards, transform, mode, seed
-        self.classes, self.batch_size = classes, batch_size
-        self.rank, self.world_size = rank, world_size
-        self.workers = max(min(workers, len(shards.paths) // world_size), 1)
+        self.workers = max(min(workers, len(shards.paths) // plan.world_size), 1)
         self.epoch, self.start = 0, 0
-        if len(shards.paths) < world_size:
+        if len(shards.paths) < plan.world_size:
             raise SretError(
-                f"{len(shards.paths)} shards do not feed {world_size} processes; "
+                f"{len(shards.paths)} shards are too few for {plan.world_size} processes; "
                 "make more shards, or use fewer processes",
                 DATA,
             )
 
-    @property
-    def _share(self) -> int:
-        return max(self.batch_size // self.world_size, 1)
-
     def __len__(self) -> int:
-        if self.seed is not None:
-            return max(sum(self.shards.samples) // self.batch_size, 1)
-        own = (self._of_worker(self.shards.samples, worker) for worker in range(self.workers))
-        return sum(-(-sum(samples) // self._share) for samples in own)
+        if self.plan.seed is not None:
+            return max(sum(self.source.samples) // self.plan.batch_size, 1)
+        counts = (self._of_worker(self.source.samples, worker) for worker in range(self.workers))
+        return sum(-(-sum(count) // self.plan.rank_batch_size) for count in counts)
 
-    def _of_worker(self, values: Any, worker: int) -> Any:
-        return values[self.rank * self.workers + worker :: self.world_size * self.workers]
+    def batch_indices(self, epoch: int, number: int) -> list[int]:
+        """An empty list: samples of a stream have no index."""
+        return []
+
+    @property
+    def image_count(self) -> None:
+        """None: a stream takes its batches from no fixed list of images."""
+        return None
+
+    def _of_worker(self, values: Sequence[T], worker: int) -> Sequence[T]:
+        return values[self.plan.rank * self.workers + worker :: self.plan.world_size * self.workers]
 
     def __iter__(self) -> Iterator[list[Any]]:
         info = get_worker_info()
-        # The loader asks its workers in turn, the first first, whichever batch it starts at.
+        # The loader always asks worker 0 first, whichever batch it starts at.
         worker = ((info.id if info is not None else 0) + self.start) % self.workers
         samples = self._samples(worker)
-        numbers = count(0) if self.seed is None else range(worker, len(self), self.workers)
+        is_shuffled = self.plan.seed is not None
+        numbers = range(worker, len(self), self.workers) if is_shuffled else count(0)
         try:
             for number in numbers:
-                batch = list(islice(samples, self._share))
+                batch = list(islice(samples, self.plan.rank_batch_size))
                 if not batch:
                     return
-                if self.seed is None or number >= self.start:
+                if number >= self.start or not is_shuffled:
                     yield [self._noted(sample) for sample in batch]
         except (OSError, EOFError, tarfile.TarError) as error:
-            yield [SretError(f"cannot read a shard: {error}; mend or remove it", DATA)]
+            yield [SretError(f"cannot read a shard: {error}; fix or remove it", DATA)]
 
     def _samples(self, worker: int) -> Iterator[dict[str, Any]]:
-        """The undecoded samples of a worker: once, or without end where they are shuffled."""
+        """The undecoded samples of a worker: each once, or shuffled and without end."""
         import webdataset
 
-        if self.seed is None:
-            paths = self._of_worker(self.shards.paths, worker)
+        if self.plan.seed is None:
+            paths = self._of_worker(self.source.paths, worker)
             yield from webdataset.DataPipeline(
-                webdataset.SimpleShardList(paths), webdataset.tarfile_to_samples()
+                webdataset.SimpleShardList(list(paths)), webdataset.tarfile_to_samples()
             )
             return
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.shards.paths)
-        rng = random.Random(f"{self.seed} {self.epoch} {self.rank} {worker}")
+        order = np.random.default_rng((self.plan.seed, self.epoch)).permutation(self.source.paths)
+        rng = random.Random(f"{self.plan.seed} {self.epoch} {self.plan.rank} {worker}")
         paths = self._of_worker(order.tolist(), worker)
         while True:
             read = 0
             for sample in webdataset.DataPipeline(
-                webdataset.SimpleShardList(paths),
+                webdataset.SimpleShardList(list(paths)),
                 webdataset.tarfile_to_samples(),
                 webdataset.shuffle(BUFFERED_SAMPLES, initial=BUFFERED_SAMPLES, rng=rng),
             ):
@@ -276,17 +282,17 @@ class Stream(IterableDataset):
             label = read_label(sample, self.label_column)
             if not extensions or label is None:
                 raise ValueError(f"it has no image, or {_missing(self.label_column)}")
-            image = decode_image(io.BytesIO(sample[extensions[0]]), self.mode)
+            image = decode_image(io.BytesIO(sample[extensions[0]]), self.transform.mode)
             if isinstance(label, str) and label not in self.numbers:
-                raise ValueError(f"it has the class {label!r}, which was not there before")
+                raise ValueError(
+                    f"it has the class {label!r}, which the training images do not have"
+                )
             target = self.numbers[label] if isinstance(label, str) else label
-            if not 0 <= target < self.classes:
-                raise ValueError(f"it has the class {target}, and the model {self.classes} classes")
+            if not 0 <= target < self.num_classes:
+                raise ValueError(
+                    f"it has the class {target}, and the model has {self.num_classes} classes"
+                )
         except UNREADABLE as error:
             return unreadable_error(name, error)
-        if self.seed is None:
-            return self.transform(image), target
-        with temporarily_seeded(
-            f"{self.seed} {self.epoch} {Path(sample['__url__']).name} {sample['__key__']}"
-        ):
-            return self.transform(image), target
+        key = f"{self.epoch} {Path(sample['__url__']).name} {sample['__key__']}"
+        return self.transform(image, key), target

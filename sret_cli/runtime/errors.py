@@ -51,7 +51,7 @@ def as_out_of_memory(error: BaseException) -> SretError | None:
     told = ("out of memory", "can't allocate memory")
     if not isinstance(error, MemoryError) and not any(t in text.lower() for t in told):
         return None
-    reason = text.splitlines()[0] if text else "the allocator gave up"
+    reason = first_line(error, "the allocator gave up")
     message = f"out of memory: {reason}; use a smaller batch or model"
     return SretError(message, RESOURCES, status="out_of_memory")
 
@@ -60,9 +60,43 @@ class LoaderLost(SretError):
     """A process that loads images is gone."""
 
 
+# How torch words its messages about the processes of a DataLoader.
+_ANY_PROCESS = "DataLoader worker"
+_LOST_PROCESS = "DataLoader worker (pid"
+_RAISED_BY_DATASET = "in DataLoader worker process"  # the worker is alive and passed on an error
+_LOST_PINNING_THREAD = "Pin memory thread exited"
+
+
+def names_loader_process(error: BaseException) -> bool:
+    """Whether an error's message names a process of a `DataLoader`."""
+    return _ANY_PROCESS in str(error)
+
+
+def as_lost_process(error: BaseException, workers: int) -> RuntimeError | None:
+    """The error of torch for a lost process, where that caused a loader's error; else None.
+
+    torch raises that error only if it finds the process dead. But the pipes of a killed process
+    break first, which raises an `OSError` or `EOFError`; and on CUDA they end the thread that pins
+    memory.
+
+    Args:
+        error: what a `DataLoader` raised.
+        workers: the number of its processes.
+    """
+    text = str(error)
+    if isinstance(error, RuntimeError):
+        lost = text.startswith(_LOST_PINNING_THREAD)
+    else:  # an error of the dataset is raised in this process (no workers), or names its worker
+        broken = isinstance(error, ConnectionError | EOFError | FileNotFoundError)
+        lost = broken and workers > 0 and _RAISED_BY_DATASET not in text
+    if not lost:
+        return None
+    return RuntimeError(f"{_LOST_PROCESS} unknown) is gone: {type(error).__name__}: {text}")
+
+
 def as_loader_lost(error: BaseException) -> LoaderLost | None:
     """The user's error where torch says that a loader's process is gone, else None."""
-    if not isinstance(error, RuntimeError) or "DataLoader worker (pid" not in str(error):
+    if not isinstance(error, RuntimeError) or _LOST_PROCESS not in str(error):
         return None
     message = (
         "a process that loads images was killed (out of memory?); use fewer --workers, then start "

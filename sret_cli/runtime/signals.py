@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from sret_cli.runtime.errors import names_loader_process
+
 # Exit codes; 75 is sysexits.h's EX_TEMPFAIL: Slurm warns by one of these before the time is up, and
 # a script that sees it should requeue the job.
 START_AGAIN = 75
@@ -60,7 +62,7 @@ class Stop:
 
         One that goes to all may reach this process last.
         """
-        if self.code is None and "DataLoader worker" in str(error):
+        if self.code is None and names_loader_process(error):
             time.sleep(1)
         return self.code is not None
 

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sret_cli.spec.dataset import has_stored_images
+
 # Of a training, the fields that say where something lies, and what tells its contents in a config
 # and a row. `teacher` is such a field where it is a directory, and not a name of timm's.
 CONTENTS_OF = {
@@ -52,11 +54,6 @@ class Contents:
         """What two runs read of which the contents differ, in words, each once."""
         mine, theirs = asdict(self), asdict(other)
         return list(dict.fromkeys(WHAT[key] for key in WHAT if mine[key] != theirs[key]))
-
-
-def has_stored_images(dataset: str) -> bool:
-    """Whether a dataset is read from files, and not made or brought along by a package."""
-    return dataset not in ("digits", "synthetic")
 
 
 def are_known(train: dict[str, Any], contents: Contents) -> bool:

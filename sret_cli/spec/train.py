@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from sret_cli.runtime.errors import USAGE, SretError, nearest_choice
+from sret_cli.spec.dataset import WITH_COLUMNS, has_label_columns, has_stored_images
 from sret_cli.spec.recipes import RATES, RECIPES, UNLABELLED
 from sret_cli.spec.strict import Count, Fraction, Rate, Strict, as_tuples, without_none
 
@@ -26,7 +27,6 @@ def check_compile_mode(mode: Any) -> Any:
 
 DATASETS = ("digits", "synthetic", "folder", "tar", "hfds", "wds")
 NAMED = ("hfds", "torch")  # with a name after a slash
-WITH_COLUMNS = ("hfds", "wds")  # whose samples may have several labels
 
 
 def model_fields(recipe: str, name: str, backbone: bool) -> dict[str, Any]:
@@ -255,7 +255,7 @@ class TrainSpec(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        embedded = self.dataset in ("digits", "synthetic")
+        embedded = not has_stored_images(self.dataset)
         if self.data_dir is None and not embedded and not self.dataset.startswith("hfds/"):
             raise SretError(
                 f"dataset = {self.dataset!r} needs a folder of images; name it with --data-dir"
@@ -265,7 +265,7 @@ class TrainSpec(Strict):
                 f"data_dir = {self.data_dir!r} is not used by dataset = {self.dataset!r}; "
                 "use --dataset folder, or leave it out"
             )
-        if self.label_column is not None and self.dataset.partition("/")[0] not in WITH_COLUMNS:
+        if self.label_column is not None and not has_label_columns(self.dataset):
             raise SretError(
                 f"label_column = {self.label_column!r}: dataset = {self.dataset!r} has no columns "
                 f"to choose from, but {' and '.join(WITH_COLUMNS)} have; leave it out"

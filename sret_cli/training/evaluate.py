@@ -11,16 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sret_cli.data.class_names import ClassList, config_classes
-from sret_cli.data.loaders import Loader, load_test_data
+from sret_cli.data.loader import Loader
+from sret_cli.data.loaders import load_test_data
 from sret_cli.model.compile import is_compiled
 from sret_cli.model.kinds import count_layers, set_recursions
 from sret_cli.runtime.device import autocast, choose_device, device_name, use_deterministic_kernels
 from sret_cli.runtime.errors import DATA, SretError
 from sret_cli.runtime.progress import OnStep, Progress
 from sret_cli.runtime.signals import Stop
+from sret_cli.spec.dataset import has_label_columns
 from sret_cli.spec.options import RunOptions
 from sret_cli.spec.run import Row, run_directory
-from sret_cli.spec.train import WITH_COLUMNS, TrainSpec
+from sret_cli.spec.train import TrainSpec
 from sret_cli.training.ranks import ALONE, Ranks
 from sret_cli.weights.store import load_config, load_model
 
@@ -121,7 +123,7 @@ def evaluate_run(
         )
     if not own_data:
         settings = {**settings, "dataset": how.dataset or "folder", "data_dir": how.data_dir}
-        if settings["dataset"].partition("/")[0] not in WITH_COLUMNS:
+        if not has_label_columns(settings["dataset"]):
             settings.pop("label_column", None)
     if how.label_column is not None:
         settings["label_column"] = how.label_column

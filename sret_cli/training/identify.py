@@ -15,7 +15,8 @@ from sret_cli.data.streams import Shards, find_shards
 from sret_cli.runtime.errors import CHECKPOINT, SretError
 from sret_cli.runtime.files import read_json
 from sret_cli.runtime.files import sha256 as file_sha256
-from sret_cli.spec.contents import Contents, has_stored_images
+from sret_cli.spec.contents import Contents
+from sret_cli.spec.dataset import has_stored_images, is_stream
 from sret_cli.spec.run import CONFIG_FILE, Run
 from sret_cli.spec.train import TrainSpec
 from sret_cli.weights.store import WEIGHTS_FILE
@@ -33,7 +34,7 @@ def find_splits(
     """
     found: dict[str, Source | Shards] = {}
     for split in ("train", "test"):
-        if dataset == "wds":
+        if is_stream(dataset):
             found[split] = find_shards(str(data_dir), split == "train", label_column)
         else:
             found[split] = known_source(dataset, data_dir, split == "train", label_column)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sret_cli.data.augment import MODES, Pixels
+from sret_cli.data.augment import MODES, Pixels, as_byte_values
 from sret_cli.data.fingerprint import Images, write_fingerprints
 from sret_cli.data.image_notes import Noted, noted, tell_warnings, without_notes
-from sret_cli.data.loaders import find_source, load_batches
+from sret_cli.data.loader import load_batches
+from sret_cli.data.loaders import find_source
 from sret_cli.data.soft_labels import (
     HEADER_FILE,
     LABELS_FILE,
@@ -41,6 +42,7 @@ from sret_cli.runtime.files import cannot_write_error, read_json, sha256, sync_d
 from sret_cli.runtime.lock import locked_directory
 from sret_cli.runtime.progress import OnStep, Progress
 from sret_cli.spec.backbone import Spec
+from sret_cli.spec.dataset import has_lasting_indices
 from sret_cli.spec.options import RunOptions
 from sret_cli.spec.train import TrainSpec
 from sret_cli.training.evaluate import default_workers
@@ -107,7 +109,7 @@ def write_labels(
         SretError: the data or the teacher are not there, an image cannot be decoded, a process that
             loads images is gone, the directory has other labels, or the disk has no room for these.
     """
-    if train.dataset in ("synthetic", "wds"):
+    if not has_lasting_indices(train.dataset):
         raise SretError(
             f"dataset = {train.dataset!r} has no images that stay and have a number, to keep "
             "labels of; use another, or a live teacher"
@@ -171,10 +173,8 @@ class Labeller:
 
     def __init__(self, teacher: Teacher, spec: LabelsSpec, pixels: Pixels, batch_size: int) -> None:
         self.teacher, self.spec, self.batch_size = teacher, spec, batch_size
-        self.mean, self.std = (
-            torch.tensor(values, device=teacher.device).mul(255).view(1, -1, 1, 1)
-            for values in (pixels.mean, pixels.std)
-        )
+        self.mean = as_byte_values(pixels.mean, teacher.device)
+        self.std = as_byte_values(pixels.std, teacher.device)
 
     def records(self, batch: list[Crops]) -> np.ndarray:
         """The records `[crops, images]`; those of images that cannot be read are zeros."""

@@ -2,7 +2,7 @@
 
 import math
 
-from sret_cli.data.loaders import Batches, Loader
+from sret_cli.data.loader import Loader
 from sret_cli.spec.train import TrainSpec
 
 INITIAL_SHARE = 0.01  # of the initial weights: so much of them is left unsaid
@@ -14,8 +14,8 @@ def training_notes(spec: TrainSpec, loader: Loader) -> list[str]:
     A stream fills its batches by beginning again, and has no repeats.
     """
     notes = []
-    if isinstance(loader.batches, Batches):
-        images = loader.batches.samples
+    images = loader.batches.image_count
+    if images is not None:
         notes = [_unfilled_batch(spec, images), _left_out(spec, images, len(loader))]
     notes.append(_initial_average(spec, spec.epochs * len(loader)))
     return [note for note in notes if note is not None]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sret_cli.data.fingerprint import write_fingerprints
-from sret_cli.data.loaders import Loader, load_data
+from sret_cli.data.loader import Loader
+from sret_cli.data.loaders import load_data
 from sret_cli.runtime.device import choose_device, device_name, use_deterministic_kernels
 from sret_cli.runtime.errors import (
     CHECKPOINT,
@@ -91,7 +92,7 @@ def train(
         with ranks.raise_together():
             where = workers, ranks.rank, ranks.world_size
             loaders = load_data(run.train, run.model, *where, order, known)
-            run, found = refuse_others(run, directory, [loader.found for loader in loaders])
+            run, found = refuse_others(run, directory, [loader.source for loader in loaders])
             trainer = Trainer(
                 run, loaders[0], target_device, options.gpu_memory, ranks, options.shard
             )

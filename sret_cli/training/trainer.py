@@ -2,7 +2,6 @@
 
 import math
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sret_cli import __version__
 from sret_cli.cost.memory import set_recompute
-from sret_cli.data.loaders import Batches, Loader
+from sret_cli.data.loader import Loader
 from sret_cli.model.compile import compile_model
 from sret_cli.model.kinds import build_any, set_recursions, sret_stages
 from sret_cli.runtime.device import autocast, device_name
@@ -285,13 +284,7 @@ class Trainer:
 
     def batch_indices(self) -> list[int]:
         """The indices of the next batch's images, of all ranks; a stream has none."""
-        batches = self.loader.batches
-        if not isinstance(batches, Batches):
-            return []
-        batches = copy(batches)
-        batches.rank, batches.world_size = 0, 1
-        batches.epoch, batches.start = self.progress.epoch, self.progress.batch
-        return [key[1] for key in next(iter(batches))]
+        return self.loader.batches.batch_indices(self.progress.epoch, self.progress.batch)
 
     def state(self) -> State:
         """All that a training needs to go on; tensors are the model's own, not copies.

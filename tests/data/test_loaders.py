@@ -7,7 +7,9 @@ from PIL import Image
 
 from sret_cli.data.augment import Erasing, temporarily_seeded
 from sret_cli.data.decode import to_eight_bits
-from sret_cli.data.loaders import Batches, load_batches, load_data
+from sret_cli.data.loader import load_batches
+from sret_cli.data.loaders import load_data
+from sret_cli.data.order import Batches, BatchPlan
 from sret_cli.data.sources import digits
 from sret_cli.data.sources import test_folder as read_test_folder
 from sret_cli.data.sources import train_folder as read_train_folder
@@ -143,7 +145,10 @@ def test_a_batch_holds_the_same_samples_whatever_the_number_of_ranks(folder, wor
 
 def test_each_part_of_a_batch_is_shared_out_by_itself_and_no_pair_of_mixup_torn_apart():
     def keys(rank, world_size):
-        batches = Batches(8, 8, 0, rank=rank, world_size=world_size, parts=2)
+        batches = Batches(
+            8,
+            BatchPlan(batch_size=8, seed=0, accumulation=2, rank=rank, world_size=world_size),
+        )
         return [index for _, index, _ in next(iter(batches))]
 
     whole = keys(0, 1)

@@ -284,7 +284,7 @@ def test_a_test_stream_takes_each_image_once_on_any_number_of_ranks_and_workers(
 
 
 def test_shards_that_cannot_be_used_say_why(shards):
-    with pytest.raises(SretError, match="3 shards do not feed 4 processes"):
+    with pytest.raises(SretError, match="3 shards are too few for 4 processes"):
         load_data(data_spec("wds", shards, batch_size=4), NANO, 0, 0, 4)
     with pytest.raises(SretError, match="aug_repeats = 3 needs images by index"):
         load_data(data_spec("wds", shards, aug_repeats=3), NANO)
@@ -334,7 +334,7 @@ def test_classes_of_shards_that_are_not_trained_on_are_refused(shards):
     with tarfile.open(shards / "val-1.tar", "w") as tar:
         add(tar, "0.png", png(1))
         add(tar, "0.cls", b"7")
-    with pytest.raises(SretError, match="have 8 classes, up to 7, and those to train on 4") as no:
+    with pytest.raises(SretError, match="have 8 classes, up to 7, and the training images") as no:
         load_data(data_spec("wds", shards), NANO)
     assert no.value.code == 4
     four = NANO.with_values(num_classes=4)
@@ -345,7 +345,7 @@ def test_classes_of_shards_that_are_not_trained_on_are_refused(shards):
     (shards / "_info.json").write_text(json.dumps({"splits": splits}))
     find_shards.cache_clear()
     _, test = load_data(data_spec("wds", shards), four)
-    with pytest.raises(SretError, match=r"val-1\.tar, 0: it has the class 7, and the model 4"):
+    with pytest.raises(SretError, match=r"val-1\.tar, 0: it has the class 7, and the model has 4"):
         list(test.epoch(0))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from helpers import TINY
 
-from sret_cli.data.loaders import Loader
+from sret_cli.data.loader import Loader
 from sret_cli.runtime.progress import Progress
 from sret_cli.spec.options import RunOptions
 from sret_cli.spec.run import Run

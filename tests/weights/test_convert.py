@@ -171,7 +171,7 @@ def test_images_are_resized_and_cropped_as_imagenets_are(images):
 
     train = TrainSpec(dataset="folder", data_dir=str(images))
     loader, _ = load_test_data(train, PRESETS["sret_t"])
-    steps = loader.samples.transform.transforms
+    steps = loader.samples.transform.steps.transforms
     assert [type(step).__name__ for step in steps] == ["Resize", "CenterCrop", "MaybePILToTensor"]
     assert (steps[0].size, steps[0].interpolation.value) == (256, "bicubic")
     assert steps[1].size == (224, 224)
