@@ -30,7 +30,7 @@ def test_a_training_says_once_what_its_recipe_comes_to_on_few_images(sret, folde
     )
     code, _, err = sret(*arguments)
     assert code == 0
-    for line in (f"{BATCH}, at lr = 6.25e-05 for 64; use a batch_size of 16 or less", REPEATS):
+    for line in (f"{BATCH}, but lr = 6.25e-05 is for 64; use a batch_size of 16 or less", REPEATS):
         assert err.count(line) == 1
     assert err.count(AVERAGE) == 1
     assert sret(*arguments, "--set", "train.seed=1")[2].count("aug_repeats") == 0
