@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import time
 import traceback
 from itertools import zip_longest
 from typing import Annotated, NoReturn
@@ -25,12 +24,9 @@ from sret_cli.commands.profile import profile
 from sret_cli.commands.report import report_command
 from sret_cli.commands.train import run, train
 from sret_cli.runtime.errors import USAGE, SretError, as_loader_lost, as_out_of_memory
-from sret_cli.runtime.processes import is_leader
 from sret_cli.runtime.signals import EXIT_CODES
 from sret_cli.runtime.signs import prepare_streams
-
-# Time in which rank 0 reports an error that all ranks have; its end then stops the other ranks.
-LEADER_SECONDS = 5.0
+from sret_cli.training.rank_error import wait_until_reported
 
 app = typer.Typer(
     name="sret",
@@ -85,16 +81,16 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         sys.stdout.flush()
     except SretError as error:
         _print_table(error)
-        code = _fail(str(error), error.code, debug, error.reported_here)
+        code = _fail(error, str(error), error.code, debug)
     except typer.TyperException as error:
-        code = _fail(error.format_message(), USAGE, debug)
-    except (typer.Abort, KeyboardInterrupt):
-        code = _fail("interrupted; results finished so far are kept", 130, debug)
+        code = _fail(error, error.format_message(), USAGE, debug)
+    except (typer.Abort, KeyboardInterrupt) as error:
+        code = _fail(error, "interrupted; results finished so far are kept", 130, debug)
     except (RuntimeError, MemoryError) as error:
         found = as_out_of_memory(error) or as_loader_lost(error)
         if found is None:
             raise
-        code = _fail(str(found), found.code, debug)
+        code = _fail(found, str(found), found.code, debug)
     except (PipeClosed, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -124,12 +120,9 @@ def _terminated(signal_number: int, frame: object) -> NoReturn:
     raise SystemExit(EXIT_CODES[signal.Signals(signal_number)])
 
 
-def _fail(message: str, code: int, debug: bool, reported_here: bool | None = None) -> int:
+def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    if reported_here is None and not is_leader():
-        # Rank 0 reports an error that all ranks have, and its end stops this rank meanwhile.
-        time.sleep(LEADER_SECONDS)
-    if reported_here is not False:
+    if wait_until_reported(error):
         print(f"sret: {message}", file=sys.stderr)
     return code

@@ -19,9 +19,6 @@ class SretError(Exception):
         code: the exit code of the process; 3, a spec or study that can't be, unless told.
         table: lines of cells, headings first, that are shown over the line where they help.
         status: what a row says became of the training.
-
-    Of several processes that train together, all raise one that is `agreed`, and only those tell
-    the user of which `tells` is not False.
     """
 
     def __init__(
@@ -35,8 +32,6 @@ class SretError(Exception):
         self.code = code
         self.table = table
         self.status = status
-        self.on_all_ranks = False
-        self.reported_here: bool | None = None
 
 
 def first_line(error: BaseException, default: str | None = None) -> str:

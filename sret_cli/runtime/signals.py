@@ -30,7 +30,6 @@ class Interrupted(Exception):
     def __init__(self, code: int) -> None:
         super().__init__(code)
         self.code = code
-        self.on_all_ranks = True  # of several processes, all stop
 
 
 class Stop:

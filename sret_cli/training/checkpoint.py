@@ -1,27 +1,23 @@
-"""Resumable states on disk: written atomically, verified when they are read, never executed.
+"""Checkpoints: states on disk that are written atomically and verified when they are read.
 
-`checkpoint-<step>/` holds `tensors.safetensors`, `values.json` and, written last, `manifest.json`,
-which has the size and the SHA-256 of both and of itself. A folder without a manifest was never
-finished, and counts as nothing. The last checkpoint of a finished run has no copy of the weights
-that are in the run's `model.safetensors` and `ema/`: its manifest has the size and the SHA-256 of
-these files, too. A state is a tree of dicts, lists and tuples whose leaves are tensors and plain
-values; tensors that are one in memory are one in the file.
+`checkpoint-<step>/` holds `tensors.safetensors`, `values.json` and `manifest.json`. The manifest is
+written last and has the size and the SHA-256 of both files, and its own SHA-256. A folder without a
+manifest was never finished and is ignored. The last checkpoint of a finished run has no copy of the
+weights in the run's `model.safetensors` and `ema/`; its manifest has the size and the SHA-256 of
+these files too. A tensor that a state names twice is stored once.
 """
 
 import hashlib
 import json
-import random
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
 
 from sret_cli.data.class_names import ClassList, config_classes
 from sret_cli.runtime.errors import CHECKPOINT, SretError
@@ -32,19 +28,17 @@ from sret_cli.runtime.files import (
     write_atomically,
 )
 from sret_cli.spec.run import CONFIG_FILE
+from sret_cli.training.state import State, Tensors, flatten_state, unflatten_state
 
 TENSORS_FILE, VALUES_FILE, MANIFEST_FILE = "tensors.safetensors", "values.json", "manifest.json"
 PREFIX = "checkpoint-"
 KEEP = 2
-# Parts of a state whose tensors a finished run has in files of weights, seen from a checkpoint.
+# Parts of a state that a finished run also has in files of weights; paths from a checkpoint.
 WEIGHTS = {"model": "../model.safetensors", "ema": "../ema/model.safetensors"}
-
-State = dict[str, Any]
-Tensors = dict[str, Tensor]
 
 
 class Checkpoint(NamedTuple):
-    """A state that was read, and the folder that it was read from."""
+    """A state that was read, and its folder."""
 
     path: Path
     state: State
@@ -53,8 +47,8 @@ class Checkpoint(NamedTuple):
 class CheckpointWriter:
     """Writes the checkpoints of one run in a thread, one after another, and keeps the newest.
 
-    `path` is the checkpoint that the run goes on from, if it does: it and those before it stay
-    until newer ones are durable, and all others, damaged or unfinished, are then removed.
+    `path` is the checkpoint that the run resumes from, if it does. It and those before it stay
+    until newer ones are durable; all others are damaged or unfinished, and are then removed.
     """
 
     def __init__(self, directory: Path, path: Path | None = None) -> None:
@@ -68,14 +62,14 @@ class CheckpointWriter:
     def write(
         self, step: int, state: State, sync: Callable[[], None], finished: bool = False
     ) -> None:
-        """Copies a state and has it written in the background; waits for the one before.
+        """Copies a state and writes it in the background; waits for the checkpoint before it.
 
         Args:
-            step: the number of the checkpoint; one that was the last to be written is left alone.
+            step: the number of the checkpoint; if it was the last to be written, nothing is done.
             state: the tree; it may change as soon as this returns.
-            sync: called before the manifest is written, to make durable what it stands for.
-            finished: whether it is the last one of a run whose weights are written: it takes them
-                from their files, and is then the only one that is kept.
+            sync: called before the manifest is written; has to make the metrics durable.
+            finished: whether the run is finished and its weights are written. The checkpoint then
+                refers to the files of weights, and is the only one that is kept.
 
         Raises:
             SretError: the checkpoint before could not be written.
@@ -83,18 +77,25 @@ class CheckpointWriter:
         self.wait()
         if step != self.step:
             tensors, values = flatten_state(state)
-            self.pending = self.thread.submit(self._write, step, tensors, values, sync, finished)
+            self.pending = self.thread.submit(
+                self._write,
+                step=step,
+                tensors=tensors,
+                values=values,
+                sync=sync,
+                finished=finished,
+            )
             self.step = step
         elif finished:
             self._keep(1)
 
     def check(self) -> None:
-        """Raises what the writing of a checkpoint failed with, if it has."""
+        """Raises the error of the checkpoint in the background, if it has failed by now."""
         if self.pending is not None and self.pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits until the checkpoint under way is durable.
+        """Waits until the checkpoint in the background is durable.
 
         Raises:
             SretError: it cannot be written, or the disk is full; the one before it is intact.
@@ -104,7 +105,7 @@ class CheckpointWriter:
             pending.result()
 
     def close(self) -> None:
-        """Ends the thread, when it has written what is under way."""
+        """Finishes the checkpoint in the background and ends the thread."""
         self.thread.shutdown()
 
     def _write(
@@ -112,7 +113,9 @@ class CheckpointWriter:
     ) -> None:
         path = self.directory / f"{PREFIX}{step}"
         try:
-            write_checkpoint(path, tensors, values, sync, finished)
+            write_checkpoint(
+                path=path, tensors=tensors, values=values, sync=sync, finished=finished
+            )
         except SretError as error:
             shutil.rmtree(path, ignore_errors=True)
             intact = f"; {self.kept[-1]} is intact" if self.kept else ""
@@ -121,7 +124,7 @@ class CheckpointWriter:
         self._keep(1 if finished else KEEP)
 
     def _keep(self, count: int) -> None:
-        """Removes all but so many checkpoints, the newest."""
+        """Removes all checkpoints except the newest `count`."""
         self.kept = self.kept[-count:]
         for other in checkpoint_folders(self.directory):
             if other not in self.kept:
@@ -129,61 +132,17 @@ class CheckpointWriter:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Removes a checkpoint: without its manifest it counts as nothing, whatever else is left."""
+    """Removes a checkpoint, the manifest first: without it, whatever is left is ignored."""
     (path / MANIFEST_FILE).unlink(missing_ok=True)
     shutil.rmtree(path)
-
-
-def flatten_state(state: State) -> tuple[Tensors, Any]:
-    """Copies of a state's tensors on the CPU, by name, and the tree as JSON that names them."""
-    tensors: Tensors = {}
-    names: dict[Any, str] = {}
-
-    def walk(value: Any, name: str) -> Any:
-        if isinstance(value, Tensor):
-            key = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
-            known = names.setdefault(key, name)
-            if known == name:
-                copy = value.detach().to("cpu", copy=True)
-                tensors[name] = copy.contiguous()
-            return {"$tensor": known}
-        if isinstance(value, dict):
-            if all(isinstance(key, str) and not key.startswith("$") for key in value):
-                return {key: walk(item, f"{name}/{key}") for key, item in value.items()}
-            return {"$dict": [[key, walk(item, f"{name}/{key}")] for key, item in value.items()]}
-        if isinstance(value, list | tuple):
-            items = [walk(item, f"{name}/{index}") for index, item in enumerate(value)]
-            return {"$tuple": items} if isinstance(value, tuple) else items
-        if isinstance(value, torch.dtype):
-            return {"$dtype": str(value).removeprefix("torch.")}
-        assert value is None or isinstance(value, bool | int | float | str), (name, type(value))
-        return value
-
-    return tensors, {key: walk(value, key) for key, value in state.items()}
-
-
-def unflatten_state(tensors: Tensors, value: Any) -> Any:
-    """The state that `flatten_state` took apart."""
-    if isinstance(value, list):
-        return [unflatten_state(tensors, item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if "$tensor" in value:
-        return tensors[value["$tensor"]]
-    if "$dtype" in value:
-        return getattr(torch, value["$dtype"])
-    if "$tuple" in value:
-        return tuple(unflatten_state(tensors, item) for item in value["$tuple"])
-    items = value["$dict"] if "$dict" in value else value.items()
-    return {key: unflatten_state(tensors, item) for key, item in items}
 
 
 def write_checkpoint(
     path: Path, tensors: Tensors, values: Any, sync: Callable[[], None], finished: bool = False
 ) -> None:
-    """Writes one checkpoint's folder, the manifest last; one that is there is written anew.
+    """Writes the folder of a checkpoint, the manifest last; replaces the folder if it exists.
 
-    Tensors that a finished run's files of weights have are left to these files.
+    With `finished`, tensors that are in the run's files of weights are left out.
     """
     (path / MANIFEST_FILE).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
@@ -204,7 +163,7 @@ def write_checkpoint(
 
 
 def _without_weights(path: Path, tensors: Tensors) -> tuple[Tensors, dict[str, bytes]]:
-    """The tensors that are not in the run's files of weights, and what is in these files."""
+    """The tensors that are not in the run's files of weights, and the bytes of these files."""
     files = {}
     for part, name in WEIGHTS.items():
         own = {key: value for key, value in tensors.items() if key.startswith(f"{part}/")}
@@ -218,21 +177,21 @@ def _without_weights(path: Path, tensors: Tensors) -> tuple[Tensors, dict[str, b
 
 
 def file_entry(data: bytes) -> dict[str, Any]:
-    """What a manifest says of a file."""
+    """The size and the SHA-256 of a file, as the manifest has them."""
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def manifest_bytes(files: Any) -> bytes:
-    """The manifest of files: no other bytes stand for it."""
+    """The bytes of the manifest of these files."""
     own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     return (json.dumps({"files": files, "sha256": own}, indent=2) + "\n").encode()
 
 
 def read_checkpoint(path: Path) -> State:
-    """The state in a checkpoint's folder, of which every byte is verified.
+    """The state in the folder of a checkpoint; every byte is verified.
 
     Raises:
-        SretError: it is damaged; the message names the file.
+        SretError: the checkpoint is damaged; the message names the file.
     """
 
     def damaged(name: str, reason: str) -> SretError:
@@ -244,14 +203,15 @@ def read_checkpoint(path: Path) -> State:
         except OSError as error:
             raise damaged(name, f"cannot be read: {error.strerror}") from None
 
-    whole = bytes_of(MANIFEST_FILE)
+    manifest = bytes_of(MANIFEST_FILE)
     own = {TENSORS_FILE, VALUES_FILE}
     try:
-        files = json.loads(whole)["files"]
-        sound = manifest_bytes(files) == whole and own <= set(files) <= own | set(WEIGHTS.values())
+        files = json.loads(manifest)["files"]
+        names = set(files)
+        intact = manifest_bytes(files) == manifest and own <= names <= own | {*WEIGHTS.values()}
     except (ValueError, LookupError, TypeError):
-        sound = False
-    if not sound:
+        intact = False
+    if not intact:
         raise damaged(MANIFEST_FILE, "is not what was written")
     contents = {name: bytes_of(name) for name in files}
     for name, expected in files.items():
@@ -260,25 +220,25 @@ def read_checkpoint(path: Path) -> State:
         if file_entry(contents[name]) != expected:
             raise damaged(name, "is not what was written: its SHA-256 differs")
     try:
-        # Copies lie where torch aligns them, so that no kernel sums in another order.
+        # `clone` aligns each tensor in memory as torch does; kernels may sum in another order else.
         tensors = {k: v.clone() for k, v in load(contents[TENSORS_FILE]).items()}
         for part, name in WEIGHTS.items():
             weights = load(contents[name]) if name in contents else {}
             tensors |= {f"{part}/{key}": value.clone() for key, value in weights.items()}
         return unflatten_state(tensors, json.loads(contents[VALUES_FILE]))
     except (SafetensorError, ValueError, LookupError, TypeError) as error:
-        raise damaged(TENSORS_FILE, f"is of another version: {error}") from None
+        raise damaged(TENSORS_FILE, f"was written by another version: {error}") from None
 
 
 def newest_checkpoint(directory: Path, note: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint of a run that is sound, or None where there is none at all.
+    """The newest checkpoint of a run that is not damaged, or None if there are no checkpoints.
 
     Args:
         directory: the run's.
-        note: is told which are damaged and which one is taken in their place.
+        note: called with a line about damaged checkpoints and the one that is used instead.
 
     Raises:
-        SretError: there are some, and all of them are damaged.
+        SretError: all checkpoints are damaged.
     """
     reasons: list[str] = []
     for path in reversed(finished_checkpoints(directory)):
@@ -288,38 +248,44 @@ def newest_checkpoint(directory: Path, note: Callable[[str], None]) -> Checkpoin
             reasons.append(str(error))
             continue
         if reasons:
-            note(f"{'; '.join(reasons)}; going on from {path}")
+            note(f"{'; '.join(reasons)}; resuming from {path}")
         return checkpoint
     if reasons:
         raise SretError(
-            f"{'; '.join(reasons)}; no checkpoint is left to go on from: remove {directory} to "
-            "start the run over",
+            f"{'; '.join(reasons)}; no checkpoint is left to resume from; remove {directory} "
+            "to start the run again",
             CHECKPOINT,
         )
     return None
 
 
 def finished_checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints of a run that have a manifest, by their steps."""
+    """The checkpoints of a run that have a manifest, ordered by their steps."""
     return [path for path in checkpoint_folders(directory) if (path / MANIFEST_FILE).exists()]
 
 
 def trained_classes(directory: Path, continues: str | None) -> ClassList | None:
-    """The classes that a run, which goes on from a checkpoint, has trained on; else None.
+    """The classes that a run with checkpoints has trained on; None without checkpoints.
 
-    They keep their numbers, whatever order the data give them now. `continues` is the run's.
+    They keep their numbers, whatever order the data have now. `continues` is the field of the run.
     """
     sources = [directory] if continues is None else [directory, directory.parent / continues]
     source = next((found for found in sources if finished_checkpoints(found)), None)
     if source is None or not (source / CONFIG_FILE).is_file():
         return None
     names = config_classes(read_json(source / CONFIG_FILE))
-    remedy = f"put the classes back, or remove {source} to start over"
-    return None if names is None else ClassList(names, f"the run {source}", remedy, CHECKPOINT)
+    if names is None:
+        return None
+    return ClassList(
+        names=names,
+        owner=f"the run {source}",
+        remedy=f"put the classes back, or remove {source} to start again",
+        code=CHECKPOINT,
+    )
 
 
 def checkpoint_folders(directory: Path) -> list[Path]:
-    """The folders of checkpoints in a run's directory, finished or not, by their steps."""
+    """The folders of checkpoints of a run, finished or not, ordered by their steps."""
     found = directory.glob(f"{PREFIX}*")
     return sorted(
         (p for p in found if p.name.removeprefix(PREFIX).isdecimal()), key=checkpoint_step
@@ -327,25 +293,5 @@ def checkpoint_folders(directory: Path) -> list[Path]:
 
 
 def checkpoint_step(path: Path) -> int:
-    """The step of a checkpoint's folder."""
+    """The step in the name of a checkpoint's folder."""
     return int(path.name.removeprefix(PREFIX))
-
-
-def random_states() -> State:
-    """The states of Python's, NumPy's and torch's generators."""
-    kind, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_states(states: State) -> None:
-    """Puts the generators back to what `random_states` gave."""
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])

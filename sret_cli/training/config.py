@@ -1,4 +1,4 @@
-"""`config.json` of a run: what it says, and whether a run may continue in its directory."""
+"""`config.json` of a run: its content, and whether a run may resume in its directory."""
 
 import json
 from pathlib import Path
@@ -11,10 +11,10 @@ from sret_cli.spec.run import CONFIG_FILE, HANDLING, Row, Run, is_later_default
 
 
 def write_config(directory: Path, config: Row) -> None:
-    """Writes `config.json` of a run; one that is there has to say the same, and keeps the rest.
+    """Writes `config.json` of a run; other keys of an existing file are kept.
 
     Raises:
-        SretError: it says something else; the message names the keys.
+        SretError: the existing file is of another run; the message names the keys.
     """
     path = directory / CONFIG_FILE
     if path.exists():
@@ -25,12 +25,13 @@ def write_config(directory: Path, config: Row) -> None:
 
 
 def refuse_other_config(where: str, found: Any, config: Row) -> None:
-    """Makes sure that a stored config has the model and the training of another.
+    """Raises if a stored config has another model or training than `config`.
 
-    `HANDLING` may differ, and the places where what is read lies, not its contents.
+    The fields in `HANDLING` may differ, and the paths of data, weights and labels, but not their
+    contents.
 
     Raises:
-        SretError: it has not; the message names the keys that differ, with both values.
+        SretError: they differ; the message names the keys that differ, with both values.
     """
     stored, wanted = _flat(found), _flat(config)
     differ = [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]
@@ -43,7 +44,7 @@ def refuse_other_config(where: str, found: Any, config: Row) -> None:
 
 
 def _flat(config: Any) -> Row:
-    """The fields of the tables `model` and `train` but for those left out, and sums of contents."""
+    """The fields of `model` and `train` that have to be equal, and the hashes of contents."""
     config = json.loads(json.dumps(config))
     tables = config if isinstance(config, dict) else {}
     train, contents = tables.get("train"), Contents.of(tables.get("contents"))
@@ -58,7 +59,7 @@ def _flat(config: Any) -> Row:
 
 
 def run_config(run: Run, classes: tuple[str, ...] | None = None) -> Row:
-    """What `config.json` says of a run, and the names of its classes where they are known."""
+    """The content of `config.json` for a run, with the names of its classes if they are known."""
     config = {"study": run.study, "name": run.name, **run.spec()}
     if classes is not None:
         config["classes"] = list(classes)

@@ -1,17 +1,17 @@
-"""What a user may not expect of a training: found before its first step, one line each."""
+"""Notes about settings with an effect that a user may not expect, shown before the first step."""
 
 import math
 
 from sret_cli.data.loader import Loader
 from sret_cli.spec.train import TrainSpec
 
-INITIAL_SHARE = 0.01  # of the initial weights: so much of them is left unsaid
+INITIAL_FRACTION = 0.01  # no note where averaged weights have at most this of the initial ones
 
 
 def training_notes(spec: TrainSpec, loader: Loader) -> list[str]:
-    """A line for a batch that never fills, images that repeats leave out, and an average too slow.
+    """Lines about a batch that is never full, images that are left out, and too slow an average.
 
-    A stream fills its batches by beginning again, and has no repeats.
+    A stream starts again to fill its batches, and has no repeats.
     """
     notes = []
     images = loader.batches.image_count
@@ -25,8 +25,8 @@ def _unfilled_batch(spec: TrainSpec, images: int) -> str | None:
     if images >= spec.batch_size:
         return None
     return (
-        f"batch_size = {spec.batch_size:,} is never full: there are {images:,} images to train on, "
-        f"so that each step takes {images:,}, at lr = {spec.lr:g} for {spec.batch_size:,}; use a "
+        f"batch_size = {spec.batch_size:,} is never full: there are {images:,} training images, so "
+        f"each step takes {images:,}, but lr = {spec.lr:g} is for {spec.batch_size:,}; use a "
         f"batch_size of {images:,} or less"
     )
 
@@ -37,18 +37,18 @@ def _left_out(spec: TrainSpec, images: int, steps: int) -> str | None:
         return None
     return (
         f"aug_repeats = {spec.aug_repeats}: each epoch takes {taken:,} of the {images:,} images, "
-        f"{spec.aug_repeats} times each, and leaves out the other {images - taken:,}; each epoch "
-        "draws which"
+        f"{spec.aug_repeats} times each, and leaves out the other {images - taken:,}; they are "
+        "drawn again in each epoch"
     )
 
 
 def _initial_average(spec: TrainSpec, steps: int) -> str | None:
     left = spec.model_ema_decay**steps
-    if spec.model_ema_warmup or left <= INITIAL_SHARE:
+    if spec.model_ema_warmup or left <= INITIAL_FRACTION:
         return None
-    fits = math.floor(INITIAL_SHARE ** (1 / steps) * 1e5) / 1e5
+    fits = math.floor(INITIAL_FRACTION ** (1 / steps) * 1e5) / 1e5
     return (
         f"model_ema_decay = {spec.model_ema_decay:g}: after all {steps:,} steps the averaged "
-        f"weights are still {100 * left:.4g} % the initial ones; use {fits:g} or less, or set "
+        f"weights are still {100 * left:.4g} % initial weights; use {fits:g} or less, or set "
         "train.model_ema_warmup=true"
     )

@@ -1,4 +1,4 @@
-"""What moves the weights: timm's optimizers, schedules, mixing of images, and averaged weights."""
+"""Optimizers, schedules, mixing of images and averaged weights, all by timm; seeds of a step."""
 
 import random
 from typing import Any
@@ -13,26 +13,31 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from sret_cli.runtime.errors import SretError, nearest_choice
+from sret_cli.runtime.errors import SretError, first_line, nearest_choice
 from sret_cli.spec.train import TrainSpec
 
 
 def create_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
-    """Timm's optimizer of that name, with weight decay on matrices alone.
+    """The optimizer that timm has under the name `spec.opt`, with weight decay on matrices only.
 
     Raises:
-        SretError: there is none, or it cannot work here.
+        SretError: timm has no such optimizer, or it cannot be used here.
     """
     if spec.opt not in list_optimizers():
         raise SretError(f"unknown opt {spec.opt!r}; {nearest_choice(spec.opt, list_optimizers())}")
     decay = spec.layer_decay if spec.layer_decay < 1 else None
     try:
         optimizer = create_optimizer_v2(
-            model, spec.opt, spec.lr, spec.weight_decay, layer_decay=decay
+            model,
+            opt=spec.opt,
+            lr=spec.lr,
+            weight_decay=spec.weight_decay,
+            layer_decay=decay,
         )
     except (AssertionError, ImportError, RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0] or "it needs what is not here"
-        raise SretError(f"opt = {spec.opt!r} cannot be used: {reason}; use adamw") from None
+        raise SretError(
+            f"opt = {spec.opt!r} cannot be used: {first_line(error)}; use adamw"
+        ) from None
     if getattr(optimizer, "is_second_order", False):
         raise SretError(f"opt = {spec.opt!r} needs second derivatives; use adamw or another")
     return optimizer
@@ -41,7 +46,7 @@ def create_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer
 def create_schedule(
     optimizer: torch.optim.Optimizer, spec: TrainSpec, steps_per_epoch: int
 ) -> Scheduler:
-    """Timm's schedule of that name: `set_rate` has it set the learning rate of a step.
+    """The schedule that timm has under the name `spec.sched`; `set_rate` applies it.
 
     Raises:
         SretError: its epochs do not fit into the training.
@@ -66,20 +71,28 @@ def create_schedule(
 
 
 def set_rate(schedule: Scheduler, step: int, steps_per_epoch: int) -> None:
-    """Sets the learning rate of a step, which is a function of its number (from 0) alone."""
-    schedule.step(step // steps_per_epoch)  # timm's schedules heed one of the two
+    """Sets the learning rate of a step, which depends only on its number (from 0)."""
+    schedule.step(step // steps_per_epoch)  # a timm schedule uses one of the two
     schedule.step_update(step)
 
 
 def create_mixup(spec: TrainSpec, num_classes: int) -> Mixup | None:
-    """Timm's mixup and cutmix, of whole batches; None where the spec has neither."""
+    """Mixup and cutmix as in timm, for complete batches; None if the spec has neither."""
     if not spec.mixup and not spec.cutmix:
         return None
-    return Mixup(spec.mixup, spec.cutmix, label_smoothing=spec.smoothing, num_classes=num_classes)
+    return Mixup(
+        mixup_alpha=spec.mixup,
+        cutmix_alpha=spec.cutmix,
+        label_smoothing=spec.smoothing,
+        num_classes=num_classes,
+    )
 
 
 def mix_batch(mixup: Mixup, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Images mixed in pairs, and their soft targets `[B, classes]`; an odd one out stays plain."""
+    """Images mixed in pairs, and their soft targets `[B, classes]`.
+
+    The last image of an odd number is not mixed.
+    """
     even = len(x) // 2 * 2
     if even == len(x):
         return mixup(x, target)
@@ -91,22 +104,23 @@ def mix_batch(mixup: Mixup, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def create_ema(model: nn.Module, spec: TrainSpec) -> Any:
-    """Timm's average of the weights over the steps; None where the spec has none.
+    """The moving average of the weights, as in timm; None if the spec asks for none.
 
-    It walks the state dict, which has each tensor once, however many passes or blocks share it.
+    timm averages the entries of the state dict. It has each tensor once, also where several passes
+    or blocks use the tensor.
     """
     if not spec.model_ema_decay:
         return None
     stored = [tensor.data_ptr() for tensor in model.state_dict().values() if tensor.numel()]
-    assert len(stored) == len(set(stored)), "a shared tensor would be averaged twice"
+    assert len(stored) == len(set(stored)), "a tied tensor would be averaged twice"
     return ModelEmaV3(model, decay=spec.model_ema_decay, use_warmup=spec.model_ema_warmup)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seeds every generator for one training step, so that it can be done again by itself.
+    """Seeds every random generator for one training step, so that the step can be repeated.
 
-    torch's differ between the ranks, for dropout. Returns the number that the others start from,
-    and those of the first rank.
+    Returns the seed of Python's and NumPy's generators, and of torch's on the first rank. On other
+    ranks torch has another seed, so that dropout differs between ranks.
     """
     number, own = (random.Random(f"{seed} {step} {r}").getrandbits(32) for r in (0, rank))
     random.seed(number)
@@ -118,6 +132,6 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 
 def draw_recursions(spec: TrainSpec, step: int) -> int:
-    """The recursion count of a training step: the same in every process."""
+    """The number of recursions in a training step, the same in every process."""
     assert spec.recursions_range is not None
     return random.Random(f"{spec.seed} {step}").randint(*spec.recursions_range)

@@ -1,9 +1,8 @@
-"""Several processes that train one model: how they start, agree with each other, and end together.
+"""The processes that train one model together: how they start, exchange values and end.
 
-Each process is a rank; the first one leads: it alone writes files and talks to the user. What goes
-wrong where all ranks meet is raised by all of them. What goes wrong on one rank alone, or ends it,
-ends the others too: each rank has a heart that beats in the store which the ranks have found each
-other by, and watches those of the others.
+Each process is a rank. The first rank is the leader: it alone writes files and prints. An error
+that is found where all ranks meet is raised by all of them. An error on one rank alone, or its
+death, ends the others too: `Heartbeat` watches for that.
 """
 
 import os
@@ -18,16 +17,40 @@ from timm.utils.distributed import world_info_from_env
 from torch import Tensor
 
 from sret_cli.runtime.device import choose_device
-from sret_cli.runtime.errors import USAGE, SretError, as_loader_lost
+from sret_cli.runtime.errors import USAGE, SretError, as_loader_lost, first_line
 from sret_cli.runtime.processes import rank_and_world_size
 from sret_cli.runtime.signals import Interrupted, Stop
 from sret_cli.training.heartbeat import BEAT_SECONDS, LATE_BEATS, Heartbeat
+from sret_cli.training.rank_error import RankError
+
+Failure = SretError | Interrupted
+
+
+@contextmanager
+def collected_failures(stop: Stop | None = None) -> Iterator[list[Failure]]:
+    """Catches a user's error, a lost loader process or a request to stop, and adds it to the list.
+
+    A signal also ends the loader's processes; with `stop`, that counts as the request to stop.
+    """
+    failures: list[Failure] = []
+    try:
+        yield failures
+    except (SretError, Interrupted) as error:
+        failures.append(error)
+    except RuntimeError as error:
+        if stop is not None and stop.explains(error):
+            assert stop.code is not None
+            failures.append(Interrupted(stop.code))
+        elif (lost := as_loader_lost(error)) is not None:
+            failures.append(lost)
+        else:
+            raise
 
 
 class Ranks:
-    """The processes that train together, as one of them sees them; by itself without arguments.
+    """The processes that train together, as seen by one of them; a single process by default.
 
-    `lost` says that they can no longer talk to each other.
+    `lost` says that they can no longer exchange values.
     """
 
     def __init__(
@@ -42,12 +65,12 @@ class Ranks:
 
     @property
     def is_leader(self) -> bool:
-        """Whether this rank writes files and talks to the user."""
+        """Whether this rank writes files and prints."""
         return self.rank == 0
 
     @property
     def is_distributed(self) -> bool:
-        """Whether there are others."""
+        """Whether there are other ranks."""
         return self.world_size > 1
 
     def gather(self, *values: int) -> list[tuple[int, ...]]:
@@ -79,51 +102,40 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def raised_by_all(self, error: SretError) -> SretError:
+        """The error to raise where every rank raises the same one; the leader reports it."""
+        return RankError(error, reported_here=self.is_leader) if self.is_distributed else error
+
     @contextmanager
     def raise_together(self, stop: Stop | None = None) -> Iterator[None]:
-        """What one rank raises within, a user's error or the wish to stop, all raise at its end.
+        """If one rank fails within, all ranks raise its failure at the end of the block.
 
-        A signal that came ends the loader's processes too, which is no error then; else it is the
-        user's that one of them is gone.
+        `collected_failures` says what counts as a failure, and what `stop` is for.
         """
-        own: Exception | None = None
-        try:
+        with collected_failures(stop) as failures:
             yield
-        except (SretError, Interrupted, RuntimeError) as error:
-            own = error
-            if isinstance(error, RuntimeError):
-                if stop is not None and stop.explains(error):
-                    assert stop.code is not None
-                    own = Interrupted(stop.code)
-                else:
-                    own = as_loader_lost(error)
-                    if own is None:
-                        raise
-            if not self.is_distributed:
-                raise own from None
-        if self.is_distributed:
-            for found in self.gather_objects(own):
-                if isinstance(found, SretError):
-                    found.on_all_ranks, found.reported_here = True, self.is_leader
-                if found is not None:
-                    raise found
+        for found in self.gather_objects(failures):
+            for failure in found:
+                raise failure if isinstance(failure, Interrupted) else self.raised_by_all(failure)
 
     @contextmanager
     def end_together(self) -> Iterator[None]:
-        """What one rank raises within and the others do not ends them all, with its reason.
+        """If one rank alone fails within, all ranks end with its error.
 
         Raises:
-            SretError: another rank ended, or a rank died.
+            RankError: another rank failed or died.
         """
         try:
             yield
         except Exception as error:
-            if self.watch is None or getattr(error, "on_all_ranks", False):
+            if self.watch is None or isinstance(error, RankError | Interrupted):
                 raise
             self.lost = True
             if self.is_lost_rank(error):
-                raise self.watch.explain() from None
-            self.watch.tell(error)
+                raise self.watch.wait_for_loss() from None
+            self.watch.publish_error(error)
+            if isinstance(error, SretError):
+                raise RankError(error, reported_here=self.is_leader) from error
             raise
 
     def is_lost_rank(self, error: BaseException) -> bool:
@@ -135,7 +147,7 @@ class Ranks:
         )
 
     def close(self) -> None:
-        """Ends, where all ranks do so."""
+        """Ends the heartbeat and the process group; all ranks have to call this."""
         if self.watch is not None:
             self.gather(0)
             self.watch.ended.set()
@@ -147,20 +159,20 @@ ALONE = Ranks()
 
 
 def start_ranks(device: str) -> Ranks:
-    """The ranks that torchrun or Slurm started, once they have all found each other.
+    """The ranks that torchrun or Slurm started, after all of them have found each other.
 
-    On CUDA each has the GPU of its number on its machine, and tensors go by NCCL; all else goes by
-    gloo.
+    On CUDA, a rank uses the GPU with its local number, and tensors are exchanged by NCCL; all other
+    values are exchanged by gloo.
 
     Raises:
-        SretError: the device is not there, or they cannot find each other.
+        SretError: the device does not exist, or the processes cannot find each other.
     """
-    if rank_and_world_size()[1] < 2:
+    started = rank_and_world_size()[1]
+    if started < 2:
         return ALONE
     if ":" in device:
         raise SretError(
-            f"--device {device} is one GPU, and each of {rank_and_world_size()[1]} processes takes "
-            "its own; "
+            f"--device {device} is one GPU, but each of {started} processes takes its own; "
             "use --device cuda",
             USAGE,
         )
@@ -168,44 +180,45 @@ def start_ranks(device: str) -> Ranks:
     local_rank, rank, world_size = world_info_from_env()
     if target.type == "cuda" and local_rank >= torch.cuda.device_count():
         raise SretError(
-            f"process {local_rank + 1} of this machine has no GPU of its own, of "
-            f"{torch.cuda.device_count()}; start as many processes a machine as it has GPUs",
+            f"process {local_rank + 1} of this machine has no GPU: there are "
+            f"{torch.cuda.device_count()}; start one process for each GPU",
             USAGE,
         )
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise SretError(
-            f"{rank_and_world_size()[1]} processes need {' and '.join(missing)} (the first one's "
-            "host and a free port) to find each other; export them, or unset SLURM_NTASKS to train "
-            "in one",
+            f"{started} processes need {' and '.join(missing)} (the host of the first process and "
+            "a free port) to find each other; export them, or unset SLURM_NTASKS to train in one "
+            "process",
             USAGE,
         )
-    # torchrun keeps its store when it starts its processes again: the addresses of those before
-    # are in it, and not to be taken for those of these.
+    # torchrun keeps its store when it restarts the processes, and the store still has the addresses
+    # of the processes before; the prefix keeps them apart.
     prefix = f"sret/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     try:
-        found, rank, world_size = next(dist.rendezvous("env://", rank, world_size))
+        store, rank, world_size = next(dist.rendezvous("env://", rank, world_size))
         if target.type == "cuda":
             target = torch.device("cuda", local_rank)
             torch.cuda.set_device(target)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo",
-            store=dist.PrefixStore(prefix, found),
+            store=dist.PrefixStore(prefix, store),
             rank=rank,
             world_size=world_size,
         )
-        # A connection of its own: that of the group is held where a rank waits for others.
-        own = dist.TCPStore(
+        # The heartbeat needs its own connection: a rank that waits for others blocks the group's.
+        watch_store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             timeout=timedelta(seconds=LATE_BEATS * BEAT_SECONDS),
             wait_for_workers=False,
         )
     except (RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise SretError(f"the processes do not find each other: {reason}", USAGE) from None
-    watch = Heartbeat(rank, world_size, dist.PrefixStore(f"{prefix}/watch", own))
-    ranks = Ranks(rank, world_size, target, watch)
-    ranks.gather(0)  # now all beat
+        raise SretError(
+            f"the processes do not find each other: {first_line(error)}", USAGE
+        ) from None
+    watch = Heartbeat(rank, world_size, dist.PrefixStore(f"{prefix}/watch", watch_store))
+    ranks = Ranks(rank=rank, world_size=world_size, device=target, watch=watch)
+    ranks.gather(0)  # every heartbeat is in the store now
     watch.start()
     return ranks

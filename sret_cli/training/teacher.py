@@ -1,4 +1,4 @@
-"""Teachers: a timm model or a trained model, frozen, asked about the student's images."""
+"""Teachers: frozen timm models or trained models, applied to the student's images."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from sret_cli.data.augment import Pixels, per_channel
 from sret_cli.data.class_names import ClassList, all_outputs, config_classes, match_classes
 from sret_cli.model.backbone import build_backbone
 from sret_cli.runtime.device import autocast
-from sret_cli.runtime.errors import CHECKPOINT, SretError, show_note_once
+from sret_cli.runtime.errors import CHECKPOINT, SretError, first_line, show_note_once
 from sret_cli.spec.backbone import BackboneSpec, Spec, read_spec
 from sret_cli.spec.train import TrainSpec
 from sret_cli.weights.match import load_state
@@ -20,13 +20,13 @@ from sret_cli.weights.store import load_config, load_model
 
 
 class Teacher:
-    """A frozen model in eval mode, called on images as the student takes them.
+    """A frozen model in eval mode, called on images that are normalised for the student.
 
-    It sees them with its own mean and deviation and at its own size, and runs in the precision of
-    the run. Its logits come in the order of the student's classes, where `classes` tells these.
+    The images are normalised again and resized for the teacher, which runs in the precision of the
+    run. With `classes`, the student's classes, the logits come in the order of these classes.
 
     Raises:
-        SretError: it cannot be had, or has other classes or channels than the student.
+        SretError: it cannot be loaded, or has other classes or channels than the student.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        """The logits `[B, classes]` in float32 of images that are normalised for the student."""
+        """The float32 logits `[B, classes]` of images that are normalised for the student."""
         x = x * self.factor + self.shift
         if x.shape[-1] != self.img_size:
             size = (self.img_size, self.img_size)
@@ -66,7 +66,7 @@ class Teacher:
 def load_teacher(
     train: TrainSpec, student: Spec, classes: ClassList | None = None
 ) -> tuple[nn.Module, Pixels, ClassList]:
-    """The teacher of a training, on the CPU, the images that it takes, and its classes.
+    """The teacher of a training on the CPU, the pixels that it takes, and its classes.
 
     Raises:
         SretError: as `Teacher`.
@@ -77,25 +77,28 @@ def load_teacher(
         return _timm_teacher(train, student, classes)
     for name in ("teacher_checkpoint", "teacher_img_size"):
         if (value := getattr(train, name)) is not None:
-            raise SretError(f"{name} = {value!r}: {directory} is a whole model; leave it out")
+            raise SretError(
+                f"{name} = {value!r} is for timm models, and {directory} is a directory of a "
+                f"model; leave {name} out"
+            )
     config = load_config(directory)
     spec = read_spec(config["model"])
-    _refuse_other(train.teacher, spec.in_chans, spec.num_classes, student)
-    settings = config.get("train") or {"data_dir": "."}  # a model from elsewhere: ImageNet's mean
+    _refuse_other(train.teacher, channels=spec.in_chans, classes=spec.num_classes, student=student)
+    settings = config.get("train") or {"data_dir": "."}  # not trained here: the mean of ImageNet
     pixels = Pixels.of(TrainSpec(**settings), spec)
     return load_model(directory), pixels, _taught(train, config_classes(config))
 
 
 def _taught(train: TrainSpec, names: tuple[str, ...] | None) -> ClassList:
-    """The classes of a training's teacher, to be compared with those of the images."""
+    """The classes of the teacher, to compare with those of the images."""
     remedy = "use a teacher that was trained on these classes"
     return ClassList(names, f"the teacher {train.teacher}", remedy)
 
 
 def _imagenet_names(config: Any, classes: ClassList | None) -> tuple[str, ...] | None:
-    """The names of the classes of weights that timm trained on ImageNet, by their number.
+    """The names of the classes of weights that timm trained on ImageNet, in their order.
 
-    They are WordNet's (`n01440764`): None where the images' classes have names of another kind.
+    The names are those of WordNet (`n01440764`). None if the images' classes have other names.
     """
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
@@ -136,32 +139,35 @@ def _timm_teacher(
         tensors = weights.tensors
         stem, head = (tensors.get(f"{layer}.weight") for layer in _ends(model.pretrained_cfg))
         if stem is not None and head is not None and stem.ndim > 1:
-            _refuse_other(checkpoint, stem.shape[1], head.shape[0], student)
+            _refuse_other(
+                checkpoint, channels=stem.shape[1], classes=head.shape[0], student=student
+            )
         load_state(model, tensors, checkpoint)
     mean, std = (tuple(model.pretrained_cfg[k]) for k in ("mean", "std"))
     mean, std = per_channel(mean, channels), per_channel(std, channels)
-    return model, Pixels(channels, spec.img_size, mean, std), _taught(train, names)
+    pixels = Pixels(channels=channels, img_size=spec.img_size, mean=mean, std=std)
+    return model, pixels, _taught(train, names)
 
 
 def _ends(config: dict[str, Any]) -> tuple[str, str]:
-    """The names of the first convolution and of the classifier in timm's config of a model."""
+    """The names of the first convolution and of the classifier, from the timm config of a model."""
     names = [config.get(key) or "" for key in ("first_conv", "classifier")]
     first, last = (name if isinstance(name, str) else name[0] for name in names)
     return first, last
 
 
 def _pretrained(train: TrainSpec, student: Spec) -> nn.Module:
-    """One of timm's models with the weights that timm has for it, from its cache or the network."""
+    """A timm model with the pretrained weights of timm, from its cache or the network."""
     import timm
 
     name = str(train.teacher)
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
         raise SretError(
-            f"timm has no weights for the teacher {name}; give a file of them as "
+            f"timm has no weights for the teacher {name}; give a file of weights as "
             "train.teacher_checkpoint"
         )
-    _refuse_other(name, config.input_size[0], config.num_classes, student)
+    _refuse_other(name, channels=config.input_size[0], classes=config.num_classes, student=student)
     sized = {} if train.teacher_img_size is None else {"img_size": train.teacher_img_size}
     try:
         try:
@@ -171,19 +177,18 @@ def _pretrained(train: TrainSpec, student: Spec) -> nn.Module:
                 raise
             return timm.create_model(name, pretrained=True)  # takes images of any size
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SretError(
-            f"the weights of the teacher {name} are not here and cannot be downloaded ({reason}); "
-            "give a file of them as train.teacher_checkpoint",
+            f"the weights of the teacher {name} are not on this machine and cannot be downloaded "
+            f"({first_line(error)}); give a file of weights as train.teacher_checkpoint",
             CHECKPOINT,
         ) from None
 
 
 def _refuse_other(name: str, channels: int, classes: int, student: Spec) -> None:
-    """Refuses a teacher whose logits or images are not those of the student."""
+    """Raises if a teacher has other classes or channels than the student."""
     if (channels, classes) != (student.in_chans, student.num_classes):
         raise SretError(
-            f"the teacher {name} has {classes:,} classes and {channels} channels, and the model "
-            f"{student.num_classes:,} and {student.in_chans}; use a teacher that was trained on "
-            "these classes"
+            f"the teacher {name} has {classes:,} classes and {channels} channels, but the model "
+            f"has {student.num_classes:,} and {student.in_chans}; use a teacher that was trained "
+            "on these classes"
         )

@@ -1,8 +1,8 @@
-"""A model in training: one step, and all that a step changes, as a state to save and load."""
+"""A model in training: one step, and the state that a step changes, to save and load."""
 
 import math
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from sret_cli.data.loader import Loader
 from sret_cli.model.compile import compile_model
 from sret_cli.model.kinds import build_any, set_recursions, sret_stages
 from sret_cli.runtime.device import autocast, device_name
-from sret_cli.runtime.errors import SOME_FAILED, SretError, show_note
+from sret_cli.runtime.errors import show_note
 from sret_cli.runtime.processes import places_of_rank
-from sret_cli.spec.run import Row, Run
-from sret_cli.training.checkpoint import Checkpoint, State, random_states, set_random_states
+from sret_cli.spec.run import Run
+from sret_cli.training.checkpoint import Checkpoint
 from sret_cli.training.config import refuse_other_config
 from sret_cli.training.distill import create_distillation
+from sret_cli.training.divergence import Diverged
 from sret_cli.training.optimizer import (
     create_ema,
     create_mixup,
@@ -46,43 +47,25 @@ from sret_cli.training.parallel import (
     synchronise_norms,
 )
 from sret_cli.training.ranks import ALONE, Ranks
+from sret_cli.training.state import State, TrainingProgress, random_states, set_random_states
 from sret_cli.weights.store import load_weights
 
 
-class Diverged(SretError):
-    """A loss or a gradient is not finite, on all ranks."""
-
-
-@dataclass
-class TrainingProgress:
-    """How far a training is: plain values, all of them in its checkpoints.
-
-    `batch` counts the batches of the epoch that are done, `loss_sum` sums their losses, and
-    `results` is the last evaluation's part of the row. `seconds` are those of training alone.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    loss_sum: float = 0.0
-    images: int = 0
-    seconds: float = 0.0
-    metrics_bytes: int = 0
-    results: Row = field(default_factory=dict)
-    bad_images: list[str] = field(default_factory=list)
-
-
 class Trainer:
-    """A model, its optimiser, schedule and averaged weights, and how far they are.
+    """A model, its optimizer, schedule and averaged weights, and how far they are.
 
-    Everything drawn in a step is drawn from the seed and the step, so that a step done again from
-    the same state gives the same weights, and several ranks, or several parts of a batch, draw what
-    one process does for a whole batch: all but dropout, and the drop path of timm's models, which
-    each rank and each part draws for itself. `model` is what a step calls, `module` what is
-    evaluated and saved: they differ once `join` has been called.
+    Every random number of a step follows from the seed and the step: a step that is repeated from
+    the same state gives the same weights. Several ranks, or several parts of a batch, draw the same
+    numbers as one process draws for the complete batch. Two exceptions: dropout, and the drop path
+    of timm models, are drawn by each rank and each part separately.
+
+    Attributes:
+        module: the model that is evaluated and saved.
+        model: what a step calls: `module`, or after `average_gradients` a wrapper of it.
+        can_be_saved: False while a step or a load is under way, and its state is incomplete.
 
     Raises:
-        SretError: the spec asks for what cannot be.
+        SretError: the weights of `train.init` do not fit, or the spec cannot be trained.
     """
 
     def __init__(
@@ -100,28 +83,35 @@ class Trainer:
         torch.manual_seed(self.spec.seed)
         self.module = build_any(run.model).to(device)
         if self.spec.init is not None:
-            init = Path(self.spec.init)
-            load_weights(self.module, init, loader.class_list, self.spec.reset_head)
-        set_recompute(self.module, self.spec, device, gpu_memory, ranks.world_size)
+            load_weights(
+                self.module,
+                Path(self.spec.init),
+                classes=loader.class_list,
+                reset_head=self.spec.reset_head,
+            )
+        set_recompute(
+            self.module,
+            self.spec,
+            device=device,
+            budget=gpu_memory,
+            world_size=ranks.world_size,
+        )
         if self.spec.recursions_range is not None:
-            most = self.spec.recursions_range[1]
-            set_recursions(self.module, most)  # refuses a model without weights for these
+            # Refuses a model without weights for the largest number.
+            set_recursions(self.module, self.spec.recursions_range[1])
         self.model: nn.Module = self.module
         self.ema = create_ema(self.module, self.spec)
         if ranks.is_distributed:
             synchronise_norms(self.module)
         if shards:
-            shard(self.module, ranks)
-            if self.ema is not None:
-                shard(self.ema.module, ranks)
-                self.ema.foreach = (
-                    False  # which does not take them beside the buffers, which are not
-                )
+            self._shard()
         self.optimizer = create_optimizer(self.module, self.spec)
         self.schedule = create_schedule(self.optimizer, self.spec, len(loader))
         set_rate(self.schedule, 0, len(loader))
         self.mixup = create_mixup(self.spec, run.model.num_classes)
-        self.distillation = create_distillation(self.spec, run.model, device, loader.class_list)
+        self.distillation = create_distillation(
+            self.spec, student=run.model, device=device, classes=loader.class_list
+        )
         compile_model(
             self.module,
             self.spec.compile,
@@ -129,49 +119,61 @@ class Trainer:
             stem=not ranks.is_distributed,
         )
         self.generator = torch.Generator(device)
-        in_parts = ranks.is_distributed or self.spec.accumulation > 1
-        self.stages = sret_stages(self.module) if in_parts else []
-        for stage in self.stages:
-            stage.generator = self.generator
+        self.stages = self._stages_with(self.generator)
         self.progress = TrainingProgress()
         norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm)]
         self.statistics = [buffer for norm in norms for buffer in norm.buffers()]
-        self.whole = True  # no step is under way
+        self.can_be_saved = True
+
+    def _shard(self) -> None:
+        shard(self.module, self.ranks)
+        if self.ema is not None:
+            shard(self.ema.module, self.ranks)
+            # foreach kernels cannot mix sharded parameters with unsharded buffers
+            self.ema.foreach = False
+
+    def _stages_with(self, generator: torch.Generator) -> list[Any]:
+        """The stages that draw for parts of a batch by this generator; none for whole batches."""
+        in_parts = self.ranks.is_distributed or self.spec.accumulation > 1
+        stages = sret_stages(self.module) if in_parts else []
+        for stage in stages:
+            stage.generator = generator
+        return stages
 
     def models(self) -> list[Any]:
-        """What is evaluated and saved: the model and, where there are any, the averaged weights."""
+        """The models to evaluate and save: the model and, if the spec has them, its averages."""
         return [self.module] + ([] if self.ema is None else [self.ema.module])
 
-    def join(self) -> None:
-        """Has each step average the gradients of all ranks, which have to be this far."""
+    def average_gradients(self) -> None:
+        """Makes each step average the gradients of all ranks; all ranks have to call this."""
         if self.ranks.is_distributed and not self.shards:
             self.model = replicate(self.module, self.spec, self.ranks)
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next step: that of the layers that have the largest."""
+        """The learning rate of the next step: the largest of all layers."""
         return max(group["lr"] for group in self.optimizer.param_groups)
 
     @property
     def last_lr(self) -> float:
-        """The learning rate of the step that was done last."""
+        """The learning rate of the step before."""
         set_rate(self.schedule, max(self.progress.step - 1, 0), len(self.loader))
         rate = self.lr
         set_rate(self.schedule, self.progress.step, len(self.loader))
         return rate
 
     def step(self, images: Tensor, target: Tensor, counts: tuple[int, ...] = ()) -> float:
-        """One step of the optimiser on a batch; returns its loss.
+        """One step of the optimizer on a batch; returns its loss.
 
         Args:
-            images: `[B, C, Y, X]`, as the loader gives them: this rank's.
+            images: `[B, C, Y, X]`, this rank's images as the loader gives them.
             target: `[B]`.
-            counts: how many images each rank has, where there are several.
+            counts: the number of images of each rank; this rank's alone if empty.
 
         Raises:
-            Diverged: the loss or the gradient is not finite; nothing has changed.
+            Diverged: the loss or the gradient is not finite; the state is unchanged.
         """
-        self.whole = False
+        self.can_be_saved = False
         p, counts = self.progress, counts or (len(images),)
         self.generator.manual_seed(step_seed(self.spec.seed, p.step, self.ranks.rank))
         if self.spec.recursions_range is not None:
@@ -187,7 +189,7 @@ class Trainer:
         if self.spec.clip_grad:
             nn.utils.clip_grads_with_norm_(parameters, self.spec.clip_grad, norm)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)  # not to be there in the next forward pass
+        self.optimizer.zero_grad(set_to_none=True)  # frees memory for the next forward pass
         if self.ema is not None:
             self.ema.update(self.module, p.step + 1 if self.spec.model_ema_warmup else None)
         p.step += 1
@@ -198,27 +200,31 @@ class Trainer:
         return loss
 
     def _undo(self, statistics: list[Tensor]) -> None:
-        """Has a step that failed before the optimiser's change nothing."""
+        """Restores the state after a step that failed before the optimizer changed weights."""
         for buffer, old in zip(self.statistics, statistics, strict=True):
             buffer.copy_(old)
         self.optimizer.zero_grad(set_to_none=True)
-        self.whole = True
+        self.can_be_saved = True
 
     def _backward(
         self, x: Tensor, target: Tensor, counts: tuple[int, ...]
     ) -> tuple[float, list[nn.Parameter], Tensor]:
-        """Loss, parameters with a gradient and its norm: the same on all ranks."""
+        """Loss, parameters with a gradient, and the gradient's norm: the same on all ranks."""
         count, parts = sum(counts), min(self.spec.accumulation, *counts)
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.device)
         state = self.generator.get_state()
         pieces = zip(
-            *(t.tensor_split(parts) for t in (x, target, self._places(counts))), strict=True
+            x.tensor_split(parts),
+            target.tensor_split(parts),
+            self._places(counts).tensor_split(parts),
+            strict=True,
         )
         for number, (x_part, target_part, places) in enumerate(pieces, 1):
             if self.stages:
                 self._draw_for(places, count, state)
-            # The ranks are averaged, and an image counts the same if one has more than another.
+            # Gradients are averaged over ranks; this factor gives every image the same weight, also
+            # where one rank has more images than another.
             weight = len(x_part) * self.ranks.world_size / count
             with self._averaging(number == parts):
                 part = self.loss(x_part, target_part) * weight
@@ -229,33 +235,32 @@ class Trainer:
         norm = full_tensor(
             nn.utils.get_total_norm([q.grad for q in parameters if q.grad is not None])
         )
-        step, lr = self.progress.step + 1, self.lr
-        # One transfer from the device for both.
+        # Stacked, so that the device is waited for once.
         loss_value, norm_value = torch.stack([loss, norm.to(loss.dtype)]).tolist()
-        if not math.isfinite(loss_value):
-            raise self.diverged(f"loss is {loss_value}", step, lr)
-        if not math.isfinite(norm_value):
-            raise self.diverged(f"norm of the gradient is {norm_value}", step, lr)
+        for name, value in (("loss", loss_value), ("norm of the gradient", norm_value)):
+            if not math.isfinite(value):
+                p = self.progress
+                raise Diverged(f"{name} is {value}", step=p.step + 1, epoch=p.epoch + 1, lr=self.lr)
         return loss_value, parameters, norm
 
     def _places(self, counts: tuple[int, ...]) -> Tensor:
-        """Where this rank's images are in the whole batch, in the order that it has them in."""
+        """The positions of this rank's images in the complete batch, in the rank's order."""
         count, rank = sum(counts), self.ranks.rank
         parts = self.spec.accumulation if count == self.spec.batch_size else 1
-        places = places_of_rank(count, rank, self.ranks.world_size, parts)
+        places = places_of_rank(count, rank, world_size=self.ranks.world_size, parts=parts)
         if len(places) != counts[rank]:  # some images were left out
             places = list(range(sum(counts[:rank]), sum(counts[: rank + 1])))
         return torch.tensor(places)
 
     def _draw_for(self, places: Tensor, count: int, state: Tensor) -> None:
-        """Has the stages draw for a batch of `count` images, of which they get those at places."""
+        """Makes the stages draw for a batch of `count` images and use the numbers at `places`."""
         self.generator.set_state(state)
         places = places.to(self.device)
         for stage in self.stages:
             stage.batch_images, stage.places = count, places
 
     def _averaging(self, last: bool) -> AbstractContextManager[Any]:
-        """Where gradients are averaged over the ranks, if it is the last part of a step."""
+        """The context of a backward pass; the `last` part of a step averages over the ranks."""
         if isinstance(self.model, DistributedDataParallel) and not last:
             return self.model.no_sync()
         if self.shards:
@@ -268,28 +273,13 @@ class Trainer:
             output = self.model(x)
         if self.distillation is not None:
             return self.distillation.loss(output.float(), x, target)
-        smoothing = self.spec.smoothing if self.mixup is None else 0.0  # which has smoothed them
+        smoothing = self.spec.smoothing if self.mixup is None else 0.0  # mixup smooths its targets
         return F.cross_entropy(output.float(), target, label_smoothing=smoothing)
 
-    def diverged(self, what: str, step: int, lr: float) -> Diverged:
-        """The user's error for what is not finite at a step of that learning rate."""
-        error = Diverged(
-            f"diverged: the {what} at step {step} (epoch {self.progress.epoch + 1}, "
-            f"lr {lr:.2g}); use a smaller train.lr or clip_grad",
-            SOME_FAILED,
-            status="diverged",
-        )
-        error.on_all_ranks, error.reported_here = True, self.ranks.is_leader
-        return error
-
-    def batch_indices(self) -> list[int]:
-        """The indices of the next batch's images, of all ranks; a stream has none."""
-        return self.loader.batches.batch_indices(self.progress.epoch, self.progress.batch)
-
     def state(self) -> State:
-        """All that a training needs to go on; tensors are the model's own, not copies.
+        """Everything that is needed to resume; the tensors are the model's own, not copies.
 
-        Where weights are sharded, they are gathered: all ranks have to ask.
+        Sharded weights are gathered, so all ranks have to call this.
         """
         state = {
             "config": self.run.spec(),
@@ -303,18 +293,19 @@ class Trainer:
         return full_state(state) if self.shards else state
 
     def load(self, checkpoint: Checkpoint) -> list[str]:
-        """Goes on from a checkpoint; returns what is not as it was when it was written.
+        """Resumes from a checkpoint; returns which versions or devices were others then.
 
-        The schedule follows from the step and from the epochs of this run, which may be more.
+        The schedule follows from the step and this run's epochs, which may be more than before.
 
         Raises:
-            SretError: it is of another run, or one that read other images, weights or labels.
+            SretError: the checkpoint is of another run, or of other images, weights or labels.
         """
         state = checkpoint.state
         config = self.run.spec()
         if self.run.continues is not None:
             config["train"]["epochs"] = state["config"]["train"]["epochs"]
         refuse_other_config(str(checkpoint.path), state["config"], config)
+        self.can_be_saved = False
         load_full_state(self.module, state["model"])
         load_full_optimizer_state(self.optimizer, state["optimizer"])
         if self.ema is not None:
@@ -322,13 +313,14 @@ class Trainer:
         self.progress = TrainingProgress(**state["progress"])
         set_rate(self.schedule, self.progress.step, len(self.loader))
         set_random_states(state["random"])
+        self.can_be_saved = True
         versions = self.versions()
         return [
             f"{k} {v}, not {versions[k]}" for k, v in state["versions"].items() if v != versions[k]
         ]
 
     def versions(self) -> dict[str, Any]:
-        """What the last digits of a training depend on, beside its spec."""
+        """What the last digits of the losses depend on, besides the spec."""
         return {
             "sret": __version__,
             "torch": torch.__version__,

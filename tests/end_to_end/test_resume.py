@@ -28,9 +28,10 @@ from sret_cli.spec.train import TrainSpec
 from sret_cli.study.resolve import continue_run
 from sret_cli.training import out_of_memory as room
 from sret_cli.training.checkpoint import read_checkpoint
+from sret_cli.training.divergence import Diverged
 from sret_cli.training.out_of_memory import out_of_memory_error
 from sret_cli.training.session import train
-from sret_cli.training.trainer import Diverged, Trainer
+from sret_cli.training.trainer import Trainer
 
 # Ten steps in two epochs, with all that draws: shuffles, drop path, mixup, counts of recursions.
 SHORT = {"epochs": 2, "warmup_epochs": 0, "batch_size": 240, "mixup": 0.8, "cutmix": 1.0}
@@ -231,7 +232,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_leads_to_the_same_e
     )
     (line,) = said
     assert "checkpoint-7 is damaged" in line
-    assert "going on from" in line and line.endswith("checkpoint-5")
+    assert "resuming from" in line and line.endswith("checkpoint-5")
 
 
 def test_lines_of_metrics_after_the_checkpoint_are_cut_off_and_missing_ones_refused(

@@ -8,12 +8,10 @@ import pytest
 import torch
 
 from sret_cli.runtime.errors import SretError
-from sret_cli.training.checkpoint import (
-    CheckpointWriter,
+from sret_cli.training.checkpoint import CheckpointWriter, newest_checkpoint, read_checkpoint
+from sret_cli.training.state import (
     flatten_state,
-    newest_checkpoint,
     random_states,
-    read_checkpoint,
     set_random_states,
     unflatten_state,
 )
@@ -132,7 +130,7 @@ def test_of_a_damaged_checkpoint_and_the_one_before_it_both_are_named(tmp_path):
     assert "checkpoint-2 is damaged (tensors.safetensors has" in line
     assert line.endswith("checkpoint-1")
     (tmp_path / "checkpoint-1" / "values.json").unlink()
-    with pytest.raises(SretError, match="no checkpoint is left to go on from") as refused:
+    with pytest.raises(SretError, match="no checkpoint is left to resume from") as refused:
         newest_checkpoint(tmp_path, said.append)
     assert refused.value.code == 5
 

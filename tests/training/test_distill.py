@@ -135,12 +135,16 @@ def test_a_converted_model_can_teach(tiny, tmp_path):
 
 
 def test_a_teacher_of_other_classes_or_channels_is_refused(tiny, teacher, checkpoint):
-    with pytest.raises(SretError, match="has 10 classes and 3 channels, and the model 7 and 3"):
+    with pytest.raises(SretError, match="has 10 classes and 3 channels, but the model has 7 and 3"):
         Teacher(TrainSpec(teacher=str(teacher)), tiny.with_values(num_classes=7), CPU)
     spec = TrainSpec(teacher="test_resnet", teacher_checkpoint=str(checkpoint))
-    with pytest.raises(SretError, match="has 10 classes and 3 channels, and the model 10 and 1"):
+    with pytest.raises(
+        SretError, match="has 10 classes and 3 channels, but the model has 10 and 1"
+    ):
         Teacher(spec, tiny.with_values(in_chans=1), CPU)
-    with pytest.raises(SretError, match="has 1,000 classes and 3 channels, and the model 10 and 3"):
+    with pytest.raises(
+        SretError, match="has 1,000 classes and 3 channels, but the model has 10 and 3"
+    ):
         Teacher(TrainSpec(teacher="test_resnet"), tiny, CPU)
 
 
@@ -153,7 +157,7 @@ def test_a_teacher_that_is_not_there_is_named(tiny, checkpoint, teacher, tmp_pat
     with pytest.raises(SretError, match="is of another model") as refused:
         Teacher(TrainSpec(**values), tiny, CPU)
     assert refused.value.code == 5
-    with pytest.raises(SretError, match="is a whole model; leave it out"):
+    with pytest.raises(SretError, match="is a directory of a model; leave"):
         Teacher(TrainSpec(teacher=str(teacher), teacher_checkpoint="x.pth"), tiny, CPU)
 
 

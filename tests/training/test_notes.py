@@ -5,10 +5,10 @@ from sret_cli.runtime.errors import show_note_once
 from sret_cli.spec.train import TrainSpec
 from sret_cli.training.notes import training_notes
 
-BATCH = "batch_size = 64 is never full: there are 16 images to train on, so that each step takes 16"
+BATCH = "batch_size = 64 is never full: there are 16 training images, so each step takes 16"
 REPEATS = (
     "aug_repeats = 3: each epoch takes 6 of the 16 images, 3 times each, and leaves out the other "
-    "10; each epoch draws which"
+    "10; they are drawn again in each epoch"
 )
 AVERAGE = (
     "model_ema_decay = 0.99996: after all 2 steps the averaged weights are still 99.99 % the "
@@ -30,7 +30,7 @@ def test_a_training_says_once_what_its_recipe_comes_to_on_few_images(sret, folde
     )
     code, _, err = sret(*arguments)
     assert code == 0
-    for line in (f"{BATCH}, at lr = 6.25e-05 for 64; use a batch_size of 16 or less", REPEATS):
+    for line in (f"{BATCH}, but lr = 6.25e-05 is for 64; use a batch_size of 16 or less", REPEATS):
         assert err.count(line) == 1
     assert err.count(AVERAGE) == 1
     assert sret(*arguments, "--set", "train.seed=1")[2].count("aug_repeats") == 0
@@ -52,7 +52,7 @@ def test_images_that_repeats_leave_out_are_counted(tiny, folder, repeats, taken,
 
 def test_the_share_of_initial_weights_is_that_after_all_steps(tiny, folder):
     (line,) = notes_of(tiny, folder, batch_size=8, epochs=20, model_ema_decay=0.99996)
-    assert "after all 40 steps the averaged weights are still 99.84 % the initial ones" in line
+    assert "after all 40 steps the averaged weights are still 99.84 % initial weights" in line
     assert "use 0.89125 or less" in line
     assert notes_of(tiny, folder, batch_size=8, epochs=20, model_ema_decay=0.89125) == []
     assert len(notes_of(tiny, folder, batch_size=8, epochs=20, model_ema_decay=0.8913)) == 1

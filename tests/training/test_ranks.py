@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from sret_cli.runtime.errors import SretError
 from sret_cli.runtime.processes import places_of_rank, rank_and_world_size
+from sret_cli.training import rank_error
 from sret_cli.training.checkpoint import read_checkpoint
+from sret_cli.training.rank_error import RankError, original_error, wait_until_reported
 
 ROOT = Path(__file__).parent.parent.parent
-TORCHRUN = (*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"),)
+HARNESS = ROOT / "tests" / "end_to_end" / "rank_harness.py"
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 # Two epochs of ten steps.
 COMMAND = (
     *("-m", "sret_cli", "train", "--preset", "nano", "--device", "cpu", "--workers", "0"),
@@ -22,12 +26,13 @@ COMMAND = (
 
 
 def environment(**values):
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    folders = (ROOT, ROOT / "tests", HARNESS.parent, os.environ.get("PYTHONPATH", ""))
+    paths = os.pathsep.join(map(str, folders))
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **values}
 
 
 def run(command, folder, check=True, **values):
-    """Runs a command to its end in a folder; it takes a few seconds."""
+    """Runs a command in a folder and waits for its end; it takes a few seconds."""
     done = subprocess.run(
         command, cwd=folder, env=environment(**values), capture_output=True, text=True
     )
@@ -45,35 +50,34 @@ def numbers(directory):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """What two ranks leave, in double precision, beside what one process leaves."""
+    """The files of two ranks and of one process, in double precision."""
     folder = tmp_path_factory.mktemp("two")
     code = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
+        "import sys; from pathlib import Path\n"
         "from rank_harness import PUBLISHED, RUN, in_double, train, train_until\n"
     )
-    double = code + "in_double(); train(RUN, Path(sys.argv[2]))"
-    single = code + "train_until(20, PUBLISHED, Path(sys.argv[2]))"
-    tests = str(ROOT / "tests")
-    run((sys.executable, "-c", single, tests, "published one"), folder)
-    run((sys.executable, "-c", double, tests, "one"), folder)
-    stopped = run((*TORCHRUN, "2", f"{tests}/end_to_end/rank_harness.py", "."), folder, check=False)
+    double = code + "in_double(); train(RUN, Path(sys.argv[1]))"
+    single = code + "train_until(20, PUBLISHED, Path(sys.argv[1]))"
+    run((sys.executable, "-c", single, "published one"), folder)
+    run((sys.executable, "-c", double, "one"), folder)
+    stopped = run((*TORCHRUN, "2", str(HARNESS), "."), folder, check=False)
     assert (folder / "stopped").exists(), stopped.stderr
-    # One process goes on with what two sharded ones were stopped at.
+    # One process resumes where two sharded ones were stopped.
     state = read_checkpoint(folder / "stopped" / "checkpoint-7")
-    run((sys.executable, "-c", double, tests, "stopped"), folder)
+    run((sys.executable, "-c", double, "stopped"), folder)
     return folder, state
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "sharded", "stopped"])
-def test_one_and_two_ranks_agree_in_all_that_they_measure(two, kind):
+def test_one_and_two_ranks_write_the_same_metrics(two, kind):
     folder, _ = two
     assert len(lines(folder / "one")) == 20 + 2
     assert numbers(folder / kind) == pytest.approx(numbers(folder / "one"), abs=1e-6, rel=0)
 
 
 @pytest.mark.slow
-def test_one_and_two_ranks_agree_in_single_precision_by_the_published_recipe(two):
+def test_one_and_two_ranks_have_the_same_losses_in_single_precision_by_the_published_recipe(two):
     folder, _ = two
     one, ranks = (
         [line["loss"] for line in lines(folder / name) if "step" in line]
@@ -90,7 +94,7 @@ def test_a_signal_on_one_rank_stops_both_after_the_same_step(two):
 
 
 @pytest.mark.slow
-def test_checkpoints_of_sharded_weights_are_those_of_whole_ones(two):
+def test_checkpoints_of_sharded_weights_equal_those_of_unsharded_weights(two):
     folder, _ = two
     plain, sharded = (
         read_checkpoint(folder / kind / "checkpoint-20") for kind in ("plain", "sharded")
@@ -108,14 +112,14 @@ def test_checkpoints_of_sharded_weights_are_those_of_whole_ones(two):
 
 
 @pytest.mark.slow
-def test_every_test_image_is_counted_once_and_the_row_tells_how_many_processes_there_were(two):
+def test_every_test_image_is_counted_once_and_the_row_has_the_number_of_processes(two):
     folder, _ = two
     row = json.loads((folder / "row.json").read_text())
     assert (row["test_images"], row["world_size"], row["epochs_trained"]) == (360, 2, 2)
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_other_by_name_and_torchrun_goes_on_where_they_were(tmp_path):
+def test_the_error_names_a_killed_rank_and_torchrun_resumes_the_training(tmp_path):
     run((*TORCHRUN, "2", *COMMAND, "--runs", "whole"), tmp_path)
     (whole,) = (tmp_path / "whole" / "train").iterdir()
     # The first rank ends by SIGKILL at step 14; after that it does not write as many lines.
@@ -164,7 +168,7 @@ def test_out_of_memory_on_one_rank_ends_all_and_the_row_has_its_reason(tmp_path)
 
 
 @pytest.mark.slow
-def test_what_fails_on_all_ranks_is_told_once(tmp_path):
+def test_an_error_of_all_ranks_is_reported_once(tmp_path):
     done = run(
         (*TORCHRUN, "2", *("141" if part == "136" else part for part in COMMAND)),
         tmp_path,
@@ -175,7 +179,22 @@ def test_what_fails_on_all_ranks_is_told_once(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_rank_has_two_runs_of_places_that_mirror_each_other():
+def test_a_rank_error_keeps_its_original_and_is_reported_by_one_rank(monkeypatch):
+    original = SretError("the disk is full", 7, status="disk_full")
+    error = RankError(original, reported_here=False)
+    assert (str(error), error.code, error.status) == ("the disk is full", 7, "disk_full")
+    assert original_error(error) is original_error(original) is original
+    assert not wait_until_reported(error)
+    assert wait_until_reported(RankError(original, reported_here=True))
+    slept = []
+    monkeypatch.setattr(rank_error.time, "sleep", slept.append)
+    assert wait_until_reported(original) and slept == []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert wait_until_reported(original) and slept == [5.0]
+
+
+def test_the_places_of_a_rank_in_a_batch_are_two_ranges_that_mirror_each_other():
     assert [places_of_rank(8, rank, 2) for rank in (0, 1)] == [[0, 1, 6, 7], [2, 3, 4, 5]]
     assert places_of_rank(8, 0, 1) == [0, 1, 2, 3, 4, 5, 6, 7]
     assert [places_of_rank(6, rank, 2) for rank in (0, 1)] == [[0, 1, 2], [3, 4, 5]]
