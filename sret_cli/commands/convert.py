@@ -79,6 +79,8 @@ def convert(
 
     Nothing in a checkpoint is executed: one that would run code when it is read is refused.
     """
+    from sret_cli.model.sret import parameter_count
+
     changes = {key: context.params[key] for key in CHANGES if context.params[key] is not None}
     changes = model_settings(set_ or [], changes)
     if not to_reference:
@@ -87,7 +89,7 @@ def convert(
         raise SretError("--to-reference writes a model as it is; leave out the rest", USAGE)
     else:
         model, name = convert_to_reference(file, out), file.name
-    params = sum(p.numel() for p in model.parameters())
+    params = parameter_count(model)
     row = {"name": name, "layers": model.spec.layers, "params": params}
     row |= {f"model.{key}": value for key, value in model.spec.model_dump(mode="json").items()}
     print_rows([row], ("layers", "params"), json_)

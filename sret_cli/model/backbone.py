@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sret_cli.model.blocks import NLL
 from sret_cli.model.layer_places import place_parameters
-from sret_cli.runtime.errors import SretError, show_note_once
+from sret_cli.runtime.errors import SretError, first_line, show_note_once
 from sret_cli.spec.backbone import MISFITS, BackboneSpec
 from sret_cli.spec.depth import MAX_LAYERS, divisors
 from sret_cli.spec.model import ModelSpec
@@ -224,7 +224,7 @@ def _create(spec: BackboneSpec) -> Any:
     except MISFITS as error:
         if "allocate memory" in str(error):
             raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         given = "".join(f", {name} = {value!r}" for name, value in spec.timm_args)
         raise SretError(
             f"timm cannot build {spec.backbone} with img_size = {spec.img_size}, in_chans = "
@@ -299,7 +299,7 @@ def _check(model: nn.Module, spec: BackboneSpec) -> dict[str, int]:
         with torch.no_grad():
             probe(_image(spec))
     except MISFITS as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise SretError(f"a second pass fails ({spec.loop} loop): {reason}") from None
     for (name, index), times in calls.items():
         if times != 2:

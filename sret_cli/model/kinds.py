@@ -8,7 +8,7 @@ from copy import deepcopy
 from typing import Any
 
 from sret_cli.model.backbone import block_sequences, build_backbone
-from sret_cli.model.sret import SReT, build_model
+from sret_cli.model.sret import SReT, build_model, parameter_count
 from sret_cli.model.stage import Stage
 from sret_cli.runtime.errors import SretError
 from sret_cli.spec.backbone import Spec
@@ -64,7 +64,7 @@ def describe_stages(model: Any) -> list[dict[str, Any]]:
                 "name": name,
                 "blocks": passes.banks,
                 "layers": passes.layers,
-                "params": sum(p.numel() for p in passes.parameters()),
+                "params": parameter_count(passes),
             }
             for name, passes in block_sequences(model).items()
         ]
@@ -76,7 +76,7 @@ def describe_stages(model: Any) -> list[dict[str, Any]]:
             "recursions": spec.recursions[s],
             "slices": spec.slices[s],
             "recursive_slices": spec.recursive_slices[s],
-            "params": sum(p.numel() for p in stage.parameters()),
+            "params": parameter_count(stage),
         }
         for s, stage in enumerate(sret_stages(model))
     ]

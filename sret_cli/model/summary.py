@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from sret_cli.model.kinds import count_layers, describe_stages
+from sret_cli.model.sret import parameter_count
 
 
 def summarise(model: Any) -> dict[str, Any]:
@@ -17,7 +18,7 @@ def summarise(model: Any) -> dict[str, Any]:
         logits = model.eval()(x)
     seconds = time.perf_counter() - start
     stages = describe_stages(model)
-    total = sum(p.numel() for p in model.parameters())
+    total = parameter_count(model)
     return {
         "model": spec.model_dump(mode="json"),
         "stages": stages,

@@ -8,6 +8,7 @@ from jinja2 import Environment, StrictUndefined
 
 from sret_cli.cost.trace import profile
 from sret_cli.model.kinds import count_layers
+from sret_cli.model.sret import parameter_count
 from sret_cli.report.columns import COLUMNS, FLOPS_NOTE
 from sret_cli.runtime.errors import SretError
 from sret_cli.study.axes import format_value
@@ -54,7 +55,7 @@ def _costs(model: Any) -> dict[str, str]:
     """Layers, parameters and FLOPs of a model as texts by heading; unknown ones are left out."""
     values = {
         "layers": count_layers(model),
-        "params": sum(p.numel() for p in model.parameters()),
+        "params": parameter_count(model),
         "macs": _macs(model.spec),
     }
     return {

@@ -15,6 +15,7 @@ from sret_cli.data.loader import Loader
 from sret_cli.data.loaders import load_test_data
 from sret_cli.model.compile import is_compiled
 from sret_cli.model.kinds import count_layers, set_recursions
+from sret_cli.model.sret import parameter_count
 from sret_cli.runtime.device import autocast, choose_device, device_name, use_deterministic_kernels
 from sret_cli.runtime.errors import DATA, SretError
 from sret_cli.runtime.progress import OnStep, Progress
@@ -160,7 +161,7 @@ def evaluate_run(
         "name": config.get("name"),
         "averaged": home != Path(os.path.abspath(directory)) or config.get("averaged", False),
         "layers": layers,
-        "params": sum(p.numel() for p in model.parameters()),
+        "params": parameter_count(model),
         "recursions": how.recursions,
         "bad_images": len(test_loader.bad_images),
         **evaluation.row(),

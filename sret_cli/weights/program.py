@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from sret_cli.model.sret import SReT, build_model
 from sret_cli.model.stage import Stage
-from sret_cli.runtime.errors import SretError, as_out_of_memory
+from sret_cli.runtime.errors import SretError, as_out_of_memory, first_line
 from sret_cli.spec.backbone import MISFITS, Spec
 
 MAX_PERIOD = 64  # of cycles that are looked for in a schedule
@@ -153,7 +153,7 @@ def _refused_backbones(spec: Spec, what: str) -> Iterator[None]:
     except MISFITS as error:
         if as_out_of_memory(error) is not None or not spec.is_timm:
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise SretError(
             f"{spec.backbone} cannot be written {what}: {reason}; use --to safetensors"
         ) from None

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sret_cli.runtime.errors import CHECKPOINT, SretError
+from sret_cli.runtime.errors import CHECKPOINT, SretError, first_line
 from sret_cli.weights.state_dicts import PLAIN_NAMES, Weights, choose_weights
 
 # What torch.save writes as a zip, by whatever name: Lightning's, Hugging Face's and timm's, too.
@@ -127,7 +127,7 @@ def _read_zip(path: Path, start: bytes, size: int) -> Any:
     except SretError:
         raise
     except Exception as error:  # a foreign file can fail its readers in any way
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise SretError(f"{damaged}: {reason}", CHECKPOINT) from None
     calls = ascii(", ".join(strange[:3]))[1:-1]
     raise SretError(
