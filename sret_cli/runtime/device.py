@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def use_deterministic_kernels(device: "torch.device") -> None:
-    """Makes CUDA repeat itself as far as torch has deterministic kernels; a CPU always does."""
+    """Makes CUDA deterministic as far as torch has deterministic kernels; a CPU always is."""
     import torch
 
     if device.type == "cuda":
@@ -22,17 +22,17 @@ def use_deterministic_kernels(device: "torch.device") -> None:
 
 
 def autocast(device: "torch.device", precision: str) -> "torch.autocast":
-    """The context in which a model of that precision runs; fp32 leaves everything as it is."""
+    """The context in which a model of this precision runs; with fp32 it changes nothing."""
     import torch
 
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def device_type(name: str) -> str:
-    """What kind of device a name such as "cuda:1" means: auto, cpu or cuda.
+    """The kind of device that a name such as "cuda:1" stands for: auto, cpu or cuda.
 
     Raises:
-        SretError: it means none.
+        SretError: the name is not that of a device.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", name):
         raise SretError(f"unknown device {name!r}; choose auto, cpu, cuda or cuda:N", USAGE)
@@ -40,15 +40,14 @@ def device_type(name: str) -> str:
 
 
 def choose_device(name: str) -> "torch.device":
-    """The device of that name; "auto" is CUDA where there is one.
+    """The device of a name; "auto" is CUDA if a GPU is available, else the CPU.
 
-    A GPU that is named by its number ("cuda:1") becomes torch's current one.
-
-    On a CPU the calling thread, and those that it starts, take denormal numbers (below 1e-38) for
-    zero from then on: they change no result that is seen, and slow deep random networks down.
+    A GPU named by its number ("cuda:1") becomes torch's current device. On a CPU, denormal numbers
+    (below 1e-38) count as zero from now on in this thread and the threads that it starts: they
+    change no visible result, and slow deep random networks down.
 
     Raises:
-        SretError: the device is not there.
+        SretError: the device does not exist.
     """
     import torch
 
@@ -65,12 +64,12 @@ def choose_device(name: str) -> "torch.device":
     if index >= count:
         there = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
         raise SretError(f"no device {name} on this machine; it has {there}", USAGE)
-    torch.cuda.set_device(index)  # what torch draws or allocates without a device goes there, too
+    torch.cuda.set_device(index)  # also for what torch draws or allocates without naming a device
     return torch.device("cuda", index)
 
 
 def device_name(device: "torch.device") -> str:
-    """What a row says of the device."""
+    """The device's name, as rows record it."""
     import torch
 
     if device.type == "cuda":
@@ -79,7 +78,7 @@ def device_name(device: "torch.device") -> str:
 
 
 def free_bytes(device: "torch.device") -> int:
-    """Memory that a process may still take: of the GPU, or of this machine with its caches."""
+    """Bytes that a process can still allocate, on the GPU or (with caches) this machine."""
     import torch
 
     if device.type == "cuda":
@@ -99,14 +98,14 @@ def synchronize(device: "torch.device") -> None:
 
 
 def used_bytes(device: "torch.device") -> int:
-    """What this process has of a device's memory now; on a CPU it is not told apart."""
+    """Bytes that this process holds of a GPU's memory; 0 on a CPU."""
     import torch
 
     return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 
 def peak_gigabytes(device: "torch.device") -> str:
-    """The most memory that was in use so far: CUDA's allocator's, or this process's."""
+    """The peak memory so far, as text: of CUDA's allocator, or of this process."""
     import torch
 
     if device.type == "cuda":

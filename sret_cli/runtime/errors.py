@@ -1,4 +1,4 @@
-"""What a user can mend: one error of one line, and the exit codes of the process."""
+"""One-line errors for users, and the process exit codes."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,13 +12,13 @@ USAGE, SPEC, DATA, CHECKPOINT, SOME_FAILED, RESOURCES = 2, 3, 4, 5, 6, 7
 
 
 class SretError(Exception):
-    """What a user can mend, in one line: what is wrong, with the values, and what to do.
+    """An error that the user can fix, in one line: what is wrong, with the values, and what to do.
 
     Args:
         message: the line.
-        code: the exit code of the process; 3, a spec or study that can't be, unless told.
-        table: lines of cells, headings first, that are shown over the line where they help.
-        status: what a row says became of the training.
+        code: exit code of the process; by default 3, an invalid spec or study.
+        table: rows of cells, headings first, that are printed above the line.
+        status: outcome of the training, as the run's row records it.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ def first_line(error: BaseException, default: str | None = None) -> str:
 
 
 def as_out_of_memory(error: BaseException) -> SretError | None:
-    """The user's error where torch or Python ran out of memory, else None."""
+    """The error for the user if torch or Python ran out of memory, else None."""
     text = str(error)
     told = ("out of memory", "can't allocate memory")
     if not isinstance(error, MemoryError) and not any(t in text.lower() for t in told):
@@ -52,7 +52,7 @@ def as_out_of_memory(error: BaseException) -> SretError | None:
 
 
 class LoaderLost(SretError):
-    """A process that loads images is gone."""
+    """A process that loads images has ended."""
 
 
 # How torch words its messages about the processes of a DataLoader.
@@ -101,7 +101,7 @@ def as_loader_lost(error: BaseException) -> LoaderLost | None:
 
 
 def nearest_choice(word: str, choices: list[str]) -> str:
-    """Names the choice that looks most like a misspelt word, or lists all choices."""
+    """Suggests the choice nearest to a misspelt word, or lists all choices."""
     match = get_close_matches(word, choices, n=1, cutoff=0.5)
     return f"did you mean {match[0]!r}?" if match else f"choose from {', '.join(choices)}"
 
@@ -116,9 +116,9 @@ _shown_by: list[Callable[[str], None]] = [print_note]
 
 @contextmanager
 def notes_shown_by(show: Callable[[str], None]) -> Iterator[None]:
-    """Has `show` called with the text of every note within, in place of what showed them before.
+    """Passes the text of every note to `show` for the duration of the context.
 
-    A bar of progress shows them above itself; a training hands them to the caller's function.
+    A progress bar prints notes above itself; a training passes them to the caller's function.
     """
     _shown_by.append(show)
     try:
@@ -128,12 +128,12 @@ def notes_shown_by(show: Callable[[str], None]) -> Iterator[None]:
 
 
 def show_note(text: str) -> None:
-    """Tells the user, in one line, what is no error: on stderr, or as `notes_shown_by` has it."""
+    """Shows one line that is not an error: on stderr, or through `notes_shown_by`."""
     _shown_by[-1](text)
 
 
 @cache
 def show_note_once(text: str) -> None:
-    """Tells the user what need not be told again, or by another process."""
+    """Shows a note once per process, and only on the leading rank."""
     if is_leader():
         show_note(text)

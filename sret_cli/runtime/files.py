@@ -14,10 +14,10 @@ from sret_cli.runtime.errors import CHECKPOINT, DATA, RESOURCES, USAGE, SretErro
 
 
 def make_directory(path: Path) -> Path:
-    """The directory, made with its parents where it is missing.
+    """Creates a directory with its parents if it is missing, and returns it.
 
     Raises:
-        SretError: it cannot be made or written to.
+        SretError: it cannot be created or written to.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def make_directory(path: Path) -> Path:
 
 
 def cannot_write_error(path: Path, error: OSError, needed: int | None = None) -> SretError:
-    """The user's error for a file or directory that could not be written, of so many bytes."""
+    """The error for a file or directory that could not be written, `needed` bytes long."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
         size = "" if needed is None else f" ({needed:,} bytes, and {free:,} are free)"
@@ -39,13 +39,13 @@ def cannot_write_error(path: Path, error: OSError, needed: int | None = None) ->
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
-    """Writes a file that is there whole or not at all, also after a power cut.
+    """Writes a file so that it is complete or absent, also after a power cut.
 
     Raises:
         SretError: the directory cannot be written to, or the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # Names of files need not be UTF-8; a report has their odd bytes as \udcff.
+    # File names need not be UTF-8: Python holds such bytes as surrogates, such as \udcff.
     data = data.encode(errors="backslashreplace") if isinstance(data, str) else data
     try:
         with open(temporary, "wb") as file:
@@ -62,7 +62,7 @@ def write_atomically(path: Path, data: str | bytes) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Makes what a directory lists survive a power cut."""
+    """Makes the entries of a directory survive a power cut (fsync)."""
     directory = os.open(path, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -71,10 +71,10 @@ def sync_directory(path: Path) -> None:
 
 
 def check_not_shorter(path: Path, position: int) -> None:
-    """Makes sure that a file has all the bytes that a checkpoint counts.
+    """Raises if a file is shorter than the checkpoint recorded.
 
     Raises:
-        SretError: it has fewer, or is not there.
+        SretError: the file is shorter, or does not exist.
     """
     found = path.stat().st_size if path.is_file() else 0
     if found < position:
@@ -86,12 +86,12 @@ def check_not_shorter(path: Path, position: int) -> None:
 
 
 class LineFile:
-    """A file that is written line by line, each of which is there as soon as it is written.
+    """A file of lines, unbuffered: each line is in the file as soon as it is written.
 
-    What stands after the first `position` bytes is cut off.
+    Everything after the first `position` bytes is cut off.
 
     Raises:
-        SretError: the file has fewer bytes, it cannot be written, or the disk is full.
+        SretError: the file is shorter, cannot be written, or the disk is full.
     """
 
     def __init__(self, path: Path, position: int = 0) -> None:
@@ -106,7 +106,7 @@ class LineFile:
             raise cannot_write_error(path, error) from None
 
     def write(self, line: str) -> None:
-        """Writes a line, whole or not at all: the system may take a part of it on a full disk."""
+        """Writes a complete line or nothing: on a full disk the system may accept only a part."""
         data = f"{line}\n".encode()
         rest = data
         try:
@@ -120,7 +120,7 @@ class LineFile:
         self.position += len(data)
 
     def sync(self) -> None:
-        """Makes the lines so far survive a power cut."""
+        """Makes the lines written so far survive a power cut (fsync)."""
         try:
             os.fsync(self.file.fileno())
         except OSError as error:
@@ -153,11 +153,11 @@ def read_json(path: Path) -> Any:
 
 
 def utc_now() -> str:
-    """The time, in UTC."""
+    """The current time in UTC, to the second, in ISO format."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hex."""
+    """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

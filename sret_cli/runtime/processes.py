@@ -1,27 +1,27 @@
-"""The processes of one training: which of them this is, and its share of a batch."""
+"""The processes of one training: the rank of this one, and its places in a batch."""
 
 import os
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's number, and how many torchrun or Slurm started, by the variables they set."""
-    torchrun = "WORLD_SIZE" in os.environ  # also inside of Slurm
+    """This process's rank and the number of processes, from the variables of torchrun or Slurm."""
+    torchrun = "WORLD_SIZE" in os.environ  # takes precedence inside a Slurm job
     names = ("RANK", "WORLD_SIZE") if torchrun else ("SLURM_PROCID", "SLURM_NTASKS")
     rank, count = int(os.environ.get(names[0], 0)), int(os.environ.get(names[1], 1))
     return (rank, count) if count > 1 else (0, 1)
 
 
 def is_leader() -> bool:
-    """Whether this process is the one that talks to the user: the first, or the only one."""
+    """Whether this process writes files and prints: rank 0, or the only process."""
     return rank_and_world_size()[0] == 0
 
 
 def places_of_rank(size: int, rank: int, world_size: int, parts: int = 1) -> list[int]:
-    """A rank's places in a batch, in their order: two runs of them that mirror each other.
+    """A rank's places in a batch, in order.
 
-    So the pairs that mixup mixes, the first with the last and so on, are not torn apart. Where so
-    many ranks do not halve a batch, a rank has one run. The ranks share each of the `parts` of a
-    batch, of equal size, which a rank takes one after another.
+    Mixup mixes the first image with the last and so on. To keep these pairs on one rank, a rank has
+    two ranges of places that mirror each other. If twice the ranks do not divide the batch, it has
+    one range. With several `parts` (accumulation), each part is divided in this way.
     """
     if parts > 1:
         part = places_of_rank(size // parts, rank, world_size)

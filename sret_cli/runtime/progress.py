@@ -1,4 +1,4 @@
-"""Progress on stderr: bars on a terminal; elsewhere a line now and then."""
+"""Progress on stderr: bars on a terminal, elsewhere a line every 30 seconds."""
 
 import math
 import time
@@ -16,10 +16,10 @@ from rich.text import Text
 
 from sret_cli.runtime.errors import notes_shown_by, print_note
 
-OnStep = Callable[[int, int, str], None]  # steps done, steps in all, what to show
+OnStep = Callable[[int, int, str], None]  # steps done, all steps, text to show
 OnNote = Callable[[str], None]  # one line for the user
-SECONDS_A_LINE = 30  # between lines of progress where there is no terminal
-STEPS_TO_MEASURE = 3  # before the time that is left can be told; the first step is not counted
+SECONDS_A_LINE = 30  # between lines of progress without a terminal
+STEPS_TO_MEASURE = 3  # before the time left is estimated; the first step does not count
 
 
 def ignore_step(done: int, total: int, text: str) -> None:
@@ -28,11 +28,11 @@ def ignore_step(done: int, total: int, text: str) -> None:
 
 @dataclass(frozen=True)
 class Progress:
-    """Who is told how far a long piece of work is, and of notes for the user.
+    """Functions that receive the progress of long work, and notes for the user.
 
     Attributes:
-        on_step: is called with the steps done, all steps, and a text.
-        note: is called with one line at a time; prints it on stderr by default.
+        on_step: called with the steps done, all steps, and a text.
+        note: called with one line at a time; prints it on stderr by default.
     """
 
     on_step: OnStep = ignore_step
@@ -40,17 +40,17 @@ class Progress:
 
 
 class Pace:
-    """The time that the steps of one task have taken in this process, without the first one's.
+    """Estimates the time left from the steps that this process did after the first.
 
-    The first step is slow (compilers, caches, processes that start), and those that an earlier
-    process did have no time here.
+    The first step is slow (compilation, caches, processes that start). Steps of an earlier process
+    were not timed here.
     """
 
     def __init__(self) -> None:
         self.first: tuple[int, float] | None = None
 
     def left(self, done: int, total: int) -> str:
-        """The time that the other steps will take, at least a second; a dash if not known yet."""
+        """The estimated time left, at least a second; a dash while it is not known."""
         now = time.monotonic()
         if self.first is None or done <= self.first[0]:
             self.first = done, now
@@ -62,20 +62,20 @@ class Pace:
 
 
 class ShortText(TextColumn):
-    """A text on one line; on a narrow screen it is cut, and the bar and the numbers are not."""
+    """A column of text on one line, which is cut on a narrow screen before bar and numbers are."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text, markup=False, table_column=Column(no_wrap=False))
 
     def render(self, task: Task) -> Text:
-        """The text, cut to the column."""
+        """The text, cut to the width of the column."""
         text = super().render(task)
         text.no_wrap, text.overflow = True, "ellipsis"
         return text
 
 
 class Display:
-    """Progress on stderr: bars on a terminal; elsewhere a line now and then, and for each run."""
+    """Shows progress on stderr: bars on a terminal, elsewhere lines, also one for each run."""
 
     def __init__(self, console: Console, title: str, total: int) -> None:
         self.console = console
@@ -95,22 +95,22 @@ class Display:
 
     @contextmanager
     def live(self) -> Iterator[None]:
-        """Shows the bars; notes of all kinds are shown over them."""
+        """Shows the bars, and prints all notes above them."""
         with self.bars, notes_shown_by(self.note):
             yield
 
     def start(self, label: str) -> None:
-        """Shows which run is under way."""
+        """Shows which run is in progress."""
         self.label, self.pace = label, Pace()
         self.bars.reset(self.current, visible=True, text="", total=None)
         self.bars.update(self.current, description=label)
 
     def on_step(self, done: int, total: int, text: str) -> None:
-        """Moves the bar of the run under way."""
+        """Moves the bar of the run in progress."""
         self._move(self.current, done, total, text)
 
     def of_run(self) -> Progress:
-        """Progress of the run under way."""
+        """The progress of the run that is shown."""
         return Progress(self.on_step, self.note)
 
     def _move(self, task: TaskID, done: int, total: int, text: str) -> None:
@@ -121,7 +121,7 @@ class Display:
             self.note(f"{self.label}: step {done:,} of {total:,}, {text}, {left}")
 
     def note(self, line: str) -> None:
-        """Leaves a line, over the bars where there are any."""
+        """Prints a line that stays, above the bars."""
         self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     @contextmanager
@@ -132,6 +132,6 @@ class Display:
             yield Progress(partial(self._move, self.overall), self.note)
 
     def finish(self, line: str) -> None:
-        """Ticks a run off and leaves one line about it."""
+        """Counts a run as finished, and prints one line about it."""
         self.bars.advance(self.overall)
         self.note(line)

@@ -1,6 +1,6 @@
-"""Signals that ask a training to stop: the handler only sets a flag, and a step is finished.
+"""Signals that ask a training to stop. The handler only sets a flag, so that steps are finished.
 
-A step that takes longer than `PATIENCE` is given up, since a scheduler does not wait.
+A step that takes longer than `PATIENCE` is abandoned, because a scheduler does not wait.
 """
 
 import signal
@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 
 from sret_cli.runtime.errors import names_loader_process
 
-# Exit codes; 75 is sysexits.h's EX_TEMPFAIL: Slurm warns by one of these before the time is up, and
-# a script that sees it should requeue the job.
+# 75 is EX_TEMPFAIL of sysexits.h: Slurm sends SIGUSR1 or SIGUSR2 before a job's time is up, and the
+# job's script should requeue the job when it sees this code.
 START_AGAIN = 75
 EXIT_CODES = {
     signal.SIGINT: 130,
@@ -25,7 +25,7 @@ PATIENCE = 10  # seconds
 
 
 class Interrupted(Exception):
-    """A training has been asked to stop, with an exit code."""
+    """A signal asked the training to stop; `code` is the exit code."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -33,44 +33,46 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """Which exit code a signal asked for, if one came."""
+    """The exit code of the signal that arrived, if one did."""
 
     def __init__(self) -> None:
         self.code: int | None = None
-        self.gives_up = True  # a step that takes long; not one that others wait in
+        self.gives_up = (
+            True  # whether a long step may be abandoned; not where other ranks wait in it
+        )
 
     def __call__(self, number: int, frame: Any) -> None:
-        """Sets the flag; a second Ctrl-C ends the process at once."""
+        """Sets the flag. A second Ctrl-C ends the process at once."""
         self.code = EXIT_CODES[signal.Signals(number)]
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.gives_up:
             signal.setitimer(signal.ITIMER_REAL, PATIENCE)
 
     def check(self) -> None:
-        """Ends a training at a place where its state is whole.
+        """Raises where the training's state is complete and can be saved.
 
         Raises:
-            Interrupted: a signal came.
+            Interrupted: a signal arrived.
         """
         if self.code is not None:
             self.be_patient()
             raise Interrupted(self.code)
 
     def explains(self, error: RuntimeError) -> bool:
-        """Whether a signal ended the loader's processes, which is what the error says.
+        """Whether a signal ended the loader processes and so caused this error.
 
-        One that goes to all may reach this process last.
+        A signal that goes to all processes may reach this one last.
         """
         if self.code is None and names_loader_process(error):
             time.sleep(1)
         return self.code is not None
 
     def be_patient(self) -> None:
-        """Gives what follows, the saving, the time that it takes."""
+        """Cancels the alarm, so that saving can take its time."""
         signal.setitimer(signal.ITIMER_REAL, 0)
 
     def give_up(self, number: int, frame: Any) -> NoReturn:
-        """Ends a step, or whatever else takes too long.
+        """Abandons a step that takes too long.
 
         Raises:
             Interrupted: always.
@@ -80,16 +82,16 @@ class Stop:
 
 
 def ignore_ended_processes() -> None:
-    """Removes torch's handler, which raises wherever the code is when a loader's process ends.
+    """Removes torch's handler, which raises anywhere in the code when a loader process ends.
 
-    So steps and checkpoints are always completed. The next batch then raises the error.
+    Steps and checkpoints are then always completed; the next batch raises the error.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def exit_as_signalled(code: int) -> NoReturn:
-    """Ends the process by the way of the signal that asked for that exit code."""
+    """Ends the process as the signal with this exit code would."""
     if code == EXIT_CODES[signal.SIGINT]:
         raise KeyboardInterrupt
     raise SystemExit(code)
@@ -97,7 +99,7 @@ def exit_as_signalled(code: int) -> NoReturn:
 
 @contextmanager
 def catching_signals() -> Iterator[Stop]:
-    """Signals set the flag that is handed out, until the end; outside the main thread none does."""
+    """Yields a flag that signals set. Outside the main thread no signal sets it."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -1,4 +1,4 @@
-"""Output that any terminal takes: ASCII in the place of signs that its encoding lacks."""
+"""Output for any terminal: ASCII replaces characters that its encoding lacks."""
 
 import codecs
 import io
@@ -20,12 +20,12 @@ codecs.register_error(REPLACE, _replace)
 
 
 def fit_to_encoding(text: str, encoding: str) -> str:
-    r"""The text with ASCII, such as - or \xe9, for every sign that an encoding lacks."""
+    r"""The text with ASCII, such as - or \xe9, for every character that an encoding lacks."""
     return text.encode(encoding, REPLACE).decode(encoding)
 
 
 def prepare_streams() -> None:
-    """Lets stdout and stderr take every sign; where one of them is closed, output is dropped."""
+    """Lets stdout and stderr take every character; output to a closed stream is dropped."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:

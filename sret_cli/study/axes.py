@@ -1,4 +1,4 @@
-"""The fields that tell the runs of a study apart, and their values as short texts."""
+"""The fields in which the runs of a study differ, and their values as short texts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from sret_cli.spec.run import Row
 
 
 def format_value(value: Any) -> str:
-    """A spec field's value as a short text: tuples as 8-4-1, none as a dash."""
+    """The value of a spec field as short text: a tuple as 8-4-1, None as a dash."""
     if value is None:
         return "–"
     if isinstance(value, list | tuple):
@@ -17,10 +17,10 @@ def format_value(value: Any) -> str:
 
 
 def varying_fields(rows: Sequence[Row]) -> list[str]:
-    """The fields, beside the seed, that tell rows apart: spec fields, `study` and `name`.
+    """The fields besides the seed in which rows differ: spec fields, `study` and `name`.
 
-    A field that follows from the name or, like the recursions from the layers, from what every
-    table shows anyway, is left out.
+    A field is left out if it follows from the name, or from a column that every table shows, as
+    the recursions follow from the layers.
     """
     keys = dict.fromkeys(k for row in rows for k in row if k.startswith(("model.", "train.")))
     differ = [
@@ -39,10 +39,10 @@ def varying_fields(rows: Sequence[Row]) -> list[str]:
 
 
 def _telling(rows: Sequence[Row], key: str) -> str | None:
-    """The field that tells rows apart for a field: of a place the sum of what lies there.
+    """The field that distinguishes rows in place of `key`: for a path the hash of its contents.
 
-    The place itself is for people to read, where it tells the same rows apart. Images are told
-    apart by the bytes of a sample only where the seed, which chooses it, is the same.
+    The path itself is used where it distinguishes the same rows, because people can read it. Images
+    are compared by sampled bytes only between rows with the same seed, which chooses the sample.
     """
     place = key.removeprefix("train.")
     if key == "train.seed" or place not in CONTENTS_OF:
@@ -62,10 +62,10 @@ def _follows(rows: Sequence[Row], known: str, field: str) -> bool:
 
 
 def run_labels(rows: Sequence[Row]) -> list[str]:
-    """What tells each run of a study from the others: its name, layers, seed, and what varies.
+    """A label for each run of a study: id, name, layers, seed, and the fields that vary.
 
     Args:
-        rows: those of all runs of the study; they need no measurements.
+        rows: the rows of all runs of the study; they need no measurements.
     """
     short = {
         field: _short(rows, field)
@@ -87,7 +87,7 @@ def run_labels(rows: Sequence[Row]) -> list[str]:
 
 
 def _short(rows: Sequence[Row], field: str) -> dict[str, str]:
-    """Short texts of a field's values: of paths the last parts, where these differ."""
+    """Short texts for a field's values: the last parts of paths, if these differ."""
     values = {format_value(row.get(field)) for row in rows}
     last = {value: value.rpartition("/")[2] for value in values}
     return last if len(set(last.values())) == len(values) else {value: value for value in values}

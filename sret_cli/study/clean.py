@@ -1,4 +1,4 @@
-"""Removes the checkpoints of finished runs, and nothing else."""
+"""Removes the checkpoints of finished runs and nothing else."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ CHECKPOINTS = "checkpoint-*"
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run, and why they have to stay, if they have to."""
+    """The checkpoints of one run, and the reason if they have to be kept."""
 
     run: Path
     folders: tuple[Path, ...]
@@ -24,24 +24,26 @@ class Checkpoints:
 
     @property
     def size_bytes(self) -> int:
-        """What they take on the disk."""
+        """Their size on disk."""
         files = (file for folder in self.folders for file in folder.rglob("*"))
         return sum(file.stat().st_size for file in files if file.is_file())
 
     def summary(self) -> dict[str, Any]:
-        """Where they are and what they take, as plain values."""
+        """Their place, number and size, as plain values."""
         found = {"run": str(self.run), "checkpoints": len(self.folders), "bytes": self.size_bytes}
         return found if self.needed is None else {**found, "needed": self.needed}
 
 
 def find_checkpoints(path: Path) -> list[Checkpoints]:
-    """The checkpoints of a run, of a study's runs, or of all runs under a root of studies.
+    """The checkpoints of a run, of the runs of a study, or of all runs under a directory.
 
     Raises:
-        SretError: there is no such directory.
+        SretError: the directory does not exist.
     """
     if not path.is_dir():
-        raise SretError(f"no directory {path}; name a study, a run, or where runs are", DATA)
+        raise SretError(
+            f"no directory {path}; name a study, a run, or the directory of all runs", DATA
+        )
     found = {
         folder.parent
         for depth in ("", "*/", "*/*/")
@@ -51,9 +53,9 @@ def find_checkpoints(path: Path) -> list[Checkpoints]:
 
 
 def remove_checkpoints(found: list[Checkpoints]) -> int:
-    """Removes checkpoints that are not needed, also not by now; returns how many bytes those took.
+    """Removes checkpoints that are still not needed; returns the number of bytes freed.
 
-    Weights, rows and metrics stay.
+    Weights, rows and metrics are kept.
     """
     from sret_cli.training.checkpoint import remove_checkpoint
 
@@ -78,7 +80,7 @@ def _checkpoints(run: Path, locks: bool = True) -> Checkpoints:
 
 
 def _needed(run: Path, locks: bool) -> str | None:
-    """Why the checkpoints of a run have to stay, or None."""
+    """The reason why the checkpoints of a run have to be kept, or None."""
     if not _is_finished(run):
         return "the run is not finished"
     if locks:
@@ -91,7 +93,7 @@ def _needed(run: Path, locks: bool) -> str | None:
         other = config.parent
         if _continues(config) == run.name and not _is_finished(other):
             if not any(other.glob(f"{CHECKPOINTS}/manifest.json")):
-                return f"{other} goes on from them"
+                return f"{other} continues from them"
     return None
 
 
@@ -106,6 +108,6 @@ def _is_finished(run: Path) -> bool:
 def _continues(config: Path) -> Any:
     try:
         found = read_json(config)
-    except SretError:  # damaged, so that the run cannot go on in any case
+    except SretError:  # damaged: this run cannot continue in any case
         return None
     return found.get("continues") if isinstance(found, dict) else None

@@ -1,4 +1,4 @@
-"""How trainings are done, and the processes that do them together: one leads, the others follow."""
+"""Trainings by several processes: rank 0 leads, and the others take part in what it starts."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,34 +16,36 @@ if TYPE_CHECKING:
 
 
 class Team:
-    """The processes that torchrun or Slurm started, or this one alone, at the runs of a study.
+    """The processes that torchrun or Slurm started, or this process alone, at the runs of a study.
 
     Raises:
-        SretError: they cannot find each other, or weights are to be sharded and there is but one.
+        SretError: the processes cannot connect, or `shard` is set for a single process.
     """
 
     def __init__(self, options: RunOptions) -> None:
         self.options = options
-        self.ranks: Ranks | None = None  # starting them takes torch, which one process may not need
+        self.ranks: Ranks | None = (
+            None  # None for a single process, which then does not import torch here
+        )
         if rank_and_world_size()[1] > 1:
             from sret_cli.training.ranks import start_ranks
 
             self.ranks = start_ranks(options.device)
         elif options.shard:
             raise SretError(
-                "--shard shares the weights out among several processes; start them by torchrun "
-                "--nproc-per-node N -m sret_cli train, or leave it out",
+                "--shard needs several processes; start them by torchrun --nproc-per-node N -m "
+                "sret_cli train, or leave it out",
                 USAGE,
             )
 
     @property
     def is_leader(self) -> bool:
-        """Whether this process writes files and talks to the user."""
+        """Whether this process writes files and prints."""
         return self.ranks is None or self.ranks.is_leader
 
     @property
     def lost(self) -> bool:
-        """Whether the processes can no longer talk to each other."""
+        """Whether the processes can no longer communicate."""
         return self.ranks is not None and self.ranks.lost
 
     def train(
@@ -52,7 +54,7 @@ class Team:
         directory: Path,
         progress: Progress = Progress(),
     ) -> Row:
-        """Trains a run, with all processes; called by the leading one, and by those that follow."""
+        """Trains a run with all processes, each of which calls this."""
         from sret_cli.training.ranks import ALONE
         from sret_cli.training.session import train
 
@@ -69,7 +71,7 @@ class Team:
         )
 
     def follow(self) -> NoReturn:
-        """Takes part in the trainings that the leading process begins, until it ends."""
+        """Takes part in the trainings that rank 0 starts, until rank 0 ends; then exits."""
         assert self.ranks is not None
         while True:
             with self.ranks.end_together():
@@ -85,7 +87,7 @@ class Team:
 
     @contextmanager
     def leading(self) -> Iterator[None]:
-        """Lets those that follow end, by the same exit code, when the leading process is done."""
+        """Ends the other processes with the exit code of rank 0 when the context ends."""
         code = 0
         try:
             yield
@@ -95,7 +97,7 @@ class Team:
         except Exception:
             code = 1
             raise
-        except BaseException:  # signals come to all of them
+        except BaseException:  # a signal reaches every process
             code = -1
             raise
         finally:

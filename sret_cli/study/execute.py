@@ -1,4 +1,4 @@
-"""One run of a study: what is missing of it, and how that is measured."""
+"""One run of a study: which measurements are missing, and how they are taken."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,25 +8,24 @@ from typing import TYPE_CHECKING
 from sret_cli.cost.published import published_columns
 from sret_cli.runtime.errors import RESOURCES, SOME_FAILED, SretError, as_out_of_memory, show_note
 from sret_cli.runtime.files import read_json, write_json
-from sret_cli.runtime.progress import Display
+from sret_cli.runtime.progress import Progress
 from sret_cli.spec.options import RunOptions
 from sret_cli.spec.run import CONFIG_FILE, Row, Run
 from sret_cli.spec.train import TrainSpec
 from sret_cli.study.dispatch import Team
-from sret_cli.study.rows import provenance
+from sret_cli.study.rows import planned_row, provenance
 from sret_cli.training.config import refuse_other_config, write_config
 
 if TYPE_CHECKING:
     from sret_cli.cost.breakdown import Profile
-from sret_cli.study.rows import planned_row
 
-MEASURED_IMAGES = 8  # a step, of models that are only measured
+MEASURED_IMAGES = 8  # of one step, for models that are only measured
 
 
 def profile_run(run: Run, options: RunOptions) -> tuple[Row, "Profile"]:
-    """The row of a run that is measured and not kept, beside published figures of its model.
+    """The row and the costs of a run that is measured and not kept.
 
-    Where the device's memory does not suffice, the row has an `error` in place of measurements.
+    If the device has too little memory, the row has an `error` in place of measured times.
     """
     from sret_cli.cost.trace import profile
 
@@ -68,9 +67,9 @@ def predicted_memory_columns(
 ) -> Row:
     """The columns of a row about the memory of a training step and of inference, in bytes.
 
-    They are null for models of timm's. Inference is of the model as it is evaluated, not of its
-    fused copy. Where `recompute`, `precision` or the batch size of the options is None, it is the
-    training's own; its batch is the images of one step, or of one of its `accumulation` parts.
+    They are null for timm models. Inference is that of the model as it is evaluated, not of its
+    fused copy. If `recompute`, `precision` or the batch size of the options is None, the value of
+    the training is taken; its batch is one of the `accumulation` parts of a step.
     """
     from sret_cli.cost.footprint import Setting
     from sret_cli.cost.memory import largest_batch, predict_memory
@@ -100,30 +99,44 @@ def predicted_memory_columns(
     return row
 
 
-def _measure(
-    missing: list[str],
-    row: Row,
+def execute_run(
     run: Run,
+    row: Row,
+    *,
+    missing: list[str],
     directory: Path,
     options: RunOptions,
-    display: Display,
+    progress: Progress,
     team: Team | None,
 ) -> None:
-    """Does what a run lacks, and writes its row, also where it failed for a reason of its own.
+    """Takes the missing measurements of a run, and writes its row, also if it failed by itself.
+
+    Args:
+        run: the run.
+        row: its row so far, which is filled in.
+        missing: what to measure, as `missing_measurements` names it.
+        directory: the directory of the run.
+        options: how to measure.
+        progress: receives the progress of a training.
+        team: the processes that train; None if nothing is trained.
 
     Raises:
-        SretError: it failed.
+        SretError: the run failed.
     """
-    if (path := directory / CONFIG_FILE).exists():  # the training writes where data lie now
+    if (path := directory / CONFIG_FILE).exists():  # a training updates the paths of its data
         refuse_other_config(str(path), read_json(path), run.spec())
     else:
         write_config(directory, {"study": run.study, "name": run.name, **run.spec()})
     try:
         with _out_of_memory_is_an_error():
-            for measurement in missing:
-                row |= _do(measurement, run, directory, options, display, team)
-        if "training" in missing:
-            row["status"] = "done"
+            if "cost" in missing:
+                row |= measure_cost(run, options)
+            if "speed" in missing:
+                row |= _speed(run, options)
+            if "training" in missing:
+                assert team is not None
+                row |= team.train(run, directory, progress)
+                row["status"] = "done"
     except SretError as error:
         own_reason = error.code in (SOME_FAILED, RESOURCES) and error.status != "disk_full"
         if own_reason:
@@ -133,7 +146,8 @@ def _measure(
     write_json(directory / "row.json", row)
 
 
-def _missing(row: Row, run: Run, options: RunOptions, trains: bool) -> list[str]:
+def missing_measurements(row: Row, run: Run, options: RunOptions, trains: bool) -> list[str]:
+    """What a row lacks: some of "cost", "speed" and "training", in the order of their execution."""
     missing = ["cost"] if row["macs"] is None else []
     if options.measure_batch_size is not None and (
         row["forward_seconds"] is None
@@ -148,28 +162,17 @@ def _missing(row: Row, run: Run, options: RunOptions, trains: bool) -> list[str]
     return missing
 
 
-def _do(
-    measurement: str,
-    run: Run,
-    directory: Path,
-    options: RunOptions,
-    display: Display,
-    team: Team | None,
-) -> Row:
-    if measurement == "cost":
-        from sret_cli.cost.trace import profile
+def measure_cost(run: Run, options: RunOptions) -> Row:
+    """The columns of a row about the exact cost of a run's model, next to published numbers."""
+    from sret_cli.cost.trace import profile
 
-        costs = profile(run.model, options.full_trace)
-        return {**costs.row(), **published_columns(run.model, costs.params, costs.macs)}
-    if measurement == "speed":
-        return _speed(run, options)
-    assert team is not None
-    return team.train(run, directory, display.of_run())
+    costs = profile(run.model, options.full_trace)
+    return {**costs.row(), **published_columns(run.model, costs.params, costs.macs)}
 
 
 @contextmanager
 def _out_of_memory_is_an_error() -> Iterator[None]:
-    """Turns torch's and Python's out-of-memory errors into the user's error."""
+    """Raises the out-of-memory errors of torch and Python as `SretError`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -1,9 +1,9 @@
-"""Studies: a TOML file, or flags, to a list of runs.
+"""Reads a study, a TOML file, into a list of runs.
 
-A study file has tables `[model]` and `[train]`, whose product with `[grid]` (all combinations),
-`[zip]` (axes that move together) and `[[runs]]` (an explicit list) is the list of runs, and
-`[report]`. A list `twins` above the tables adds the controls of every run, of the kinds it names;
-a list `baselines` adds untouched models of timm's. No two points of a study are the same run.
+`[model]` and `[train]` hold what all runs have in common. `[grid]` (all combinations), `[zip]`
+(axes that change together) and `[[runs]]` (an explicit list) are multiplied to the points of the
+study. A list `twins` adds controls of every run, and a list `baselines` adds untouched timm models.
+No two points of a study may be the same run. `[report]` says what figures show.
 """
 
 import json
@@ -45,7 +45,7 @@ NUMBERS = [
 
 
 class ReportSpec(Strict):
-    """What a study's figures show: columns of its rows."""
+    """The columns of rows that the figures of a study show."""
 
     x: str = "layers"
     """Column along the x axis of the figures."""
@@ -54,7 +54,7 @@ class ReportSpec(Strict):
 
     @classmethod
     def of(cls, table: Table) -> "ReportSpec":
-        """The `[report]` table of a study, with columns that exist."""
+        """The spec of a `[report]` table; its columns must exist and be numbers."""
         table = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
         spec = cls(**table)
         fields = [f"model.{f}" for f in dict.fromkeys((*ModelSpec.model_fields, *BACKBONE_KEYS))]
@@ -67,15 +67,15 @@ class ReportSpec(Strict):
                 raise SretError(f"[report] unknown column {column!r}; {hint}")
             if column not in (*NUMBERS, *MEASUREMENTS):
                 raise SretError(
-                    f"[report] {column} is not one number a run, and cannot be an axis; use "
-                    "layers, or another measurement"
+                    f"[report] {column} is not a single number for each run and cannot be an axis; "
+                    "use layers, or another measurement"
                 )
         return spec
 
 
 @dataclass(frozen=True)
 class Study:
-    """A named list of runs and how to report them; `folder` is where its file is, if it has one."""
+    """A named list of runs and how to report them; `folder` is that of the study file, or None."""
 
     name: str
     runs: tuple[Run, ...]
@@ -84,14 +84,16 @@ class Study:
 
 
 def load_study(path: Path, train: Table | None = None) -> Study:
-    """Reads a study file; values in `train` stand before those of its `[train]`.
+    """Reads a study file; values in `train` take precedence over its `[train]`.
 
     Raises:
-        SretError: the file cannot be read, is not a study, or asks for what can't be.
+        SretError: the file cannot be read, is not a study, or has an invalid run.
     """
     tables = read_study(path)
     if path.stem in RESERVED:
-        raise SretError(f"{path}: runs/{path.stem} has another use; give the study another name")
+        raise SretError(
+            f"{path}: runs/{path.stem} is used by sret itself; give the study another name"
+        )
     try:
         return study_from_tables(path.stem, tables, path.parent, train or {})
     except SretError as error:
@@ -99,7 +101,7 @@ def load_study(path: Path, train: Table | None = None) -> Study:
 
 
 def load_report(path: Path) -> ReportSpec:
-    """The `[report]` of a study file, whose data need not be there."""
+    """The `[report]` of a study file; its data need not exist."""
     tables = read_study(path)
     try:
         return ReportSpec.of(tables.get("report", {}))
@@ -108,7 +110,7 @@ def load_report(path: Path) -> ReportSpec:
 
 
 def read_study(path: Path) -> Table:
-    """The tables of a study file, as they stand in it.
+    """The tables of a study file, unchecked.
 
     Raises:
         SretError: the file cannot be read or is not TOML.
@@ -127,13 +129,13 @@ def read_study(path: Path) -> Table:
 def study_from_tables(
     name: str, tables: Table, folder: Path | None = None, flags: Table | None = None
 ) -> Study:
-    """A study of the tables of its file.
+    """A study from the tables of its file.
 
     Args:
-        name: the study's.
-        tables: what stands in the file.
-        folder: where the file is, if there is one.
-        flags: values that stand before those of `[train]`.
+        name: name of the study.
+        tables: contents of the file.
+        folder: folder of the file, if there is one.
+        flags: values that take precedence over `[train]`.
     """
     flags = flags or {}
     for key, value in tables.items():
@@ -146,13 +148,13 @@ def study_from_tables(
                         f"twins: unknown kind {kind!r}; {nearest_choice(kind, [*TWIN_KINDS])}"
                     )
         elif key == "baselines":
-            named_list(key, value, "timm's names of models")
+            named_list(key, value, "names of timm models")
         elif not isinstance(value, list if key == "runs" else dict):
             raise SretError(f"{key} = {value!r}: write {key} as {written(key)}")
         if key == "runs" and not value:
             raise SretError("runs is an empty list; write each run as [[runs]], or leave it out")
     if not any(key in tables for key in TABLES if key != "report"):
-        raise SretError(f"a study has at least one of the tables {', '.join(TABLES[:-1])}")
+        raise SretError(f"a study needs at least one of the tables {', '.join(TABLES[:-1])}")
     for key, place in places(tables).items():
         if key.removeprefix("train.") in flags and key.startswith("train."):
             raise SretError(f"{written(place)} has values of {key}; leave out the flag", USAGE)
@@ -189,7 +191,7 @@ def study_from_tables(
 
 
 def _canonical(run: Run) -> str:
-    """What a run does, as text, with the places of its data for what lies there."""
+    """What a run does, as text that is equal for equal runs."""
     spec = run.spec()
     if spec["train"] is not None:
         spec["train"] |= HANDLING
@@ -197,7 +199,7 @@ def _canonical(run: Run) -> str:
 
 
 def with_baselines(study: Study, backbones: list[str]) -> Study:
-    """The study, and after its runs models of timm's for the images of its first model."""
+    """The study with timm models added after its runs, for the images of its first model."""
     first = study.runs[0].model
     images = {key: getattr(first, key) for key in ("img_size", "in_chans", "num_classes")}
     baselines = [resolve_run(study.name, {**images, "backbone": name}, None) for name in backbones]
@@ -211,9 +213,9 @@ def _refuse_same(first: Run, second: Run, first_point: str, second_point: str) -
 
 
 def with_twins(runs: list[Run], kinds: list[str]) -> list[Run]:
-    """The runs, and after them their twins of some kinds; what is there already is not added.
+    """The runs, followed by their twins of some kinds; a twin that is already a run is not added.
 
-    Models of timm's have none.
+    timm models have no twins.
     """
     found, control, added = {_canonical(run) for run in runs}, cache(twin_spec), []
     for run, kind in product(runs, kinds):

@@ -1,7 +1,7 @@
-"""Paths in flags and studies: what a relative one is relative to, and whether it is there.
+"""Paths in flags and study files: what relative paths are relative to, and whether they exist.
 
-A relative path in a study file is relative to the study file or, where it is not there, to the
-working directory; one of a flag is relative to the working directory.
+A relative path in a study file is relative to the study file or, if it does not exist there, to the
+working directory. A relative path in a flag is relative to the working directory.
 """
 
 import os
@@ -15,7 +15,7 @@ PATH_FIELDS = ("data_dir", "init", "teacher", "teacher_checkpoint", "soft_labels
 
 
 def place_paths(train: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The `[train]` of a study whose file is in a folder, with paths as this process needs them."""
+    """A `[train]` table from a study file in `folder`, with paths that this process can open."""
     return {
         key: _place(value, folder) if key in PATH_FIELDS and isinstance(value, str) else value
         for key, value in train.items()
@@ -31,15 +31,15 @@ def _place(value: str, folder: Path) -> str:
 
 
 def check_path(field: str, value: Any, folder: Path | None = None) -> None:
-    """Refuses a path of a training that is not there.
+    """Raises if a path of a training does not exist.
 
     Args:
-        field: one of PATH_FIELDS; a teacher may also be the name of a model of timm's.
+        field: one of PATH_FIELDS; a teacher may also be the name of a timm model.
         value: the field's value.
-        folder: where the study file is, if a study says so.
+        folder: the folder of the study file, if the path comes from one.
 
     Raises:
-        SretError: it is not there; the message says where it was looked for.
+        SretError: the path does not exist; the message names the places that were searched.
     """
     if not isinstance(value, str) or value == "none" or os.path.exists(os.path.expanduser(value)):
         return
@@ -52,4 +52,4 @@ def check_path(field: str, value: Any, folder: Path | None = None) -> None:
             places.insert(0, f"the study file ({folder.absolute()})")
         searched = f"; a relative path is relative to {' or to '.join(places)}"
     code = DATA if field in ("data_dir", "soft_labels") else CHECKPOINT
-    raise SretError(f"{field} = {value!r} is not there{searched}", code)
+    raise SretError(f"{field} = {value!r} does not exist{searched}", code)

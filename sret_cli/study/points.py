@@ -1,7 +1,7 @@
 """The points of a study: every combination of `[grid]`, `[zip]` and `[[runs]]`.
 
-A key stands in one of the three tables, and an axis has each value once: otherwise combinations
-would replace each other, and runs be lost.
+A key may stand in only one of the three tables, and an axis may have a value only once. Otherwise
+combinations would replace each other, and runs would be lost.
 """
 
 from collections.abc import Iterator
@@ -17,17 +17,17 @@ AXES = ("grid", "zip", "runs")
 
 
 def written(place: str) -> str:
-    """A table's name as it is written in a study."""
+    """The name of a table as a study file writes it."""
     return "[[runs]]" if place == "runs" else f"[{place}]"
 
 
 def shown(point: Table) -> str:
-    """A point as a text, in the words of the study."""
+    """A point as text, with the keys of the study file."""
     return ", ".join(f"{key} = {value!r}" for key, value in point.items()) or "no values"
 
 
 def places(tables: Table) -> dict[str, str]:
-    """The table of each key that a point has a value of.
+    """The table in which each key of the points stands.
 
     Raises:
         SretError: two tables have the same key.
@@ -39,18 +39,18 @@ def places(tables: Table) -> dict[str, str]:
         for key in {k: None for entry in entries if isinstance(entry, dict) for k in entry}:
             if key in found:
                 raise SretError(
-                    f"{key} is in {written(found[key])} and in {written(place)}, and a run takes "
-                    "one value of it; leave one of the two out"
+                    f"{key} is in {written(found[key])} and in {written(place)}, but a run "
+                    "has one value of it; leave one of the two out"
                 )
             found[key] = place
     return found
 
 
 def points(tables: Table) -> Iterator[Table]:
-    """Every point of the study: values of the grid's product, the zip's row, and the listed run.
+    """Every point: a combination of `[grid]`, a row of `[zip]` and an entry of `[[runs]]`.
 
     Raises:
-        SretError: a key or a value cannot be, or a value or row is there twice.
+        SretError: a key is unknown, a value is not a list, or a value or row appears twice.
     """
     grid, together = tables.get("grid", {}), tables.get("zip", {})
     for name, axes in (("grid", grid), ("zip", together)):
@@ -62,7 +62,9 @@ def points(tables: Table) -> Iterator[Table]:
         refuse_repeated(f"[grid] {key}", values)
     lengths = {key: len(values) for key, values in together.items()}
     if len(set(lengths.values())) > 1:
-        raise SretError(f"[zip] axes move together and must be as long as each other: {lengths}")
+        raise SretError(
+            f"[zip] axes change together, so their lists must have the same length: {lengths}"
+        )
     listed = tables.get("runs", [{}])
     for number, entry in enumerate(listed):
         if not isinstance(entry, dict):
@@ -82,7 +84,7 @@ def points(tables: Table) -> Iterator[Table]:
 
 
 def refuse_repeated(place: str, values: list[Any]) -> None:
-    """Refuses a list that has a value twice.
+    """Raises if a list has a value twice.
 
     Raises:
         SretError: the message names the place and the value.
@@ -93,10 +95,10 @@ def refuse_repeated(place: str, values: list[Any]) -> None:
 
 
 def named_list(key: str, value: Any, what: str) -> list[str]:
-    """The value, which is to be a list of names, each of them once.
+    """The value, if it is a list of names without repetition.
 
     Raises:
-        SretError: it is not; the message says of what a list is to be given.
+        SretError: it is not; the message says what the list should contain.
     """
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise SretError(f"{key} = {value!r}: give a list of {what}")
@@ -105,19 +107,19 @@ def named_list(key: str, value: Any, what: str) -> list[str]:
 
 
 def is_timm_argument(key: str) -> bool:
-    """Whether a key is `model.timm_args.NAME`; timm's model says whether it takes the argument."""
+    """Whether a key is `model.timm_args.NAME`; the timm model checks the argument itself."""
     start, _, name = key.rpartition(".")
     return start == "model.timm_args" and name.isidentifier()
 
 
 def field_keys() -> list[str]:
-    """The keys that `--set` and the axes of a study take, such as model.layers and train.lr."""
+    """All keys for `--set` and for the axes of a study, such as model.layers and train.lr."""
     keys = [f"model.{k}" for k in dict.fromkeys((*MODEL_KEYS, *BACKBONE_KEYS))]
     return keys + [f"train.{k}" for k in TrainSpec.model_fields]
 
 
 def check_key(place: str, key: str) -> None:
-    """Refuses a key that names no field of a model or of a training.
+    """Raises if a key names no field of a model or of a training.
 
     Raises:
         SretError: the message names the nearest key.

@@ -1,4 +1,4 @@
-"""Tables that a user writes to a run with every default filled in."""
+"""Turns the tables that a user writes into a run with every default filled in."""
 
 import os
 from dataclasses import replace
@@ -30,10 +30,10 @@ BACKBONE_KEYS = tuple(BackboneSpec.model_fields)
 
 
 def resolve_run(study: str, model: Table, train: Table | None, name: str | None = None) -> Run:
-    """The run that a model table and a training table stand for, every default filled in.
+    """The run of a `[model]` and a `[train]` table, with every default filled in.
 
-    The default preset is `nano` where the run trains on `digits`, else `deep`; the number of
-    classes is the data's where it is not given.
+    The default preset is `nano` for training on `digits`, else `deep`. The default number of
+    classes is that of the data.
     """
     if train is not None:
         _check_keys("train", train, list(TrainSpec.model_fields))
@@ -64,21 +64,22 @@ def resolve_run(study: str, model: Table, train: Table | None, name: str | None 
 
 
 def resolve_model(table: Table) -> Spec:
-    """The spec of a `[model]` table: of a backbone where it has one."""
+    """The spec of a `[model]` table: a `BackboneSpec` if it has a backbone, else a `ModelSpec`."""
     return _resolve_backbone(table) if "backbone" in table else resolve_sret(table)
 
 
 def resolve_sret(table: Table) -> ModelSpec:
     """The spec of a `[model]` table without a backbone.
 
-    Beside a `ModelSpec`'s fields it takes `preset`, `layers` (as `--layers`), and single numbers
-    for `slices` and `recursive_slices`, which fit each stage (as `--slices`). `params` or `macs`
-    then sets the width (as `--params`), and `twin` gives the control of all that (as `--twin`).
+    Besides the fields of `ModelSpec` it takes `preset`, `layers` (as `--layers`), and single
+    numbers for `slices` and `recursive_slices`, which are fitted to each stage (as `--slices`).
+    `params` or `macs` then sets the width (as `--params`), and `twin` replaces the result by its
+    control (as `--twin`).
     """
     if "share" in table:
-        raise SretError("[model] share ties the blocks of timm's models; give a backbone with it")
+        raise SretError("[model] share ties blocks of timm models; also give a backbone")
     if "timm_args" in table:
-        raise SretError("[model] timm_args are of timm's models; give a backbone with them")
+        raise SretError("[model] timm_args are for timm models; also give a backbone")
     _check_keys("model", table, list(MODEL_KEYS))
     try:
         values = dict(table)
@@ -97,7 +98,9 @@ def resolve_sret(table: Table) -> ModelSpec:
 def _resolve_backbone(table: Table) -> BackboneSpec:
     for key in table:
         if key in MODEL_KEYS and key not in BACKBONE_KEYS:
-            raise SretError(f"[model] {key} does not go with a backbone; leave one of the two out")
+            raise SretError(
+                f"[model] {key} cannot be combined with a backbone; leave one of the two out"
+            )
     _check_keys("model", table, list(BACKBONE_KEYS))
     try:
         return BackboneSpec(**table)
@@ -124,21 +127,21 @@ def continue_run(
     on_bad_image: str | None = None,
     places: Table | None = None,
 ) -> Run:
-    """The run of a directory; with more epochs a new run that goes on from it, beside it.
+    """The run of a directory, or with more epochs a new run that continues it.
 
-    Nothing but its `config.json` has to be there.
+    Only `config.json` has to exist in the directory.
 
     Args:
-        directory: the run's.
-        epochs: of the new run; as many as before, and the same run, if None.
-        on_bad_image: may be another than before.
-        places: where its images, weights or labels lie now, by the fields of the training.
+        directory: the directory of the run.
+        epochs: epochs of the new run; if None, the same run with the same number.
+        on_bad_image: replaces the run's value.
+        places: new paths of its images, weights or labels, by field of the training.
 
     Raises:
-        SretError: it is no run that trains, has as many epochs already, or the places are others
-            than of what it reads.
+        SretError: the directory holds no training, it has as many epochs already, or the places
+            are not of a kind that it reads.
     """
-    directory = Path(os.path.abspath(directory))  # its name is the run's, also where it is "."
+    directory = Path(os.path.abspath(directory))  # so that "." has the name of the run
     config = read_json(directory / CONFIG_FILE)
     try:
         model, train = read_spec(config["model"]), read_train(config["train"])
@@ -146,17 +149,17 @@ def continue_run(
         contents = Contents.of(config.get("contents"))
         run = Run(config["study"], config["name"], model, train, config.get("continues"), contents)
     except (KeyError, TypeError) as error:
-        raise SretError(f"{directory} is no run that trains: {error}", DATA) from None
+        raise SretError(f"{directory} is not a training run: {error}", DATA) from None
     if not are_known(train.model_dump(), contents):
         raise SretError(
-            f"{directory}/config.json does not say which images, weights and labels the run reads: "
-            "an earlier version wrote it; start the run over",
+            f"{directory}/config.json does not record which images, weights and labels the run "
+            "reads, because an earlier version wrote it; start the run again in an empty directory",
             CHECKPOINT,
         )
     if run.run_id != directory.name or run.study != directory.parent.name:
         raise SretError(
-            f"{directory}/config.json is of {run.study}/{run.run_id}: it was changed, or moved; "
-            "put it back",
+            f"{directory}/config.json belongs to {run.study}/{run.run_id}: it was changed or "
+            "moved; restore it",
             CHECKPOINT,
         )
     if places:
@@ -164,13 +167,13 @@ def continue_run(
         moved = replace(run, train=train)
         if moved.run_id != run.run_id:
             raise SretError(
-                f"--resume goes on with what {directory}/config.json says; leave out "
-                f"{', '.join(places)}, of which the run reads nothing or another kind",
+                f"--resume continues what {directory}/config.json describes; leave out "
+                f"{', '.join(places)}, because the run reads nothing or another kind there",
                 USAGE,
             )
         run = moved
     if epochs is None or epochs == train.epochs:
         return run
     if epochs < train.epochs:
-        raise SretError(f"{directory} is a run of {train.epochs} epochs; give more than that")
+        raise SretError(f"{directory} has {train.epochs} epochs; give a larger number")
     return replace(run, train=train.with_values(epochs=epochs), continues=directory.name)

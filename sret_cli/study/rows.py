@@ -18,7 +18,7 @@ from sret_cli.spec.contents import CONTENTS_OF
 from sret_cli.spec.run import Row, Run, flat
 from sret_cli.training.config import _flat
 
-# What a run can measure; a row holds each of them, null where it was not measured.
+# All measurements. Every row has each of them; null means not measured.
 MEASUREMENTS = (
     "layers",
     "params",
@@ -52,12 +52,12 @@ MEASUREMENTS = (
     "bad_images",
     "world_size",
 )
-OUTCOME = ("status", "error")  # what became of the training, and the reason where it failed
+OUTCOME = ("status", "error")  # of the training, and the reason if it failed
 PLACES = {f"train.{place}" for place in CONTENTS_OF}
 
 
 def same_settings(one: Any, other: Row) -> bool:
-    """Whether two configs have the same model and training, but for what the latter reads."""
+    """Whether two configs have the same model and training, apart from what the training reads."""
     told, wanted = (
         {key: value for key, value in _flat(config).items() if key not in PLACES}
         for config in (one, other)
@@ -67,7 +67,7 @@ def same_settings(one: Any, other: Row) -> bool:
 
 
 def read_row(directory: Path) -> Row | None:
-    """The row of a run directory, or None where there is none yet.
+    """The row of a run directory, or None if there is none yet.
 
     Raises:
         SretError: the row is damaged.
@@ -84,10 +84,10 @@ def read_row(directory: Path) -> Row | None:
 def read_rows(path: str | Path) -> list[Row]:
     """The rows of a run directory, of a study's directory, or of everything under a root of runs.
 
-    Rows come in the order of their studies and of the time at which they started.
+    Rows are sorted by study, then by the time at which they started.
 
     Raises:
-        SretError: there is no such directory, or a row in it is damaged.
+        SretError: the directory does not exist, or a row in it is damaged.
     """
     path = Path(path)
     return list(_rows_by_directory(path).values())
@@ -95,7 +95,9 @@ def read_rows(path: str | Path) -> list[Row]:
 
 def _rows_by_directory(path: Path) -> dict[Path, Row]:
     if not path.is_dir():
-        raise SretError(f"no directory {path}; run a study first, or name where its runs are", DATA)
+        raise SretError(
+            f"no directory {path}; run a study first, or name the directory of its runs", DATA
+        )
     directories = [f.parent for d in ("", "*/", "*/*/") for f in path.glob(f"{d}row.json")]
     found = {directory: read_row(directory) for directory in directories}
     rows = {directory: row for directory, row in found.items() if row is not None}
@@ -104,7 +106,7 @@ def _rows_by_directory(path: Path) -> dict[Path, Row]:
 
 
 def newest_run(root: Path) -> Path:
-    """The directory of the run under a root that was trained last.
+    """The directory of the newest trained run under a root.
 
     Raises:
         SretError: no run under it was trained.
@@ -116,7 +118,7 @@ def newest_run(root: Path) -> Path:
 
 
 def provenance() -> Row:
-    """Who made a row: versions, commit of the working directory, time."""
+    """Where a row comes from: versions, commit of the working directory, time."""
     return {
         "sret_version": __version__,
         "python_version": platform.python_version(),
@@ -126,7 +128,7 @@ def provenance() -> Row:
 
 
 def git_commit() -> str | None:
-    """The commit that the working directory is at, or None outside a repository."""
+    """The git commit of the working directory, or None outside a repository."""
     try:
         result = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
@@ -137,7 +139,7 @@ def git_commit() -> str | None:
 
 
 def planned_row(run: Run) -> Row:
-    """The part of the run's row that is known beforehand; measurements are null."""
+    """The part of a run's row that is known before it runs; measurements are null."""
     run_id = run.run_id if run.is_identified else None
     row: Row = {"study": run.study, "run_id": run_id, "name": run.name}
     row |= flat("model", run.spec()["model"])

@@ -126,7 +126,7 @@ def test_a_study_is_run_reported_and_not_run_again(sret, study):
         }
     code, again, err = sret("run", study)
     assert (code, again) == (0, out)
-    assert err.count("there already") == 2
+    assert err.count("already done") == 2
     assert all(path.read_bytes() == rows[path] for path in rows)
 
 
@@ -135,7 +135,7 @@ def test_a_study_that_grew_trains_only_the_missing_runs(sret, study):
     study.write_text(STUDY.replace("[1, 2]", "[1, 2, 3]"))
     code, _, err = sret("train", study)
     assert code == 0
-    assert err.count("there already") == 2
+    assert err.count("already done") == 2
     assert len(list(study.parent.glob("runs/depth/*/row.json"))) == 3
 
 
@@ -214,7 +214,7 @@ def test_running_out_of_memory_is_a_row_with_its_error_and_exit_7(sret, study, m
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(execute, "_do", fail)
+    monkeypatch.setattr(execute, "measure_cost", fail)
     code, _, err = sret("train", study)
     assert code == 7
     assert "out of memory" in err
@@ -237,7 +237,7 @@ def test_a_full_disk_ends_the_study_and_leaves_no_row(sret, study, monkeypatch):
     def full(*_):
         raise cannot_write_error(study, OSError(28, "No space left on device"), 1_000_000)
 
-    monkeypatch.setattr(execute, "_do", full)
+    monkeypatch.setattr(execute, "measure_cost", full)
     code, _, err = sret("train", study)
     assert code == 7
     assert "(1,000,000 bytes, and " in err
@@ -256,7 +256,7 @@ def test_more_epochs_make_a_new_run_next_to_the_run_with_fewer(sret):
     code, _, err = sret("train", "--resume", directory, "--seed", 1, "--layers", 8)
     assert (code, err.count("\n")) == (2, 1)
     assert "leave out layers, seed" in err
-    assert "epochs; give more than that" not in err
+    assert "give a larger number" not in err
     assert sret("report")[0] == 0
 
 
@@ -421,15 +421,15 @@ def test_a_stopped_study_says_what_it_kept_and_resumes(study, number, code):
     out, err = process.communicate(timeout=300)
     assert process.returncode == code
     assert "Traceback" not in err
-    assert "stopped: 1 of 2 runs are done and kept in runs/depth" in err
-    assert "type the same command to go on where the one under way was" in err
+    assert "stopped: 1 of 2 runs finished (in runs/depth)" in err
+    assert "run the same command again to resume" in err
     assert len(list(study.parent.glob("runs/depth/*/row.json"))) == 1
 
     study.write_text(study.read_text().replace("[1, 30]", "[1, 2]"))
     process = start("train", study, cwd=study.parent)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0
-    assert err.count("there already") == 1
+    assert err.count("already done") == 1
 
 
 @pytest.mark.slow

@@ -79,7 +79,7 @@ def test_a_recipe_is_a_flag_of_train_and_run_takes_settings(sret):
     settings += ["train.auto_augment=none", "model.embed_dims=[8, 16, 32]", "model.blocks=1"]
     code, out, err = sret("run", "--json", *(a for s in settings for a in ("--set", s)))
     assert (code, [row["run_id"]]) == (0, [r["run_id"] for r in json.loads(out)])
-    assert "there already" in err
+    assert "already done" in err
 
 
 @pytest.mark.parametrize("field", ["init", "soft_labels", "teacher_checkpoint"])
@@ -88,7 +88,7 @@ def test_a_missing_path_is_refused_before_anything_is_done(sret, tmp_path, field
     code, _, err = sret("train", "--set", f"train.{field}=nowhere", *teacher)
     assert code == (4 if field == "soft_labels" else 5)
     assert err == (
-        f"sret: {field} = 'nowhere' is not there; a relative path is relative to the working "
+        f"sret: {field} = 'nowhere' does not exist; a relative path is relative to the working "
         f"directory ({tmp_path})\n"
     )
     assert os.listdir() == []

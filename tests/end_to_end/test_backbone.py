@@ -100,7 +100,7 @@ def test_timm_args_are_axes_of_a_study():
         study_from_tables("s", tables)
     with pytest.raises(SretError, match="unknown key 'model.timm_arg.depth'"):
         study_from_tables("s", {"grid": {"model.timm_arg.depth": [4, 8]}})
-    with pytest.raises(SretError, match="timm_args are of timm's models; give a backbone"):
+    with pytest.raises(SretError, match="timm_args are for timm models; also give a backbone"):
         study_from_tables("s", {"model": {"timm_args": {"depth": 2}}})
 
 
@@ -199,8 +199,8 @@ def test_baselines_are_rows_for_every_training_and_image_size():
     ("arguments", "message"),
     [
         (["--backbone", "vit_smal"], "no model 'vit_smal'"),
-        (["--backbone", "vit_small", "--layers", 20], "layers does not go with a backbone"),
-        (["--backbone", "vit_small", "--set", "model.slices=2"], "slices does not go with"),
+        (["--backbone", "vit_small", "--layers", 20], "layers cannot be combined with a backbone"),
+        (["--backbone", "vit_small", "--set", "model.slices=2"], "slices cannot be combined with"),
         (["--share", 2], "give a backbone with it"),
         (["--backbone", "resnet18", "--recursions", 2], "resnet18 cannot be made recursive"),
     ],

@@ -318,7 +318,7 @@ def test_more_epochs_go_on_in_a_new_run_with_the_schedule_of_all_of_them(tiny, t
     assert lines[1][:12] == lines[0]
     rates = [json.loads(line)["lr"] for line in lines[1] if "lr" in line]
     assert rates[9] < rates[10] < rates[5]  # the cosine of 15 steps is higher at step 11
-    with pytest.raises(SretError, match="is a run of 2 epochs; give more than that"):
+    with pytest.raises(SretError, match="has 2 epochs; give a larger number"):
         continue_run(directory, 1)
     assert continue_run(directory, None) == first
 

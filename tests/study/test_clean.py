@@ -113,7 +113,7 @@ def test_checkpoints_that_another_run_is_about_to_go_on_from_stay(sret, run):
     (longer / "config.json").write_text(json.dumps({**config, "continues": run.name}))
     _, out, err = sret("clean", "--yes")
     assert out == "no checkpoints of finished runs\n"
-    stay = f"its checkpoints stay: runs/train/{longer.name} goes on from them\n"
+    stay = f"its checkpoints stay: runs/train/{longer.name} continues from them\n"
     assert err == f"runs/train/{run.name}: {stay}"
     (longer / "checkpoint-7").mkdir()
     (longer / "checkpoint-7" / "manifest.json").write_text("{}")
@@ -132,7 +132,7 @@ def test_more_epochs_of_a_run_without_checkpoints_are_refused_with_what_to_do(sr
     )
     assert [path.name for path in run.parent.iterdir()] == [run.name]
     code, _, err = sret("train", "--resume", f"runs/train/{run.name}")
-    assert code == 0 and "there already" in err
+    assert code == 0 and "already done" in err
 
 
 def test_more_epochs_go_on_from_the_one_checkpoint_of_a_finished_run(sret, run):
@@ -145,5 +145,5 @@ def test_a_directory_that_is_not_there_is_refused(sret):
     code, _, err = sret("clean", "nowhere")
     assert (code, err) == (
         4,
-        "sret: no directory runs/nowhere; name a study, a run, or where runs are\n",
+        "sret: no directory runs/nowhere; name a study, a run, or the directory of all runs\n",
     )

@@ -184,7 +184,7 @@ def test_slices_fit_the_image_size_that_comes_with_them():
         ('[grid]\n"model.recursion" = [1]\n', "did you mean 'model.recursions'"),
         ("[grid]\nmodel.recursions = [1]\n", "write it in quotes"),
         ('[grid]\n"model.recursions" = 4\n', "give a list of values"),
-        ('[zip]\n"train.seed" = [1, 2]\n"train.lr" = [1e-3]\n', "as long as each other"),
+        ('[zip]\n"train.seed" = [1, 2]\n"train.lr" = [1e-3]\n', "must have the same length"),
         ('[model]\n[report]\ny = ["top1"]\n', "unknown column 'top1'; did you mean 'top"),
         ("model = 3\n", r"write model as \[model\]"),
         ('twins = "layers"\n', "twins = 'layers': give a list of layers, params, macs"),
@@ -195,7 +195,7 @@ def test_slices_fit_the_image_size_that_comes_with_them():
         ("[model]\nmacs = -3\n", r"\[model\] -3 is no quantity"),
         ('[model]\nparams = "14M"\nmacs = "4G"\n', "a width meets one budget"),
         ('[grid]\n"model.params" = ["14M"]\n', "no width has 14,000,000 params within 1 %"),
-        ("", "at least one of the tables"),
+        ("", "needs at least one of the tables"),
         ("[model\n", "is not a study, which is a TOML file"),
         ("[model]\nnum_classes = 5\n[train]\n", "fewer than the 10 classes"),
         ('[model]\npreset = ["deep"]\n', r"unknown preset \['deep'\]"),
@@ -203,7 +203,7 @@ def test_slices_fit_the_image_size_that_comes_with_them():
         ("runs = []\n", "runs is an empty list"),
         ("[runs]\n", r"write runs as \[\[runs\]\]"),
         ('[[runs]]\nname = "a"\n[[runs]]\nname = "b"\n', "'a' and 'b' are the same run"),
-        ('[model]\n[report]\nx = "model.recursions"\n', "is not one number a run"),
+        ('[model]\n[report]\nx = "model.recursions"\n', "is not a single number for each run"),
         ("[model]\nimg_size = 8\n", "the stem leaves one token of a 8-px image; use img_size 9"),
         ("[train]\nmin_lr = 1.0\n", "min_lr = 1 is above lr"),
         (
@@ -263,7 +263,7 @@ def test_flags_beside_a_study_file_are_refused_but_for_the_data(tmp_path):
 
 def test_names_of_directories_with_another_use_are_refused(tmp_path):
     (tmp_path / "report.toml").write_text("[model]\n")
-    with pytest.raises(SretError, match="runs/report has another use"):
+    with pytest.raises(SretError, match="runs/report is used by sret itself"):
         load_study(tmp_path / "report.toml")
 
 
@@ -358,7 +358,7 @@ def test_paths_of_a_study_are_beside_it_or_in_the_working_directory(tmp_path, mo
     assert found == {"images": f"{beside}/images", "both": f"{beside}/both", "other": "other"}
     path.write_text('[train]\ndata_dir = "nowhere"\n')
     message = (
-        f"data_dir = 'nowhere' is not there; a relative path is relative to the study file "
+        f"data_dir = 'nowhere' does not exist; a relative path is relative to the study file "
         f"({beside}) or to the working directory ({tmp_path}/work)"
     )
     with pytest.raises(SretError, match=re.escape(message)) as refused:
