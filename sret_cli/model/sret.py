@@ -285,6 +285,11 @@ def build_model(spec: ModelSpec) -> SReT:
     return SReT(spec)
 
 
+def parameter_count(module: nn.Module) -> int:
+    """The number of parameters of a module; shared ones count once."""
+    return sum(p.numel() for p in module.parameters())
+
+
 register_models(build_model)
 
 
