@@ -1,5 +1,5 @@
 """One run: steps, epochs, checkpoints, ranks, evaluation and distillation.
 
-Its central idea is that all that is drawn in a step follows from the seed and the step, so that a
-run can stop anywhere and end with the same bytes. It knows nothing of other runs.
+Its central idea is that every random number of a step follows from the seed and the step. So a run
+can be stopped anywhere and still ends with the same bytes. This folder knows one run at a time.
 """

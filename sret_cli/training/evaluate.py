@@ -1,4 +1,4 @@
-"""Evaluation of a model on every test image."""
+"""Evaluation of a model on all test images."""
 
 import os
 from collections.abc import Mapping
@@ -40,12 +40,12 @@ class Evaluation:
     correct_by_class: tuple[int, ...] = ()
 
     def row(self) -> Row:
-        """The measurements of a row."""
+        """The columns of a row."""
         names = ("test_loss", "top1_percent", "top5_percent", "test_images")
         return {name: getattr(self, name) for name in names}
 
     def per_class(self, classes: tuple[str, ...]) -> list[Row]:
-        """Images and top-1 of each class that images were tested of, in the order of the names."""
+        """Images and top-1 of each class with test images, in the order of the names."""
         counts = zip(classes, self.images_by_class, self.correct_by_class, strict=False)
         return [
             {"class": name, "test_images": images, "top1_percent": 100 * correct / images}
@@ -55,30 +55,30 @@ class Evaluation:
 
     @property
     def mean_class_top1_percent(self) -> float:
-        """The mean of the classes' top-1, over the classes that images were tested of."""
+        """The mean of the top-1 of all classes with test images."""
         counts = zip(self.images_by_class, self.correct_by_class, strict=True)
         accuracies = [100 * correct / images for images, correct in counts if images]
         return sum(accuracies) / len(accuracies)
 
 
 def default_workers(train: TrainSpec) -> int:
-    """Loader processes: none for the tiny embedded images, else one a core and 8 at the most."""
+    """Loader processes: none for `digits`, which are in memory; else one a core, at most 8."""
     return 0 if train.dataset == "digits" else min(os.cpu_count() or 1, 8)
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What a trained model is evaluated on, and with what changes to it.
+    """The images to evaluate a trained model on, and changes to the model.
 
     Attributes:
         data_dir: folder with `val/` or `test/`; the run's own images if None.
         dataset: what `data_dir` holds; a folder of images if None.
-        label_column: the column of the classes, where there are several; the run's own if None.
+        label_column: the column with the classes; the run's own if None.
         batch_size: images a step.
         precision: fp32 or bf16.
         changes: fields of the model's spec to evaluate with instead, such as `img_size`.
         recursions: passes through each block of every stage; the model's own if None.
-        reference_shuffle: seed for shuffles drawn as the reference does; None: fixed shuffles.
+        reference_shuffle: seed to draw shuffles as the reference code does; fixed ones if None.
     """
 
     data_dir: str | None = None
@@ -97,30 +97,30 @@ def evaluate_run(
     options: RunOptions = RunOptions(),
     progress: Progress = Progress(),
 ) -> Row:
-    """Evaluates a directory's weights on its run's test images, or on another folder's.
+    """Evaluates the weights in a directory on the test images of their run, or on other images.
 
-    A folder's images have ImageNet's mean and deviation; those of a model that was not trained here
-    are resized and cropped as ImageNet's are, bicubic and with `crop_pct` 0.875. Another folder has
-    the classes of the model, or as many where their names are not known. On one machine, two
-    evaluations with the same batch size agree bitwise: on a CPU always, on CUDA as far as torch has
-    deterministic kernels.
+    A folder of images is normalised with the mean and deviation of ImageNet. For a model that was
+    not trained here, images are resized (bicubic) and cropped (`crop_pct` 0.875) as those of
+    ImageNet. Other images need the classes of the model, or as many classes if their names are not
+    known. On one machine, two evaluations with the same batch size are bitwise equal: on a CPU
+    always, on CUDA as far as torch has deterministic kernels.
 
     Args:
-        directory: of a run, or of a model that was built or converted.
-        how: the images, and what is changed of the model.
+        directory: the directory of a run, or of a model that was built or converted.
+        how: the images, and changes to the model.
         options: the device, and the processes that load images.
-        progress: is told how far the evaluation is.
+        progress: receives the batches that are done.
 
     Raises:
-        SretError: the directory holds no model, or none for so many recursions, or the data are
-            not there or have other classes.
+        SretError: the directory has no model, the model cannot have this number of recursions, or
+            the data do not exist or have other classes.
     """
     config, home = load_config(directory), run_directory(directory)
     settings = dict(config.get("train") or {})
     own_data = how.data_dir is None and how.dataset is None
     if not settings and own_data:
         raise SretError(
-            f"{directory} was not trained here; name a folder with val/ by --data-dir", DATA
+            f"{directory} was not trained here; give a folder with val/ by --data-dir", DATA
         )
     if not own_data:
         settings = {**settings, "dataset": how.dataset or "folder", "data_dir": how.data_dir}
@@ -140,22 +140,28 @@ def evaluate_run(
     trained = ClassList(
         config_classes(config),
         f"the model in {directory}",
-        "name data with the same classes (folders of some may be empty)",
+        "give data with the same classes (some folders may be empty)",
     )
     order = None if own_data and trained.names is None else trained
     test_loader, classes = load_test_data(spec, model.spec, workers, order=order)
-    # Of its own classes a run may have room for more.
+    # The run's own images, and images with the same class names, may have fewer classes.
     has_room = own_data or (test_loader.named and trained.names is not None)
     if len(classes) > model.num_classes or (len(classes) < model.num_classes and not has_room):
         raise SretError(
             f"the test images have {len(classes):,} classes, and the model has "
-            f"{model.num_classes:,}; name data of as many (folders of the others may be empty)",
+            f"{model.num_classes:,}; give data with as many classes (some folders may be empty)",
             DATA,
         )
     if how.reference_shuffle is not None:
         model.set_reference_shuffle()
         torch.manual_seed(how.reference_shuffle)
-    evaluation = evaluate(model, test_loader, target_device, how.precision, progress.on_step)
+    evaluation = evaluate(
+        model,
+        loader=test_loader,
+        device=target_device,
+        precision=how.precision,
+        on_step=progress.on_step,
+    )
     return {
         "run_id": config.get("run_id", home.name),
         "name": config.get("name"),
@@ -183,25 +189,26 @@ def evaluate(
     ranks: Ranks = ALONE,
     stop: Stop | None = None,
 ) -> Evaluation:
-    """Evaluates a model, in eval mode, on every image of a loader; deterministic.
+    """Evaluates a model in eval mode on all images of a loader; deterministic.
 
-    Of several ranks each has its share of the images, and all get what all have found.
+    Each rank evaluates its part of the images, and all ranks return the sum.
 
     Raises:
         SretError: an image cannot be decoded.
-        Interrupted: a signal came, which `stop` knows of.
+        Interrupted: `stop` has caught a signal.
     """
     training = model.training
     model.eval()
-    loss, top1, top5, images, whole = 0.0, 0, 0, 0, 0
+    loss, top1, top5, images, largest = 0.0, 0, 0, 0, 0
     tested: list[Tensor] = []
     correct: list[Tensor] = []
     with torch.inference_mode(), ranks.raise_together(stop):
         for done, (x, target) in enumerate(loader.epoch(0)):
             target = target.to(device)
-            whole = max(whole, len(x))
-            if is_compiled(model) and len(x) < whole:  # no other shape is to be compiled for it
-                x = torch.cat((x, x[:1].expand(whole - len(x), *x.shape[1:])))
+            largest = max(largest, len(x))
+            if is_compiled(model) and len(x) < largest:
+                # pad the last batch so that no second shape is compiled
+                x = torch.cat((x, x[:1].expand(largest - len(x), *x.shape[1:])))
             with autocast(device, precision):
                 output = model(loader.normalize(x.to(device)))[: len(target)]
             loss += F.cross_entropy(output.float(), target, reduction="sum").item()
@@ -219,13 +226,15 @@ def evaluate(
     by_class = torch.zeros(2, classes, dtype=torch.double)
     for row, counts in zip(by_class, (tested, correct), strict=True):
         row += sum(counts, torch.zeros_like(row, device=device)).cpu()
-    found = torch.tensor([loss, top1, top5, images], dtype=torch.double)
-    loss, top1, top5, images = ranks.sum(found).tolist()
+    sums = torch.tensor([loss, top1, top5, images], dtype=torch.double)
+    loss, top1, top5, images = ranks.sum(sums).tolist()
     ranks.sum(by_class)
+    images_by_class, correct_by_class = by_class.long().tolist()
     return Evaluation(
-        loss / images,
-        100 * top1 / images,
-        100 * top5 / images,
-        int(images),
-        *(tuple(map(int, row)) for row in by_class.tolist()),
+        test_loss=loss / images,
+        top1_percent=100 * top1 / images,
+        top5_percent=100 * top5 / images,
+        test_images=int(images),
+        images_by_class=tuple(images_by_class),
+        correct_by_class=tuple(correct_by_class),
     )

@@ -1,4 +1,4 @@
-"""What a training reads, found out before it starts; a run goes on with nothing else."""
+"""Hashes of everything that a training reads; a run resumes only with the same contents."""
 
 import json
 from collections.abc import Sequence
@@ -30,14 +30,15 @@ def find_splits(
     """The training and test images of a dataset that is read from files.
 
     Raises:
-        SretError: they are missing, or hold no labelled images.
+        SretError: the files do not exist, or have no labelled images.
     """
     found: dict[str, Source | Shards] = {}
     for split in ("train", "test"):
+        training = split == "train"
         if is_stream(dataset):
-            found[split] = find_shards(str(data_dir), split == "train", label_column)
+            found[split] = find_shards(str(data_dir), training, label_column)
         else:
-            found[split] = known_source(dataset, data_dir, split == "train", label_column)
+            found[split] = known_source(dataset, data_dir, training, label_column)
     return {split: Images(images, data_dir, skips) for split, images in found.items()}
 
 
@@ -45,51 +46,54 @@ def fingerprints(splits: Splits, seed: int) -> dict[str, Fingerprint]:
     """The fingerprint of each split.
 
     Raises:
-        SretError: an image cannot be read, or is not what the manifest says.
+        SretError: an image cannot be read, or differs from the manifest.
     """
     return {split: images.fingerprint(seed) for split, images in splits.items()}
 
 
 def find_contents(train: TrainSpec, found: dict[str, Fingerprint]) -> Contents:
-    """The contents of what a training reads, beside its images with these fingerprints.
+    """The hashes of what a training reads: images by their fingerprints, weights and labels.
 
     Raises:
-        SretError: weights or labels are missing, or cannot be read.
+        SretError: weights or labels do not exist, or cannot be read.
     """
     sums = data_sums(found)
     if train.init is not None:
         sums["init_sha256"] = _sum_of_model(Path(train.init), "classes")
     if train.soft_labels is not None:
         sums["soft_labels_sha256"] = read_labels_spec(Path(train.soft_labels)).sha256
-    return Contents(**sums, **teacher_sums(train))
+    if (teacher := teacher_sha256(train)) is not None:
+        own = train.teacher_checkpoint is None
+        sums["teacher_sha256" if own else "teacher_checkpoint_sha256"] = teacher
+    return Contents(**sums)
 
 
 def data_sums(found: dict[str, Fingerprint]) -> dict[str, str]:
-    """The sums of all splits together, as `Contents` names them; none without images."""
+    """The hashes of all splits together, by their names in `Contents`; empty without splits."""
     if not found:
         return {}
     texts = {key: " ".join(getattr(f, key) for f in found.values()) for key in ("files", "sample")}
     return {f"data_{key}_sha256": sha256(text.encode()).hexdigest() for key, text in texts.items()}
 
 
-def teacher_sums(train: TrainSpec) -> dict[str, str]:
-    """The sum of a teacher's weights where they are in a file; none of timm's own.
+def teacher_sha256(train: TrainSpec) -> str | None:
+    """The hash of a teacher that is in a file or a directory; None for pretrained timm models.
 
     Raises:
         SretError: the file cannot be read.
     """
     if train.teacher_checkpoint is not None:
-        return {"teacher_checkpoint_sha256": _sum_of_weights(Path(train.teacher_checkpoint))}
+        return _sum_of_weights(Path(train.teacher_checkpoint))
     if train.teacher is None or not Path(train.teacher).is_dir():
-        return {}
-    return {"teacher_sha256": _sum_of_model(Path(train.teacher), "model", "classes")}
+        return None
+    return _sum_of_model(Path(train.teacher), "model", "classes")
 
 
 def _sum_of_model(directory: Path, *keys: str) -> str:
-    """The sum of the weights in a directory, and of these keys of its `config.json`.
+    """The hash of the weights in a directory and of these keys of its `config.json`.
 
-    What is taken of a teacher depends on its design and on the names of its classes, of `init` on
-    the names.
+    The logits of a teacher depend on its design and on the names of its classes, the weights that
+    `init` loads depend on the names.
     """
     weights = _sum_of_weights(directory / WEIGHTS_FILE)
     config = read_json(directory / CONFIG_FILE) if (directory / CONFIG_FILE).exists() else None
@@ -105,9 +109,9 @@ def _sum_of_weights(path: Path) -> str:
 
 
 class Identifier:
-    """Finds out what runs read; a data set is listed once for all of them, and their training.
+    """Hashes what runs read, and lists each dataset once for all runs and their trainings.
 
-    What was listed before in this process is forgotten.
+    A new `Identifier` forgets the lists that this process made before.
     """
 
     def __init__(self) -> None:
@@ -116,10 +120,10 @@ class Identifier:
         self.found: dict[Any, dict[str, Fingerprint]] = {}
 
     def identify(self, run: Run) -> Run:
-        """The run with the contents of what it reads; as it is where they are known.
+        """The run with the hashes of what it reads; unchanged if it has them.
 
         Raises:
-            SretError: data, weights or labels are missing or cannot be read.
+            SretError: data, weights or labels do not exist or cannot be read.
         """
         if run.contents is not None or run.train is None:
             return run
@@ -135,7 +139,12 @@ class Identifier:
             train.label_column,
         )
         if key not in self.splits:
-            self.splits[key] = find_splits(*key)
+            self.splits[key] = find_splits(
+                dataset=train.dataset,
+                data_dir=train.data_dir,
+                skips=train.on_bad_image == "skip",
+                label_column=train.label_column,
+            )
         if (*key, train.seed) not in self.found:
             self.found[*key, train.seed] = fingerprints(self.splits[key], train.seed)
         return self.found[*key, train.seed]
@@ -144,17 +153,18 @@ class Identifier:
 def refuse_others(
     run: Run, directory: Path, found_images: Sequence[Source | Shards]
 ) -> tuple[Run, dict[str, Fingerprint]]:
-    """The run with its contents, and its images' fingerprints, if they are as they have to be.
+    """The run with the hashes of what it reads, and the fingerprints of its images.
 
-    They have to be those that the run names, or else those that the directory's `config.json` does.
+    The hashes have to equal those of the run or, if it has none, those of the directory's
+    `config.json`.
 
     Args:
-        run: what is to be trained.
+        run: the run to train.
         directory: the run's.
-        found_images: those that it is to be trained on, and those to test on.
+        found_images: the training images and the test images.
 
     Raises:
-        SretError: they are others; the message names the first class or file that differs.
+        SretError: they differ; the message names the first class or file that differs.
     """
     assert run.train is not None
     splits: Splits = {}
@@ -172,7 +182,7 @@ def refuse_others(
     if not stored and run.continues is not None:
         stored = read_fingerprints(directory.parent / run.continues)
     if known is not None and not data_sums(stored).items() <= known.table().items():
-        stored = {}  # of another run that was here
+        stored = {}  # they are of another run that used this directory
     what = [] if known is None else known.differences(now)
     reasons = [
         compared.difference(stored[split], run.train.seed, split)
@@ -186,7 +196,7 @@ def refuse_others(
         shown = f" ({reason})" if reason is not None and what[0] == "images" else ""
         raise SretError(
             f"the {' and the '.join(what)} are not those that {directory} was trained on{shown}; "
-            "put them back, or tell where they are by --resume with --data-dir or --set",
+            "put them back, or give their place by --resume with --data-dir or --set",
             CHECKPOINT,
         )
     return replace(run, contents=now), found

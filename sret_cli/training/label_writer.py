@@ -1,4 +1,4 @@
-"""Writes soft labels: runs a teacher over some crops of every image, once."""
+"""Writes soft labels: applies a teacher once to several crops of every image."""
 
 import os
 import time
@@ -46,7 +46,7 @@ from sret_cli.spec.dataset import has_lasting_indices
 from sret_cli.spec.options import RunOptions
 from sret_cli.spec.train import TrainSpec
 from sret_cli.training.evaluate import default_workers
-from sret_cli.training.identify import teacher_sums
+from sret_cli.training.identify import teacher_sha256
 from sret_cli.training.teacher import Teacher
 
 SAVED_EVERY_SECONDS = 60
@@ -56,13 +56,13 @@ Crops = tuple[Tensor, list[Crop]] | SretError  # pixels [crops, C, Y, X]; the er
 
 
 class ImageCrops(Dataset):
-    """The crops of an image by its index."""
+    """The crops of each image, by its index."""
 
     def __init__(self, source: Source, spec: LabelsSpec) -> None:
         self.source, self.spec = source, spec
 
     def __getitem__(self, index: int) -> Crops | Noted:
-        """The crops, or the error of the image: a worker's exceptions would lose their type."""
+        """The crops, or the error of the image; a worker that raised it would lose its type."""
         return noted(lambda: self._crops(index), lambda: self.source.filename(index))
 
     def _crops(self, index: int) -> Crops:
@@ -73,9 +73,11 @@ class ImageCrops(Dataset):
         if max(image.size) > MAX_SIDE:
             return SretError(
                 f"{self.source.filename(index)} is {image.width:,} x {image.height:,} pixels; "
-                f"labels have room for {MAX_SIDE:,} a side, so make it smaller"
+                f"labels have room for {MAX_SIDE:,} a side; make it smaller"
             )
-        crops = [draw_crop(image, self.spec, index, n) for n in range(self.spec.crops)]
+        crops = [
+            draw_crop(image, spec=self.spec, index=index, number=n) for n in range(self.spec.crops)
+        ]
         return torch.stack([crop.cut(image, self.spec) for crop in crops]), crops
 
 
@@ -89,42 +91,42 @@ def write_labels(
     options: RunOptions = RunOptions(),
     progress: Progress = Progress(),
 ) -> LabelsSpec:
-    """Writes what a training's teacher says of its images; goes on where it was interrupted.
+    """Writes the probabilities of a training's teacher for its images; resumes if interrupted.
 
-    Labels that are there already are left alone. With `on_bad_image = "skip"`, an image that cannot
-    be read has none.
+    Finished labels are left as they are. With `on_bad_image = "skip"`, an image that cannot be read
+    has no label.
 
     Args:
         train: the training, with a teacher; its crops, flips, seed and temperature are used.
         student: the model that the labels are for.
-        directory: where; made where it is missing.
-        crops: of each image; epochs take them in turn.
-        top_k: classes that are stored of each crop, at most all.
+        directory: where to write; made if it does not exist.
+        crops: crops of each image; epochs use them in turn.
+        top_k: classes that are stored for each crop; all classes at most.
         batch_size: crops that the teacher takes at a time.
         options: the device, and the processes that load images.
-        progress: is told how far it is, and by notes the size of the labels before they are
-            written, and of bad images.
+        progress: receives the images that are done, and notes: the size of the labels before they
+            are written, and bad images.
 
     Raises:
-        SretError: the data or the teacher are not there, an image cannot be decoded, a process that
+        SretError: the data or the teacher do not exist, an image cannot be decoded, a process that
             loads images is gone, the directory has other labels, or the disk has no room for these.
     """
     if not has_lasting_indices(train.dataset):
         raise SretError(
-            f"dataset = {train.dataset!r} has no images that stay and have a number, to keep "
-            "labels of; use another, or a live teacher"
+            f"dataset = {train.dataset!r} has no numbered images to store labels for; use another "
+            "dataset, or a live teacher"
         )
     with notes_shown_by(progress.note):
         target_device = choose_device(options.device)
         use_deterministic_kernels(target_device)
-        source = find_source(train, student, True, stored_classes(directory, train))
-        teacher = Teacher(train, student, target_device, source.class_list)
+        source = find_source(train, student, training=True, order=stored_classes(directory, train))
+        teacher = Teacher(train, student, device=target_device, classes=source.class_list)
         images = Images(source, train.data_dir, train.on_bad_image == "skip").fingerprint(
             train.seed
         )
         spec = LabelsSpec(
             teacher=str(train.teacher),
-            teacher_sha256=next(iter(teacher_sums(train).values()), None),
+            teacher_sha256=teacher_sha256(train),
             teacher_img_size=teacher.img_size,
             images=len(source),
             images_sha256=images.sha256,
@@ -137,30 +139,34 @@ def write_labels(
         )
         show_note(
             f"labels of {spec.images:,} images, {crops} crops each, {spec.record.itemsize} bytes a "
-            f"crop: {_megabytes(spec.size_bytes())}; as many of ImageNet's {IMAGENET_IMAGES:,} "
-            f"images would take {_megabytes(spec.size_bytes(IMAGENET_IMAGES))}"
+            f"crop: {_megabytes(spec.size_bytes())}; ImageNet's {IMAGENET_IMAGES:,} images would "
+            f"take {_megabytes(spec.size_bytes(IMAGENET_IMAGES))}"
         )
         with locked_directory(directory):
             done = _images_done(directory, spec)
             if done is None:
-                show_note(f"{directory} has them already")
+                show_note(f"{directory} already has these labels")
                 return read_labels_spec(directory)
             write_fingerprints(directory, {"train": images})
             batches = _batches(
-                *(source, spec, done, max(batch_size // crops, 1)),
-                default_workers(train) if options.workers is None else options.workers,
+                source,
+                spec,
+                start=done,
+                images=max(batch_size // crops, 1),
+                workers=default_workers(train) if options.workers is None else options.workers,
             )
-            labeller = Labeller(teacher, spec, Pixels.of(train, student), batch_size)
+            labeller = Labeller(
+                teacher, spec, pixels=Pixels.of(train, student), batch_size=batch_size
+            )
             with closing(batches), _reserved(directory, spec) as file:
                 _write(
                     file,
                     directory,
-                    spec,
-                    done,
-                    batches,
-                    labeller,
-                    train.on_bad_image,
-                    progress.on_step,
+                    done=done,
+                    batches=batches,
+                    labeller=labeller,
+                    on_bad_image=train.on_bad_image,
+                    on_step=progress.on_step,
                 )
             spec = spec.with_values(sha256=sha256(directory / LABELS_FILE))
             write_json(directory / HEADER_FILE, spec.model_dump(mode="json"))
@@ -169,7 +175,7 @@ def write_labels(
 
 
 class Labeller:
-    """What a teacher says of crops, as records."""
+    """The probabilities of a teacher for crops, as records."""
 
     def __init__(self, teacher: Teacher, spec: LabelsSpec, pixels: Pixels, batch_size: int) -> None:
         self.teacher, self.spec, self.batch_size = teacher, spec, batch_size
@@ -177,7 +183,7 @@ class Labeller:
         self.std = as_byte_values(pixels.std, teacher.device)
 
     def records(self, batch: list[Crops]) -> np.ndarray:
-        """The records `[crops, images]`; those of images that cannot be read are zeros."""
+        """The records `[crops, images]`; zeros for images that cannot be read."""
         records = np.zeros((len(batch), self.spec.crops), self.spec.record)
         for number, found in enumerate(batch):
             if not isinstance(found, SretError):
@@ -204,7 +210,7 @@ class Labeller:
 def _batches(
     source: Source, spec: LabelsSpec, start: int, images: int, workers: int
 ) -> Generator[list[Crops]]:
-    """The crops of all images from one on, so many images at a time."""
+    """The crops of all images from index `start` on, of `images` images at a time."""
     indices = range(start, len(source))
     loader = DataLoader(
         ImageCrops(source, spec),
@@ -221,13 +227,14 @@ def _batches(
 def _write(
     file: BinaryIO,
     directory: Path,
-    spec: LabelsSpec,
     done: int,
     batches: Iterator[list[Crops]],
     labeller: Labeller,
     on_bad_image: str,
     on_step: OnStep,
 ) -> None:
+    spec = labeller.spec
+
     def save() -> None:
         os.fsync(file.fileno())
         _write_progress(directory, spec, done)
@@ -253,15 +260,15 @@ def _write(
         if lost is None:
             raise
         raise lost from None
-    finally:  # also where a signal ends it
+    finally:  # also after a signal
         save()
 
 
 def _images_done(directory: Path, spec: LabelsSpec) -> int | None:
-    """How many images the labels in a directory have; None where they are finished.
+    """The number of images that the labels in a directory have; None if they are finished.
 
     Raises:
-        SretError: they were made otherwise; the message names what differs.
+        SretError: the labels were made with other settings; the message names what differs.
     """
     finished, path = (directory / HEADER_FILE).exists(), directory / PROGRESS_FILE
     if finished:
@@ -275,12 +282,12 @@ def _images_done(directory: Path, spec: LabelsSpec) -> int | None:
         except (KeyError, TypeError, ValueError):
             raise SretError(f"{path} is damaged; remove {directory}", CHECKPOINT) from None
     for key, value in spec.model_dump(mode="json").items():
-        unnamed = key == "classes" and found.get(key) is None  # of an earlier version
-        moves = key == "teacher" and spec.teacher_sha256 is not None  # its weights tell which it is
-        if key != "sha256" and not (unnamed or moves) and found.get(key) != value:
+        unnamed = key == "classes" and found.get(key) is None  # labels of an earlier version
+        moved = key == "teacher" and spec.teacher_sha256 is not None  # its hash is compared
+        if key != "sha256" and not (unnamed or moved) and found.get(key) != value:
             raise SretError(
                 f"{directory} has labels with {key} = {found.get(key)}, not {value}; choose "
-                "another directory, or remove it",
+                "another directory, or remove this one",
                 USAGE,
             )
     return None if finished else done
@@ -292,10 +299,10 @@ def _write_progress(directory: Path, spec: LabelsSpec, done: int) -> None:
 
 
 def _reserved(directory: Path, spec: LabelsSpec) -> BinaryIO:
-    """The file of records, with room for all of them, so that the disk cannot fill up later.
+    """The file of records, with disk space reserved for all of them.
 
     Raises:
-        SretError: there is no room, or the file cannot be written.
+        SretError: the disk has no room, or the file cannot be written.
     """
     path = directory / LABELS_FILE
     try:

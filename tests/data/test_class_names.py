@@ -258,7 +258,7 @@ def test_labels_that_number_classes_otherwise_keep_their_numbers(
         options=RunOptions(workers=0),
         progress=Progress(note=again.append),
     )
-    assert again[-1] == f"{labels} has them already"
+    assert again[-1] == f"{labels} already has these labels"
     spec = data_spec("folder", numbered, **QUICK, soft_labels=str(labels))
     loader, test = load_data(spec, eleven)
     assert loader.classes == test.classes == AS_TEXT

@@ -232,7 +232,7 @@ def test_writing_goes_on_where_it_was_interrupted(folder, pets, teacher, labels)
     assert not (other / "labels.part.json").exists()
     said = []
     write(folder, pets, teacher, "other", note=said.append)
-    assert said[-1] == f"{other} has them already"
+    assert said[-1] == f"{other} already has these labels"
 
 
 def test_the_size_is_told_before_anything_is_written(folder, pets, teacher):
@@ -242,7 +242,7 @@ def test_the_size_is_told_before_anything_is_written(folder, pets, teacher):
     assert said[0][0].startswith("the names of the classes of the teacher")
     assert said[1:] == [
         (
-            "labels of 16 images, 3 crops each, 17 bytes a crop: 0.0 MB; as many of ImageNet's "
+            "labels of 16 images, 3 crops each, 17 bytes a crop: 0.0 MB; ImageNet's "
             "1,281,167 images would take 65.3 MB",
             False,
         )
@@ -314,7 +314,7 @@ def test_labels_go_on_with_the_same_teacher_elsewhere(folder, pets, teacher, lab
     shutil.copytree(teacher, moved)
     said = []
     write(folder, pets, moved, note=said.append)
-    assert said[-1] == f"{labels} has them already"
+    assert said[-1] == f"{labels} already has these labels"
 
 
 def test_an_image_that_is_smaller_than_its_crop_is_named(folder, pets, labels):
@@ -363,7 +363,7 @@ def test_images_that_cannot_be_read_stop_the_writing_or_have_no_label(
 
 def test_sources_whose_images_have_no_number_are_refused(pets, teacher, tmp_path):
     train_spec = TrainSpec(dataset="synthetic", teacher=str(teacher))
-    with pytest.raises(SretError, match="'synthetic' has no images that stay and have a number"):
+    with pytest.raises(SretError, match="'synthetic' has no numbered images to store labels for"):
         write_labels(train_spec, pets, tmp_path / "labels")
     assert not (tmp_path / "labels").exists()
 

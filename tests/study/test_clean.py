@@ -127,8 +127,8 @@ def test_more_epochs_of_a_run_without_checkpoints_are_refused_with_what_to_do(sr
     code, _, err = sret("train", "--resume", f"runs/train/{run.name}", "--epochs", 2)
     assert code == 5
     assert err.splitlines()[-1] == (
-        f"sret: {run} has no checkpoint to go on from (`sret clean` removes them); train all 2 "
-        f"epochs anew, or begin with its weights by --set train.init={run}"
+        f"sret: {run} has no checkpoint to resume from (`sret clean` removes them); train all "
+        f"2 epochs again, or start with its weights by --set train.init={run}"
     )
     assert [path.name for path in run.parent.iterdir()] == [run.name]
     code, _, err = sret("train", "--resume", f"runs/train/{run.name}")

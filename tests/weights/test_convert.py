@@ -196,7 +196,7 @@ def test_a_converted_model_has_no_test_images_of_its_own(sret, tmp_path):
     code, _, err = sret("eval", directory)
     assert (code, err) == (
         4,
-        f"sret: {directory} was not trained here; name a folder with val/ by --data-dir\n",
+        f"sret: {directory} was not trained here; give a folder with val/ by --data-dir\n",
     )
 
 
