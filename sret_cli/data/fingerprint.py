@@ -1,8 +1,8 @@
-"""Which images a data set has, wherever it lies.
+"""Identifies the images of a dataset by their contents, not by where they are stored.
 
-Of all images the names, classes and sizes are compared; the bytes of `SAMPLED` of each split, which
-the seed chooses; and, where a manifest of `sret data check` lies with a folder of images, the
-SHA-256 of all of them, as it has them. `images.json` keeps enough of that to name what differs.
+Compared are the names, classes and sizes of all images; the bytes of `SAMPLED` images of each
+split, which the seed chooses; and, if a folder of images has a manifest of `sret data check`, the
+SHA-256 of all images in it. `images.json` keeps enough of this to name what differs.
 """
 
 import random
@@ -16,33 +16,32 @@ from typing import Any
 
 from sret_cli.data.decode import UNREADABLE, unreadable_error
 from sret_cli.data.listing import (
-    Image,
-    Manifest,
-    list_images,
-    pixels_in_memory,
-    read_image,
-    read_manifest,
-    sum_of_blocks,
+    Entry,
+    entry_sum,
+    is_read_completely,
+    list_entries,
+    split_folder,
 )
+from sret_cli.data.manifest import Manifest, read_manifest
 from sret_cli.data.soft_labels import StoredLabels
-from sret_cli.data.sources import Listed, Source
+from sret_cli.data.sources import Source
 from sret_cli.data.streams import Shards
 from sret_cli.runtime.errors import CHECKPOINT, DATA, SretError
 from sret_cli.runtime.files import read_json, write_json
 
 SAMPLED = 256  # images of a split, or blocks of its shards, whose bytes are compared
 IMAGES_FILE = "images.json"
-UNREAD = "unreadable"  # in the place of a sum
+UNREAD = "unreadable"  # in place of a SHA-256
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What tells the images of a split from others, and what names the first that differs.
+    """What identifies the images of a split, and what is needed to name the first difference.
 
-    `files` is the SHA-256 of all names, classes and sizes, `sample` of the bytes of some images,
-    `manifest` of the sums in a manifest. `classes` has the number of images of each class and the
-    first digits of its own `files` and `manifest`, `sampled` the size and sum of each image that
-    was read.
+    `files` is the SHA-256 of all names, classes and sizes; `sample` that of the bytes of some
+    images; `manifest` that of the SHA-256 values in a manifest. `classes` holds, for each class,
+    the number of images and the first digits of its own `files` and `manifest`; `sampled` holds the
+    size and SHA-256 of each image that was read.
     """
 
     files: str
@@ -53,68 +52,66 @@ class Fingerprint:
 
     @property
     def sha256(self) -> str:
-        """The sum of both: names, classes and sizes of all, and the bytes of some."""
+        """The SHA-256 of `files` and `sample` together."""
         return sha256(f"{self.files} {self.sample}".encode()).hexdigest()
 
 
 class Images:
-    """The images of a split, to be compared with others; they are looked at where that is asked.
+    """The images of a split, to be compared with others; nothing is read before it is needed.
 
     Args:
-        found: the images, or the shards that have them.
-        data_dir: the folder that was named, where a manifest may be.
+        source: the images, or the shards that contain them.
+        data_dir: the folder that the user named, where a manifest may be.
         skips: whether images that cannot be read are left out of the training.
     """
 
     def __init__(
-        self, found: Source | Shards, data_dir: str | None = None, skips: bool = False
+        self, source: Source | Shards, data_dir: str | None = None, skips: bool = False
     ) -> None:
-        self.found, self.skips = found, skips
-        self.known: dict[int, Fingerprint] = {}
-        images = found.images if isinstance(found, Source) else None
-        self.in_folder = isinstance(images, Listed) and isinstance(images.images[0], str)
-        self.folder = Path(data_dir) if data_dir is not None and self.in_folder else None
+        self.source, self.data_dir, self.skips = source, data_dir, skips
+        self._fingerprints: dict[int, Fingerprint] = {}
 
     @cached_property
-    def listed(self) -> list[Image]:
-        """All images, sorted by their classes and names."""
-        return list_images(self.found)
+    def entries(self) -> list[Entry]:
+        """All images, sorted by class and name."""
+        return list_entries(self.source)
 
     @cached_property
     def manifest(self) -> Manifest | None:
-        """The manifest that lies with the images, the first by its name."""
-        if self.folder is None or not isinstance(self.found, Source):
+        """The manifest in a folder of images; of several, the first by name."""
+        folder = split_folder(self.source)
+        if folder is None or self.data_dir is None:
             return None
-        split = Path(self.found.name).name
-        found = (read_manifest(path, split) for path in sorted(self.folder.glob("*.csv")))
-        return next((manifest for manifest in found if manifest is not None), None)
+        paths = sorted(Path(self.data_dir).glob("*.csv"))
+        manifests = (read_manifest(path, Path(folder).name) for path in paths)
+        return next((manifest for manifest in manifests if manifest is not None), None)
 
     def fingerprint(self, seed: int) -> Fingerprint:
-        """What tells these images from others, with the bytes of those that a seed chooses.
+        """The fingerprint of these images, with the bytes of those that a seed chooses.
 
         Raises:
             SretError: an image cannot be read, or is not what the manifest says.
         """
-        if seed not in self.known:
-            self.known[seed] = self._fingerprint(seed)
-        return self.known[seed]
+        if seed not in self._fingerprints:
+            self._fingerprints[seed] = self._fingerprint(seed)
+        return self._fingerprints[seed]
 
     def _fingerprint(self, seed: int) -> Fingerprint:
-        sampled = {image.name: [image.size, self._sum(image, seed)] for image in self._chosen(seed)}
+        sampled = {entry.name: [entry.size, self._sum(entry, seed)] for entry in self._chosen(seed)}
         self._refuse_other_than_manifest(sampled)
         files, sums = sha256(), sha256()
         classes: dict[str, list[Any]] = {}
-        for name, images in groupby(self.listed, key=attrgetter("class_name")):
-            count, own, own_sums = 0, sha256(), sha256()
-            for image in images:
+        for name, entries in groupby(self.entries, key=attrgetter("class_name")):
+            count, class_files, class_sums = 0, sha256(), sha256()
+            for entry in entries:
                 count += 1
-                own.update(_bytes(f"{image.name}\0{image.size}\n"))
+                class_files.update(_bytes(f"{entry.name}\0{entry.size}\n"))
                 if self.manifest is not None:
-                    own_sums.update(_bytes(f"{image.name}\0{self.manifest.sum(image.name)}\n"))
-            files.update(_bytes(f"{name}\0{count}\0{own.hexdigest()}\n"))
-            sums.update(_bytes(f"{name}\0{own_sums.hexdigest()}\n"))
-            in_manifest = None if self.manifest is None else own_sums.hexdigest()[:16]
-            classes[name] = [count, own.hexdigest()[:16], in_manifest]
+                    class_sums.update(_bytes(f"{entry.name}\0{self.manifest.sum(entry.name)}\n"))
+            files.update(_bytes(f"{name}\0{count}\0{class_files.hexdigest()}\n"))
+            sums.update(_bytes(f"{name}\0{class_sums.hexdigest()}\n"))
+            in_manifest = None if self.manifest is None else class_sums.hexdigest()[:16]
+            classes[name] = [count, class_files.hexdigest()[:16], in_manifest]
         sample = "".join(f"{name}\0{digest}\n" for name, (_, digest) in sampled.items())
         return Fingerprint(
             files=files.hexdigest(),
@@ -125,14 +122,14 @@ class Images:
         )
 
     def difference(self, stored: Fingerprint, seed: int, split: str) -> str | None:
-        """How these images are others than some before, in words; None where they are the same."""
+        """How these images differ from stored ones, in words; None if they are the same."""
         now = self.fingerprint(seed)
         if (now.files, now.sample) == (stored.files, stored.sample):
             return self._manifest_difference(stored, now, split)
         if now.files == stored.files:
             differ = (n for n, value in now.sampled.items() if stored.sampled.get(n) != value)
             return f"{_place(split, next(differ, ''))} has other bytes"
-        sizes = {image.name: image.size for image in self.listed}
+        sizes = {entry.name: entry.size for entry in self.entries}
         for name, (size, _) in stored.sampled.items():
             if name not in sizes:
                 return f"{_place(split, name)} is missing"
@@ -144,7 +141,7 @@ class Images:
                 many = "1 image" if found[0] == 1 else f"{found[0]:,} images"
                 return f"{_place(split, name)} has {many}, not {was[0]:,}"
         differ = (n for n, v in now.classes.items() if v[1] != stored.classes[n][1])
-        return f"names or sizes of images in {_place(split, next(differ, ''))} are others"
+        return f"names or sizes of images in {_place(split, next(differ, ''))} differ"
 
     def _manifest_difference(self, stored: Fingerprint, now: Fingerprint, split: str) -> str | None:
         if None in (stored.manifest, now.manifest) or stored.manifest == now.manifest:
@@ -153,77 +150,69 @@ class Images:
         where = _place(split, next(names, ""))
         return f"the manifest has other SHA-256 of images in {where} than before"
 
-    def _chosen(self, seed: int) -> list[Image]:
-        """The images whose bytes are compared: all that are in memory, else `SAMPLED`.
-
-        Of `random` only the seeding and `random()` are promised to stay as they are.
-        """
-        count, draw = len(self.listed), random.Random(seed)
-        if (
-            count <= SAMPLED
-            or isinstance(self.found, Shards)
-            or pixels_in_memory(self.found) is not None
-        ):
-            return self.listed
-        places: dict[int, None] = {}
+    def _chosen(self, seed: int) -> list[Entry]:
+        """The images whose bytes are compared: `SAMPLED`, or all if they are in memory."""
+        count = len(self.entries)
+        if count <= SAMPLED or is_read_completely(self.source):
+            return self.entries
+        draw = random.Random(seed)
+        places: set[int] = set()
         while len(places) < SAMPLED:
-            places[int(draw.random() * count)] = None
-        return [self.listed[place] for place in sorted(places)]
+            # Python keeps only `random()` the same in later versions, not `sample` or `randrange`.
+            places.add(int(draw.random() * count))
+        return [self.entries[place] for place in sorted(places)]
 
-    def _sum(self, image: Image, seed: int) -> str:
-        """The SHA-256 of the bytes of an image; of one that is to be skipped, a word."""
-        if isinstance(self.found, Shards):
-            blocks = -(-SAMPLED // len(self.found.paths))
-            return sum_of_blocks(self.found.paths[image.place], blocks, seed)
+    def _sum(self, entry: Entry, seed: int) -> str:
+        """The SHA-256 of an image's bytes; `UNREAD` for an unreadable image that is skipped."""
         try:
-            return sha256(read_image(self.found, image.place)).hexdigest()
+            return entry_sum(self.source, entry.place, seed, blocks=SAMPLED)
         except UNREADABLE as error:
             if self.skips:
                 return UNREAD
-            raise unreadable_error(self.found.filename(image.place), error) from None
+            raise unreadable_error(self.source.filename(entry.place), error) from None
 
     def _refuse_other_than_manifest(self, sampled: dict[str, list[Any]]) -> None:
-        """Makes sure that all images are in the manifest, and are what it says of them.
+        """Raises if an image is not in the manifest or differs from its line.
 
         Raises:
-            SretError: one is not, or has another size, or bytes where these were read.
+            SretError: it is missing there, or its size or, if it was read, its SHA-256 differs.
         """
-        if self.manifest is None or not isinstance(self.found, Source):
+        if self.manifest is None:
             return
         path = self.manifest.path
-        for image in self.listed:
-            said = self.manifest.get(image.name)
-            _, digest = sampled.get(image.name, (0, UNREAD))
-            if said is None:
-                wrong = "it is not in it"
-            elif said[0] and said[0] != str(image.size):
-                wrong = f"it has {image.size:,} bytes, not {said[0]}"
-            elif said[1] and digest not in (UNREAD, said[1]):
-                wrong = "its SHA-256 is another"
+        for entry in self.entries:
+            line = self.manifest.get(entry.name)
+            _, digest = sampled.get(entry.name, (0, UNREAD))
+            if line is None:
+                wrong = "it is not in the manifest"
+            elif line[0] and line[0] != str(entry.size):
+                wrong = f"it has {entry.size:,} bytes, not {line[0]}"
+            elif line[1] and digest not in (UNREAD, line[1]):
+                wrong = "its SHA-256 differs"
             else:
                 continue
             raise SretError(
-                f"{self.found.filename(image.place)} is not as {path} says: {wrong}; put the file "
-                f"back, or run `sret data check {self.folder} --manifest {path}` again",
+                f"{self.source.filename(entry.place)} differs from {path}: {wrong}; put the file "
+                f"back, or run `sret data check {self.data_dir} --manifest {path}` again",
                 DATA,
             )
 
 
 def _bytes(text: str) -> bytes:
-    """A text in which names of files need not be UTF-8."""
+    """The bytes of a text; names of files in it need not be valid UTF-8."""
     return text.encode(errors="surrogateescape")
 
 
 def _place(split: str, name: str) -> str:
-    """A class or an image in a split, as messages have it."""
+    """A class or an image of a split, as messages name it."""
     return f"{split}/{name}" if name else split
 
 
 def refuse_other_labels(labels: StoredLabels, images: Images) -> None:
-    """Makes sure that stored labels are of the images that are trained on.
+    """Raises if stored labels belong to other images than those of the training.
 
     Raises:
-        SretError: they are of others; the message names the first class or file that differs.
+        SretError: they do; the message names the first class or file that differs.
     """
     spec = labels.spec
     stored = read_fingerprints(labels.directory).get("train")
@@ -234,30 +223,34 @@ def refuse_other_labels(labels: StoredLabels, images: Images) -> None:
         reason = None if same else "names, sizes or bytes differ"
     if reason is not None:
         raise SretError(
-            f"the labels in {labels.directory} are of {spec.images:,} other images than the "
-            f"{len(images.listed):,} to train on: {reason}; write some for these by "
+            f"the labels in {labels.directory} belong to {spec.images:,} images other than the "
+            f"{len(images.entries):,} training images: {reason}; write new labels with "
             "`sret distill-labels`",
             DATA,
         )
 
 
 def write_fingerprints(directory: Path, found: dict[str, Fingerprint]) -> None:
-    """Writes what names the images that differ later; a manifest's sums stay once they are known.
+    """Writes the fingerprints of a run's images; one without a manifest does not replace another.
 
     Raises:
         SretError: the directory cannot be written to, or the disk is full.
     """
     stored = read_fingerprints(directory)
     kept = {
-        split: stored[split] if one.manifest is None and split in stored else one
-        for split, one in found.items()
+        split: stored[split] if new.manifest is None and split in stored else new
+        for split, new in found.items()
     }
     if kept and kept != stored:
         write_json(directory / IMAGES_FILE, {split: asdict(one) for split, one in kept.items()})
 
 
 def read_fingerprints(directory: Path) -> dict[str, Fingerprint]:
-    """The fingerprints that a directory keeps, by split; none where there are none or others."""
+    """The stored fingerprints of a run's images, by split; an empty dict if there are none.
+
+    Raises:
+        SretError: the file is damaged.
+    """
     path = directory / IMAGES_FILE
     if not path.exists():
         return {}

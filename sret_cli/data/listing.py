@@ -1,29 +1,27 @@
-"""Every image of a source by class, name and size, without reading it; and the bytes of one."""
+"""Lists every image of a dataset by class, name and size without decoding it; reads its bytes."""
 
-import csv
 import os
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
+from PIL import Image
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from sret_cli.data.decode import decode_image
-from sret_cli.data.sources import Indexed, Listed, Source
+from sret_cli.data.sources import Listed, Source, TorchvisionImages
 from sret_cli.data.streams import Shards
 from sret_cli.runtime.errors import DATA, SretError
 
 BLOCK_BYTES = 65_536
-MANIFEST_COLUMNS = ("path", "split", "class_name", "bytes", "sha256")
-UNKNOWN_SIZE = -1  # of a file that cannot be looked at
+UNKNOWN_SIZE = -1  # of a file that cannot be accessed
 
 
-class Image(NamedTuple):
-    """An image as it is compared; `place` is its index in the source."""
+class Entry(NamedTuple):
+    """An image as it is compared; `place` is its index in the source. Of shards, a shard."""
 
     class_name: str
     name: str
@@ -31,79 +29,66 @@ class Image(NamedTuple):
     place: int
 
 
-def list_images(found: Source | Shards) -> list[Image]:
-    """All images, sorted by their classes and names; of shards, the shards."""
-    return sorted(Image(*values) for values in _listing(found))
+def list_entries(source: Source | Shards) -> list[Entry]:
+    """All images, sorted by class and name; of shards, the shards."""
+    return sorted(_entries(source))
 
 
-def _listing(found: Source | Shards) -> Iterator[tuple[str, str, int, int]]:
-    """Class, name, size and index of each image."""
-    if isinstance(found, Shards):
-        for index, (path, samples) in enumerate(zip(found.paths, found.samples, strict=True)):
-            yield "", f"{os.path.basename(path)} of {samples:,} samples", _size(path), index
-    elif isinstance(found.images, Listed):
-        yield from _listing_of_files(found, found.images)
-    elif isinstance(found.images, Indexed):
-        yield from _listing_of_torchvision(found, found.images.dataset)
-    elif hasattr(found.images, "dataset"):
-        yield from _listing_of_hugging_face(found, found.images)
+def _entries(source: Source | Shards) -> Iterator[Entry]:
+    if isinstance(source, Shards):
+        for index, (path, samples) in enumerate(zip(source.paths, source.samples, strict=True)):
+            yield Entry("", f"{os.path.basename(path)} of {samples:,} samples", _size(path), index)
+    elif isinstance(source.images, Listed):
+        yield from _entries_of_list(source, source.images)
+    elif isinstance(source.images, TorchvisionImages):
+        yield from _entries_of_torchvision(source, source.images)
+    elif isinstance(source.images, ReaderImageInTar):
+        yield from _entries_of_tar(source, source.images)
     else:
-        reader: Any = found.images
-        for index, (member, *outer) in enumerate(reader.samples):
-            inside = (getattr(part, "name", part) for part in outer if part)
-            name = "/".join([*inside, member.name])
-            yield _class_name(found, reader.targets[index]), name, member.size, index
+        yield from _entries_of_hugging_face(source, source.images)
 
 
-def _class_name(found: Source, label: int | str) -> str:
-    """The class of a label as the data have it: a name, or a number before it is renumbered."""
+def _class_name(source: Source, label: int | str) -> str:
+    """The class of a label as it is in the data: a name, or a number that may be renumbered."""
     if isinstance(label, str):
         return label
-    return found.classes[found.numbers[label] if found.numbers else label]
+    return source.classes[source.numbers[label] if source.numbers else label]
 
 
-def _listing_of_files(found: Source, images: Listed) -> Iterator[tuple[str, str, int, int]]:
-    root = f"{found.name}{os.sep}"
+def _entries_of_list(source: Source, images: Listed) -> Iterator[Entry]:
+    root = f"{source.name}{os.sep}"
     for index, (image, target) in enumerate(zip(images.images, images.targets, strict=True)):
+        class_name = _class_name(source, target)
         if isinstance(image, str):
-            yield _class_name(found, target), image.removeprefix(root), _size(image), index
+            yield Entry(class_name, image.removeprefix(root), _size(image), index)
         else:
-            yield _class_name(found, target), str(index), image.nbytes, index
+            yield Entry(class_name, str(index), image.nbytes, index)
 
 
-def _listing_of_torchvision(found: Source, dataset: Any) -> Iterator[tuple[str, str, int, int]]:
-    paths, targets = _torchvision_paths(dataset), _torchvision_targets(dataset)
-    pixels = pixels_in_memory(found)
+def _entries_of_torchvision(source: Source, images: TorchvisionImages) -> Iterator[Entry]:
+    paths, targets, pixels = images.paths, images.targets, images.pixels
     root = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
-    for index in range(len(found)):
+    for index in range(len(source)):
         target = targets[index] if targets is not None else -1
-        known = 0 <= target < len(found.classes)
-        class_name = _class_name(found, target) if known else str(target)
+        is_known = 0 <= target < len(source.classes)
+        class_name = _class_name(source, target) if is_known else str(target)
         if paths:
-            yield class_name, os.path.relpath(paths[index], root or "."), _size(paths[index]), index
+            name = os.path.relpath(paths[index], root or ".")
+            yield Entry(class_name, name, _size(paths[index]), index)
         else:
-            yield class_name, str(index), 0 if pixels is None else pixels[index].nbytes, index
+            size = 0 if pixels is None else pixels[index].nbytes
+            yield Entry(class_name, str(index), size, index)
 
 
-def _torchvision_paths(dataset: Any) -> list[str]:
-    """The files of a dataset of torchvision's that are one an image, or none."""
-    if hasattr(dataset, "all_categories"):  # INaturalist, which has a number and a name of each
-        folders = dataset.all_categories
-        return [os.path.join(dataset.root, folders[number], name) for number, name in dataset.index]
-    return [str(path) for path, *_ in getattr(dataset, "imgs", ())]
+def _entries_of_tar(source: Source, reader: ReaderImageInTar) -> Iterator[Entry]:
+    for index, (member, *outer) in enumerate(reader.samples):
+        parents = (getattr(part, "name", part) for part in outer if part)  # TarInfo or str
+        name = "/".join([*parents, member.name])
+        yield Entry(_class_name(source, reader.targets[index]), name, member.size, index)
 
 
-def _torchvision_targets(dataset: Any) -> list[int] | None:
-    for name in ("targets", "labels"):
-        if (values := getattr(dataset, name, None)) is not None:
-            return [int(value) for value in values]
-    if hasattr(dataset, "all_categories"):
-        return [number for number, _ in dataset.index]
-    return [target for _, target in getattr(dataset, "imgs", ())] or None
-
-
-def _listing_of_hugging_face(found: Source, reader: Any) -> Iterator[tuple[str, str, int, int]]:
-    """No image is read: its size follows from where it begins. Rows have their order for a name."""
+def _entries_of_hugging_face(source: Source, reader: Any) -> Iterator[Entry]:
+    """The entries of a `ReaderHfds`; the index is part of the name, since rows have no path."""
     from pyarrow import compute
 
     index = 0
@@ -113,38 +98,58 @@ def _listing_of_hugging_face(found: Source, reader: Any) -> Iterator[tuple[str, 
         paths = compute.struct_field(images, "path").to_pylist()
         targets = table[reader.label_key].to_pylist()
         for path, size, target in zip(paths, sizes, targets, strict=True):
+            name = f"{index} {os.path.basename(path or '')}"
             size = size if size is not None else _size(path or "")
-            yield _class_name(found, target), f"{index} {os.path.basename(path or '')}", size, index
+            yield Entry(_class_name(source, target), name, size, index)
             index += 1
 
 
-def pixels_in_memory(found: Source) -> Any:
-    """All images `[N, …]`, where they are arrays in memory, else None."""
-    images: Any = found.images
-    if isinstance(images, Listed):
-        return None if isinstance(images.images[0], str) else images.images
-    data = getattr(images.dataset, "data", None) if isinstance(images, Indexed) else None
-    if isinstance(data, Tensor):
-        return data.numpy()
-    return data if isinstance(data, np.ndarray) else None
+def split_folder(source: Source | Shards) -> str | None:
+    """The folder of a split whose images are single files in it, else None."""
+    if isinstance(source, Source) and isinstance(source.images, Listed):
+        return source.name if isinstance(source.images.images[0], str) else None
+    return None
 
 
-def read_image(found: Source, index: int) -> Any:
-    """The bytes of an image's file, or its pixels where it has none of its own.
+def is_read_completely(source: Source | Shards) -> bool:
+    """Whether a fingerprint reads all images (those in memory) or all shards, not a sample."""
+    return isinstance(source, Shards) or _pixels_in_memory(source) is not None
+
+
+def entry_sum(source: Source | Shards, index: int, seed: int, blocks: int) -> str:
+    """The SHA-256 of an image's bytes; of a shard, of some blocks of 64 KiB that the seed chooses.
+
+    `blocks` is the number of blocks of all shards together.
 
     Raises:
-        OSError and others of `sources.UNREADABLE`: it cannot be read.
+        SretError: a shard cannot be read.
+        OSError and others of `decode.UNREADABLE`: an image cannot be read.
     """
-    pixels = pixels_in_memory(found)
+    if isinstance(source, Shards):
+        return _sum_of_blocks(source.paths[index], -(-blocks // len(source.paths)), seed)
+    return sha256(_image_bytes(source, index)).hexdigest()
+
+
+def _pixels_in_memory(source: Source) -> Any:
+    """All images `[N, …]` if they are arrays in memory, else None."""
+    images = source.images
+    if isinstance(images, Listed):
+        return None if isinstance(images.images[0], str) else images.images
+    return images.pixels if isinstance(images, TorchvisionImages) else None
+
+
+def _image_bytes(source: Source, index: int) -> Any:
+    """The bytes of an image's file, or its pixels if it has no file of its own."""
+    pixels = _pixels_in_memory(source)
     if pixels is not None:
         return np.ascontiguousarray(pixels[index]).data
-    if isinstance(found.images, Indexed) and (paths := _torchvision_paths(found.images.dataset)):
-        return Path(paths[index]).read_bytes()
-    image, _ = found.images[index]
-    if hasattr(image, "read"):
-        with image:
-            return image.read()
-    return decode_image(image, "RGB").tobytes()
+    if isinstance(source.images, TorchvisionImages) and source.images.paths:
+        return Path(source.images.paths[index]).read_bytes()
+    image, _ = source.images[index]
+    if isinstance(image, Image.Image | np.ndarray):
+        return decode_image(image, "RGB").tobytes()
+    with image:
+        return image.read()
 
 
 def _size(path: str) -> int:
@@ -154,12 +159,7 @@ def _size(path: str) -> int:
         return UNKNOWN_SIZE
 
 
-def sum_of_blocks(path: str, blocks: int, seed: int) -> str:
-    """The SHA-256 of some blocks of a file, of 64 KiB each, that the seed chooses.
-
-    Raises:
-        SretError: the file cannot be read.
-    """
+def _sum_of_blocks(path: str, blocks: int, seed: int) -> str:
     draw, digest = random.Random(seed), sha256()
     try:
         with open(path, "rb") as file:
@@ -168,50 +168,5 @@ def sum_of_blocks(path: str, blocks: int, seed: int) -> str:
                 file.seek(start)
                 digest.update(file.read(BLOCK_BYTES))
     except OSError as error:
-        raise SretError(f"cannot read {path}: {error.strerror}; mend or remove it", DATA) from None
+        raise SretError(f"cannot read {path}: {error.strerror}; fix or remove it", DATA) from None
     return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a manifest of `sret data check` says of the images of a split."""
-
-    path: Path
-    prefix: str  # of the paths in it: the folder of the split, where it was then
-    rows: dict[str, tuple[str, str]]  # bytes and SHA-256 by path
-
-    def get(self, name: str) -> tuple[str, str] | None:
-        """The bytes and the SHA-256 of an image, by its name in the folder of the split."""
-        return self.rows.get(f"{self.prefix}{name}")
-
-    def sum(self, name: str) -> str:
-        """The SHA-256 of an image that is in it."""
-        return self.rows[f"{self.prefix}{name}"][1]
-
-
-def read_manifest(path: Path, split: str) -> Manifest | None:
-    """What a file says of a split; None of a CSV file that is no manifest.
-
-    Raises:
-        SretError: the file cannot be read.
-    """
-    rows: dict[str, tuple[str, str]] = {}
-    prefix: str | None = None
-    try:
-        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-            lines = csv.reader(file)
-            heads = next(lines, [])
-            if not set(heads) >= set(MANIFEST_COLUMNS):
-                return None
-            places = [heads.index(name) for name in MANIFEST_COLUMNS]
-            for line in lines:
-                name, its_split, class_name, size, digest = (line[place] for place in places)
-                if its_split == split:
-                    rows[name] = (size, digest)
-                    # What the folder itself is called may be in it: the place of all is the first.
-                    end = name.rfind(f"{split}/{class_name}") + len(split) + 1
-                    if prefix is None or end < len(prefix):
-                        prefix = name[:end]
-    except (OSError, IndexError, csv.Error) as error:
-        raise SretError(f"cannot read the manifest {path}: {error}; write it again", DATA) from None
-    return Manifest(path, prefix or "", rows)

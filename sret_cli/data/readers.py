@@ -7,7 +7,7 @@ import tarfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from timm.data import create_dataset
@@ -15,7 +15,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from sret_cli.data.class_names import order_classes
 from sret_cli.data.folders import TEST_NAMES, refuse_cut
-from sret_cli.data.sources import Indexed, Source, test_folder, train_folder
+from sret_cli.data.sources import Source, TorchvisionImages, test_folder, train_folder
 from sret_cli.runtime.errors import DATA, SretError, first_line
 
 USUAL_LABELS = ("label", "labels")
@@ -141,7 +141,7 @@ def torchvision_source(dataset: str, root: str, training: bool) -> Source:
     if not classes:
         raise SretError(f"dataset = {dataset!r} has no classes to train on", DATA)
     names = (", ".join(name) if isinstance(name, tuple) else str(name) for name in classes)
-    return Source(f"{dataset} {split}", Indexed(found), tuple(names))
+    return Source(f"{dataset} {split}", TorchvisionImages(found), tuple(names))
 
 
 def hugging_face_source(
@@ -186,7 +186,7 @@ def hugging_face_source(
             trained = named_source(dataset, data_dir, True, label_column)
         where = f"{name}, {split}: {label}"
         numbers = None
-        if _is_text(features[label]):
+        if _column_type(features[label]) == "text":
             names, named = _names(where, labels, None if trained is None else trained.classes), True
             numbers = {class_: number for number, class_ in enumerate(names)}
         else:
@@ -199,52 +199,57 @@ def hugging_face_source(
 
 
 def _image_column(name: str, features: Any) -> str:
-    """The column of images: the first of such a type, else that of a usual name."""
-    found = [column for column, kind in features.items() if type(kind).__name__ == "Image"]
-    found += [column for column in ("image", "img") if column in features]
-    if not found:
+    """The column of images: the first of that type, else the one called image or img."""
+    columns = [column for column in features if _column_type(features[column]) == "images"]
+    columns += [column for column in ("image", "img") if column in features]
+    if not columns:
         raise SretError(
-            f"{name} has the columns {', '.join(features)}, none of them of images; name that of "
-            "the images image",
+            f"{name} has the columns {', '.join(features)}, none of them with images; rename the "
+            "column of images to image",
             DATA,
         )
-    return found[0]
+    return columns[0]
 
 
 def _label_column(name: str, features: Any, chosen: str | None) -> str:
-    """The column of classes: the chosen one, else `label`, else the only one there is."""
-    fit = [column for column, kind in features.items() if _is_class(kind) and "," not in column]
-    found = [c for c in fit if type(features[c]).__name__ == "ClassLabel" or c in USUAL_LABELS]
+    """The column of classes: the chosen one, else `label`, else the only candidate."""
+    types = {column: _column_type(features[column]) for column in features if "," not in column}
+    fitting = [c for c, type_ in types.items() if type_ in ("classes", "numbers", "text")]
+    candidates = [c for c in fitting if types[c] == "classes" or c in USUAL_LABELS]
     by = "choose one by train.label_column (--label-column in eval)"
-    choose = f"{by}: {', '.join(fit)}" if fit else "add one"
-    if chosen is not None and chosen not in fit:
+    choose = f"{by}: {', '.join(fitting)}" if fitting else "add one"
+    if chosen is not None and chosen not in fitting:
         what = "holds neither numbers nor names of classes" if chosen in features else "is not one"
         raise SretError(
             f"{name} has the columns {', '.join(features)}; {chosen!r} {what}; {choose}", DATA
         )
-    if not found and chosen is None:
+    if not candidates and chosen is None:
         raise SretError(
             f"{name} has the columns {', '.join(features)}, none of them called label or of the "
             f"type ClassLabel; {choose}",
             DATA,
         )
-    if len(found) > 1 and chosen is None and "label" not in found:
+    if len(candidates) > 1 and chosen is None and "label" not in candidates:
         raise SretError(
-            f"{name} has {len(found)} columns of classes, {', '.join(found)}, none of them called "
-            f"label; {by}",
+            f"{name} has {len(candidates)} columns of classes, {', '.join(candidates)}, none of "
+            f"them called label; {by}",
             DATA,
         )
-    return chosen or ("label" if "label" in found else found[0])
+    return chosen or ("label" if "label" in candidates else candidates[0])
 
 
-def _is_text(kind: Any) -> bool:
-    return getattr(kind, "dtype", None) in ("string", "large_string")
-
-
-def _is_class(kind: Any) -> bool:
-    """Whether a column can hold classes: `ClassLabel`, whole numbers or text."""
-    dtype = str(getattr(kind, "dtype", ""))
-    return _is_text(kind) or dtype.removeprefix("u").startswith("int")
+def _column_type(feature: Any) -> Literal["images", "classes", "numbers", "text", "other"]:
+    """What a column of the package `datasets` holds; `classes` is its `ClassLabel`."""
+    # Told by names and by `dtype`, which lists and dictionaries of columns do not have: the package
+    # is optional, so this file does not import its types.
+    name, dtype = type(feature).__name__, str(getattr(feature, "dtype", ""))
+    if name == "Image":
+        return "images"
+    if name == "ClassLabel":
+        return "classes"
+    if dtype in ("string", "large_string"):
+        return "text"
+    return "numbers" if dtype.removeprefix("u").startswith("int") else "other"
 
 
 def _names(where: str, labels: list[Any], trained: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -286,7 +291,7 @@ def _numbered(
 
 
 def _file_names(
-    name: str, root: str | None, split: str, label: str, kind: Any
+    name: str, root: str | None, split: str, label: str, feature: Any
 ) -> tuple[str, ...] | None:
     """The names of a `ClassLabel` as the parquet files of a split have them; None of other types.
 
@@ -295,7 +300,7 @@ def _file_names(
     Raises:
         SretError: the files have them in several orders.
     """
-    if not hasattr(kind, "names"):
+    if _column_type(feature) != "classes":
         return None
     from datasets import load_dataset_builder
     from pyarrow import parquet
@@ -305,8 +310,8 @@ def _file_names(
     for path in map(str, files.get(split, ())):
         if path.endswith(".parquet") and os.path.isfile(path):
             about = json.loads((parquet.read_schema(path).metadata or {}).get(b"huggingface", "{}"))
-            feature = ((about.get("info") or {}).get("features") or {}).get(label) or {}
-            if names := tuple(feature.get("names", ())):
+            stored = ((about.get("info") or {}).get("features") or {}).get(label) or {}
+            if names := tuple(stored.get("names", ())):
                 found.setdefault(names, path)
     if len(found) > 1:
         (first, path), (second, other), *_ = found.items()
@@ -316,4 +321,4 @@ def _file_names(
             f"{differ}; write them with one ClassLabel",
             DATA,
         )
-    return next(iter(found), tuple(kind.names))
+    return next(iter(found), tuple(feature.names))

@@ -3,11 +3,13 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from sret_cli.data.class_names import DIGITS, ClassList, natural_key, order_classes
 from sret_cli.data.decode import UNREADABLE, decode_image, is_image, unreadable_error
@@ -103,10 +105,47 @@ class Listed:
 
 
 @dataclass(frozen=True)
-class Indexed:
-    """A torchvision dataset."""
+class TorchvisionImages:
+    """A torchvision dataset.
+
+    torchvision has no common interface for the files, classes and pixels of a dataset: only the
+    attributes that several of its classes use. `paths`, `targets` and `pixels` look for these.
+    """
 
     dataset: Any
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """The file of each image; empty if the images are not single files."""
+        if self._is_inaturalist:
+            folders = self.dataset.all_categories
+            return [
+                os.path.join(self.dataset.root, folders[number], name)
+                for number, name in self.dataset.index
+            ]
+        return [str(path) for path, *_ in getattr(self.dataset, "imgs", ())]  # as in ImageFolder
+
+    @cached_property
+    def targets(self) -> list[int] | None:
+        """The class of each image, if it is known without opening the image."""
+        for name in ("targets", "labels"):  # as in CIFAR10 and in SVHN
+            if (values := getattr(self.dataset, name, None)) is not None:
+                return [int(value) for value in values]
+        if self._is_inaturalist:
+            return [number for number, _ in self.dataset.index]
+        return [target for _, target in getattr(self.dataset, "imgs", ())] or None
+
+    @property
+    def pixels(self) -> np.ndarray | None:
+        """All images `[N, …]`, if the dataset holds them in memory."""
+        data = getattr(self.dataset, "data", None)  # a tensor in MNIST, an array in CIFAR10
+        if isinstance(data, Tensor):
+            return data.numpy()
+        return data if isinstance(data, np.ndarray) else None
+
+    @property
+    def _is_inaturalist(self) -> bool:
+        return hasattr(self.dataset, "all_categories")  # whose `index` has categories and names
 
     def __len__(self) -> int:
         return len(self.dataset)

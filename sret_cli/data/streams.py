@@ -39,6 +39,10 @@ class Shards:
     classes: int | None
     names: tuple[str, ...] | None = None
 
+    def filename(self, index: int) -> str:
+        """The path of a shard."""
+        return self.paths[index]
+
 
 @cache
 def find_shards(data_dir: str, training: bool, label_column: str | None = None) -> Shards:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from sret_cli.data import readers
 from sret_cli.data.fingerprint import Images
-from sret_cli.data.sources import Indexed, Source, train_folder
+from sret_cli.data.sources import Source, TorchvisionImages, train_folder
 from sret_cli.model.sret import build_model
 from sret_cli.report.columns import group_seeds
 from sret_cli.runtime.errors import SretError
@@ -237,12 +237,15 @@ def test_a_manifest_changes_no_fingerprint_and_its_sums_are_compared(sret, many,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda path: path.write_bytes(b"four"), "cat/9.png is not as .*: it has 4 bytes, not 3"),
+        (
+            lambda path: path.write_bytes(b"four"),
+            "cat/9.png differs .*: it has 4 bytes, not 3",
+        ),
         (
             flip_a_bit,
-            "cat/9.png is not as .*checked.csv says: its SHA-256 is another; put the file",
+            "cat/9.png differs from .*checked.csv: its SHA-256 differs; put the file",
         ),
-        (lambda path: shutil.copy(path, path.with_name("x.png")), "cat/x.png .*: it is not in it"),
+        (lambda path: shutil.copy(path, path.with_name("x.png")), "cat/x.png .*: it is not in the"),
     ],
 )
 def test_an_image_that_is_not_what_the_manifest_says_is_refused(sret, many, change, message):
@@ -330,9 +333,9 @@ class Two:
 
 def test_torchvisions_images_are_told_apart_by_their_pixels_or_files(tmp_path):
     def sum_of(**values):
-        return Images(Source("torch/x train", Indexed(Two(**values)), ("cat", "dog"))).fingerprint(
-            0
-        )
+        return Images(
+            Source("torch/x train", TorchvisionImages(Two(**values)), ("cat", "dog"))
+        ).fingerprint(0)
 
     def files(place, last):
         (tmp_path / place).mkdir()

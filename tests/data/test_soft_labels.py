@@ -291,7 +291,7 @@ def test_labels_of_another_model_or_other_images_are_refused(folder, pets, label
     (folder.parent / "moved" / "train" / "cat" / "3.png").rename(
         folder.parent / "moved" / "train" / "cat" / "33.png"
     )
-    message = "are of 16 other images than the 16 to train on: train/cat/3.png is missing"
+    message = "belong to 16 images other than the 16 training images: train/cat/3.png is missing"
     with pytest.raises(SretError, match=message):
         load_data(spec_of(folder.parent / "moved", soft_labels=str(labels)), pets)
 
@@ -300,7 +300,7 @@ def test_labels_of_images_with_other_pixels_are_refused(folder, pets, labels):
     path = folder / "train" / "dog" / "5.png"
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    message = "other images than the 16 to train on: train/dog/5.png has other bytes; write some"
+    message = "other than the 16 training images: train/dog/5.png has other bytes; write new"
     with pytest.raises(SretError, match=message) as refused:
         load_data(spec_of(folder, soft_labels=str(labels)), pets)
     assert refused.value.code == 4
