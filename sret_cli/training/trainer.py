@@ -106,7 +106,7 @@ class Trainer:
         set_recompute(self.module, self.spec, device, gpu_memory, ranks.world_size)
         if self.spec.recursions_range is not None:
             most = self.spec.recursions_range[1]
-            set_recursions(self.module, most)  # refuses a model without weights for these
+            set_recursions(self.module, most, "train.recursions_range: this run")
         self.model: nn.Module = self.module
         self.ema = create_ema(self.module, self.spec)
         if ranks.is_distributed:
