@@ -73,9 +73,7 @@ class Passes(nn.Module):
 
     def __iter__(self) -> Iterator[Any]:
         """The functions that timm's loop calls in turn: all passes of a block, or one pass each."""
-        if (
-            self.loop == "internal"
-        ):  # one call for each block: some models have arguments for each block
+        if self.loop == "internal":  # one call for each block: some have arguments of their own
             for start in range(0, self.layers, self.recursions):
                 yield partial(self.run, range(start, start + self.recursions))
         else:

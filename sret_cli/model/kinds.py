@@ -32,7 +32,7 @@ def count_layers(model: Any) -> int | None:
 
 
 def set_recursions(model: Any, recursions: int | None, where: str = "this run") -> None:
-    """Runs the blocks of an SReT another number of times from now on (`SReT.set_recursions`).
+    """Sets how often later calls run each block of an SReT (`SReT.set_recursions`).
 
     Args:
         model: a model of either kind.
@@ -48,12 +48,12 @@ def set_recursions(model: Any, recursions: int | None, where: str = "this run") 
 
 
 def inference_copy(model: Any) -> Any:
-    """A copy in eval mode that is as fast as it can be: of an SReT the fused one."""
+    """A copy for inference, in eval mode: of an SReT the fused one."""
     return model.fused() if isinstance(model, SReT) else deepcopy(model).eval()
 
 
 def describe_stages(model: Any) -> list[dict[str, Any]]:
-    """What each stage has, as plain values: sizes, sets of block weights, and `params`.
+    """The sizes, sets of block weights (`blocks`) and `params` of each stage, as plain values.
 
     The stages of a timm model are its sequences of blocks, by their names.
     """

@@ -203,7 +203,7 @@ def check_arguments(backbone: str, arguments: Arguments) -> None:
     import torch
 
     try:
-        with torch.device("meta"):  # shapes alone
+        with torch.device("meta"):  # only shapes
             timm.create_model(backbone, **dict(arguments))
     except TypeError as error:
         unknown = "unexpected keyword argument" in str(error)

@@ -1,4 +1,4 @@
-"""Depths that stages of shared blocks can reach, and slices that fit their tokens."""
+"""The recursions that give a number of layers, and divisors for slices."""
 
 from sret_cli.runtime.errors import SretError
 
@@ -8,16 +8,17 @@ MAX_LAYERS = 100_000
 def recursions_for(
     layers: int, blocks: tuple[int, ...], recursions: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """Recursions of each stage, in proportion to those given, that make exactly so many layers.
+    """Recursions of each stage that give exactly `layers`, in proportion to those given.
 
-    Stage by stage it takes the count nearest to proportion from which the rest can still be met.
+    For one stage after the other it takes the number nearest to the proportion with which the later
+    stages can still reach the total.
 
     Raises:
-        SretError: no recursions reach `layers`; the message names the nearest counts that can be.
+        SretError: no recursions give `layers`; the message names the nearest numbers that work.
     """
     fewest = sum(blocks)
     if layers < 1:
-        raise SretError(f"{layers} layers: a model has at least {fewest} here, one pass a block")
+        raise SretError(f"{layers} layers: use {fewest} or more, one pass for each block")
     if layers > MAX_LAYERS:
         raise SretError(
             f"{layers:,} layers are more than the {MAX_LAYERS:,} that sret builds; use fewer"
@@ -41,7 +42,7 @@ def recursions_for(
 
 
 def reachable(blocks: tuple[int, ...], most: int) -> list[int]:
-    """Bit n of item s says that stages s and later can have n layers together, up to `most`."""
+    """For each stage s, a number whose bit n is set if stages s and later can have n layers."""
     reach = [1]
     for count in reversed(blocks):
         bits, shift = reach[0] << count, count

@@ -349,7 +349,7 @@ class ModelSpec(Strict):
         fits = {k: values.pop(k) for k in keys if not isinstance(values.get(k, ()), list | tuple)}
         for key, wanted in fits.items():
             if not isinstance(wanted, int) or isinstance(wanted, bool):
-                raise SretError(f"{key} = {wanted!r}: give one whole number for the whole model")
+                raise SretError(f"{key} = {wanted!r}: give one whole number for all stages")
         if "slices" in fits and "recursive_slices" not in {**values, **fits}:
             fits["recursive_slices"] = fits["slices"]
         # The tokens are known once the spec is built, so it is built with 1 slice first.

@@ -1,4 +1,4 @@
-"""How and where a run is done, which does not change its results and is no part of its id."""
+"""How and where a run is executed; this does not change its results or its id."""
 
 from dataclasses import dataclass
 
@@ -9,15 +9,15 @@ class RunOptions:
 
     Attributes:
         device: auto, cpu, cuda or cuda:N.
-        workers: processes that load images; one a core (at most 8) if None.
+        workers: processes that load images; None: one for each core, at most 8.
         gpu_memory: memory budget in bytes, for `recompute = "auto"` and predictions.
         checkpoint_every_steps: also write a checkpoint after this many steps.
-        checkpoint_minutes: also write a checkpoint this many minutes after the last one; 0: never.
+        checkpoint_minutes: also write a checkpoint this many minutes after the last one; 0: off.
         tensorboard: also write metrics for TensorBoard.
-        shard: whether each of several processes holds a shard of the weights (FSDP).
-        measure_batch_size: images of a timed step; None where nothing is timed.
-        precision: of what is timed: fp32 or bf16.
-        compiles: whether passes are compiled for timing, as in `compile_model`.
+        shard: whether each of several processes holds only a part of the weights (FSDP).
+        measure_batch_size: images of a timed step; None: nothing is timed.
+        precision: fp32 or bf16, for what is timed.
+        compiles: the mode of `compile_model` for what is timed: off, on or auto.
         full_trace: whether costs are traced over every pass instead of each distinct one.
     """
 

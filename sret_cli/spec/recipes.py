@@ -1,9 +1,9 @@
-"""What a recipe says of the fields of a training that are not given, with its sources."""
+"""The recipes: values for the fields of a training that are not given, with their sources."""
 
 from typing import Any, NamedTuple
 
-# DeiT's published training: arXiv 2012.12877, table 9, and the defaults of its main.py. timm leaves
-# its colour jitter (0.3) out beside RandAugment, so that here it is 0.
+# DeiT's published training: arXiv 2012.12877, table 9, and the defaults of its main.py. timm omits
+# its colour jitter (0.3) with RandAugment, so it is 0 here.
 _DEIT: dict[str, Any] = {
     "epochs": 300,
     "batch_size": 1024,
@@ -27,8 +27,8 @@ _DEIT: dict[str, Any] = {
 }
 
 
-# What a recipe says of the fields that are not given; `RATES` has its lr for 512 images a step, and
-# the drop path of its models. The documentation has a table of what differs from the sources.
+# The fields that each recipe sets; `RATES` has its lr for 512 images a step, and the drop path of
+# its models. docs/training.md has a table of the differences from the sources.
 RECIPES: dict[str, dict[str, Any]] = {
     "none": {},
     "sret": {**_DEIT, "warmup_epochs": 30},  # as in SReT's released training
@@ -61,15 +61,19 @@ class Rates(NamedTuple):
     drop_path_rate: float
 
 
-# Augmentation that stored soft labels know nothing of: their teacher saw crops and flips alone.
+# Augmentation that is off with stored soft labels: their teacher saw only crops and flips.
 UNLABELLED: dict[str, Any] = {
-    **{"mixup": 0.0, "cutmix": 0.0, "auto_augment": None, "color_jitter": 0.0, "reprob": 0.0}
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "auto_augment": None,
+    "color_jitter": 0.0,
+    "reprob": 0.0,
 }
 
 
 RATES = {
     "sret": Rates(1e-3, 0.1),
     "deit": Rates(5e-4, 0.1),
-    "finetune": Rates(5e-6, 0.0),  # DeiT's models are in evaluation mode while it fine-tunes them
+    "finetune": Rates(5e-6, 0.0),  # DeiT fine-tunes with its models in evaluation mode
     "small": Rates(4e-3, 0.05),
 }

@@ -1,4 +1,4 @@
-"""One run: a model's spec and what to do with it, of the tables that a user writes."""
+"""One run: the spec of a model, and of its training if there is one."""
 
 import hashlib
 import json
@@ -17,11 +17,11 @@ Table = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """One spec and what to do with it; `train` is None where the model is measured only.
+    """One model and what to do with it; `train` is None if the model is only measured.
 
-    `continues` is the id of a run of fewer epochs that this one goes on from: since its first
-    epochs had another schedule, it is not the run that has all its epochs from the start.
-    `contents` tells what it reads (`identify.Identifier` finds out); None is not yet known.
+    `continues` is the id of a run with fewer epochs that this one continues. The first epochs had
+    another schedule, so this is a different run from one with all epochs from the start. `contents`
+    are the sums of what the run reads (`identify.Identifier` computes them); None: not yet known.
     """
 
     study: str
@@ -33,7 +33,7 @@ class Run:
 
     @property
     def is_identified(self) -> bool:
-        """Whether the contents of what the run reads are known, so that it has an id."""
+        """Whether the contents of all that the run reads are known, so that it has an id."""
         if self.train is None or self.contents is not None:
             return True
         train = self.train.model_dump()
@@ -43,11 +43,10 @@ class Run:
     def run_id(self) -> str:
         """The first 10 hex digits of the SHA-256 of the canonical JSON of what the run does.
 
-        How it handles what goes wrong (`records.HANDLING`) has no part in it, nor have later fields
-        at the value that changes nothing (`records.LATER_FIELDS`); of images, weights and labels
-        the contents have, not the places where they lie.
+        Images, weights and labels count with their contents, not with their paths. Fields of
+        `HANDLING` do not count, nor fields of `LATER_FIELDS` with the values listed there.
         """
-        assert self.is_identified, "find out first what the run reads"
+        assert self.is_identified, "the contents of what the run reads must be known first"
         spec = self.spec()
         spec.pop("contents", None)
         if spec["train"] is not None:
@@ -59,7 +58,7 @@ class Run:
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 
     def spec(self) -> Table:
-        """The resolved model and training, and the contents of what it reads, as plain values."""
+        """The resolved model and training, and the sums of what the run reads, as plain values."""
         train = None if self.train is None else self.train.model_dump(mode="json")
         spec: Table = {"model": self.model.model_dump(mode="json"), "train": train}
         if self.continues is not None:
@@ -69,12 +68,12 @@ class Run:
         return spec
 
     def directory(self, root: Path) -> Path:
-        """Where the run keeps its files under a root of runs."""
+        """The directory of the run's files, below the root directory of all runs."""
         return root / self.study / self.run_id
 
 
 def flat(prefix: str, table: Table) -> Table:
-    """The columns of a table: `model.recursions`, and of tables in it `model.timm_args.depth`."""
+    """The columns of a table and of tables in it: `model.recursions`, `model.timm_args.depth`."""
     columns: Table = {}
     for key, value in table.items():
         name = f"{prefix}.{key}"
@@ -83,7 +82,7 @@ def flat(prefix: str, table: Table) -> Table:
 
 
 def put(table: Table, name: str, value: Any) -> None:
-    """Sets a field of a table, or with `timm_args.depth` of the table in it."""
+    """Sets a field of a table; `timm_args.depth` is a field of the table `timm_args` in it."""
     outer, dot, inner = name.partition(".")
     if not dot:
         table[name] = value
@@ -96,12 +95,12 @@ def put(table: Table, name: str, value: Any) -> None:
 Row = dict[str, Any]
 
 
-# Of a training: how it handles what goes wrong, which does not make it another one.
+# Fields of a training that say how it handles failures; a run with other values is the same run.
 HANDLING = {"on_bad_image": "stop"}
 
 
-# Fields of a model or a training that came later, and their values that change nothing: with these
-# they are no part of a run's id, and configs that lack them are the same.
+# Fields of a model or a training that were added later, each with the value that changes nothing.
+# With these values they are not part of a run's id, and configs without the fields are the same.
 LATER_FIELDS = {
     "label_column": None,
     "reset_head": False,
@@ -115,17 +114,17 @@ LATER_FIELDS = {
 CONFIG_FILE = "config.json"
 
 
-EMA_DIRECTORY = "ema"  # of a run: its averaged weights
+EMA_DIRECTORY = "ema"  # in a run's directory, with its averaged weights
 
 
 def is_later_default(field: str, value: Any) -> bool:
-    """Whether a field came later, and has the value that changes nothing."""
+    """Whether a field was added later, and has the value that changes nothing."""
     return field in LATER_FIELDS and value == LATER_FIELDS[field]
 
 
 def run_directory(directory: Path) -> Path:
-    """The absolute path of the run whose averaged weights a directory has, else the directory's."""
-    directory = Path(os.path.abspath(directory))  # its name is the run's, also where it is "."
+    """The absolute path of a run: the parent of a directory of averaged weights, else itself."""
+    directory = Path(os.path.abspath(directory))  # "." becomes the name of the run
     parent = directory.parent
     is_averaged = directory.name == EMA_DIRECTORY and (parent / CONFIG_FILE).is_file()
     return parent if is_averaged else directory

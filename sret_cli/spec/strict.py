@@ -1,4 +1,4 @@
-"""Values that are frozen and strict, and that say in one line what is wrong with them."""
+"""The base class of specs: frozen, strict values whose errors are one line."""
 
 from functools import cached_property
 from typing import Annotated, Any, Self
@@ -21,12 +21,12 @@ NOT_STAGES = ("scale", "stem_strides", "recursions_range", "decay_milestones")
 
 
 def as_tuples(value: Any) -> Any:
-    """A value of a file with its lists, and lists in them, as tuples."""
+    """A value from a file with all its lists, also nested ones, as tuples."""
     return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def without_none(data: dict[str, Any], cls: type[BaseModel]) -> dict[str, Any]:
-    """The values, with None for a "none" in a field that is None where it is not given."""
+    """The values, with None instead of "none" in fields whose default is None."""
     off = {
         key
         for key, value in data.items()
@@ -37,7 +37,7 @@ def without_none(data: dict[str, Any], cls: type[BaseModel]) -> dict[str, Any]:
 
 
 def first_mistake(error: ValidationError, cls: type[BaseModel]) -> str:
-    """One line for the first thing that pydantic found wrong in a spec."""
+    """One line about the first error that pydantic found in a spec."""
     first = error.errors(include_url=False)[0]
     field = str(first["loc"][0]) if first["loc"] else cls.__name__
     if first["type"] == "extra_forbidden":
@@ -49,7 +49,7 @@ def first_mistake(error: ValidationError, cls: type[BaseModel]) -> str:
 
 
 class Strict(BaseModel):
-    """Frozen, strict values whose mistakes are `SretError`s of one line."""
+    """Frozen, strict values; a wrong one raises a `SretError` of one line."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -70,5 +70,5 @@ class Strict(BaseModel):
             raise SretError(first_mistake(error, cls)) from None
 
     def with_values(self, **values: Any) -> Self:
-        """A copy with other values, checked like a new one."""
+        """A copy with other values, validated again."""
         return type(self)(**{**self.model_dump(), **values})

@@ -1,4 +1,4 @@
-"""How a model is trained: the spec of a training, and its rules."""
+"""The spec of a training, and its rules."""
 
 import os
 from typing import Annotated, Any, Literal, Self
@@ -14,10 +14,10 @@ COMPILE_MODES = ("off", "on", "auto")
 
 
 def check_compile_mode(mode: Any) -> Any:
-    """The mode, if there is such a one.
+    """The mode itself, if it exists.
 
     Raises:
-        SretError: there is not.
+        SretError: the mode is unknown.
     """
     if mode not in COMPILE_MODES:
         choice = nearest_choice(str(mode), list(COMPILE_MODES))
@@ -26,11 +26,11 @@ def check_compile_mode(mode: Any) -> Any:
 
 
 DATASETS = ("digits", "synthetic", "folder", "tar", "hfds", "wds")
-NAMED = ("hfds", "torch")  # with a name after a slash
+NAMED = ("hfds", "torch")  # these take a name after a slash
 
 
 def model_fields(recipe: str, name: str, backbone: bool) -> dict[str, Any]:
-    """What a recipe says of the fields that are not given of a preset, or of a backbone of timm."""
+    """The fields of a model that a recipe sets: a preset's, or a timm model's (`backbone`)."""
     if recipe not in RATES:
         return {}
     fields: dict[str, Any] = {"drop_path_rate": RATES[recipe].drop_path_rate}
@@ -44,137 +44,144 @@ def model_fields(recipe: str, name: str, backbone: bool) -> dict[str, Any]:
 class TrainSpec(Strict):
     """How a model is trained: data, optimiser and schedule, in timm's words.
 
-    A `recipe` fills the fields that are not given, its `lr` in proportion to `batch_size`, which is
-    the images of one optimiser step on all devices; `accumulation` has a step take them in so many
-    parts. `recursions_range` has each step draw the recursions of all stages from a range, from the
-    seed and the step alone. A `clip_grad`, `mixup`, `cutmix` or `model_ema_decay` of 0 is none, and
-    a `layer_decay` of 1. Warm-up starts at `warmup_lr`, a hundredth of `lr` if None. The schedule
-    steps at every update or, without `sched_on_updates`, at every epoch. With `model_ema_warmup`
-    the decay of the averaged weights grows from 0 to `model_ema_decay`. `decay_epochs` is of the
-    schedules `step`, `wsd` and `rsqrt`, `decay_milestones` of `multistep`, `decay_rate` of both,
-    and it is the power of `poly`. `init` is a directory with weights to start from; with
-    `reset_head` the head starts anew. `recompute` has the backward pass recompute each pass
-    ("pass"), segments of so many passes (a number), or what takes least memory ("auto"); `compile`
-    has each kind of pass compiled ("auto": where there is a compiler).
-    A field that is None where it is not given takes "none" for that.
-    The defaults train the preset `nano` on `digits`; on other images, `hflip` is 0.5 and `crop_pct`
-    0.875 where they are not given. With a `data_dir` and no other word, the dataset is a folder of
-    images. `label_column` names the column of `hfds` that has the classes, or of `wds` the files
-    (`cls`) or the field of their files `.json`: numbers, or the names of classes as text.
-    A `teacher` is a model of timm's, with the weights of a file `teacher_checkpoint` or those that
-    timm downloads, or a directory of a trained model; `teacher_img_size` is what it was trained on
-    where timm says otherwise. `soft_labels` is a directory that `sret distill-labels` wrote. With
-    either, the loss is the cross-entropy of the teacher's and the student's probabilities at
-    `distill_temperature`: the images' classes and `smoothing` play no part. Stored labels bring
-    their crops and flips, and images are not augmented beside them.
+    The defaults train the preset `nano` on `digits`. A field whose default is None also takes
+    "none".
 
     Raises:
         SretError: a value is of the wrong type or out of range, or the values do not fit together.
+
+    Examples:
+        >>> from sret_cli import TrainSpec
+        >>> spec = TrainSpec(recipe="sret", data_dir="imagenet")
+        >>> spec.dataset, spec.epochs, spec.batch_size, spec.lr
+        ('folder', 300, 1024, 0.002)
     """
 
     recipe: Literal["none", "sret", "deit", "finetune", "small"] = "none"
-    """Published or own settings that fill the fields that are not given."""
+    """Values for the fields that are not given: `sret` and `deit` as published, `finetune` as DeiT
+    fine-tunes at a larger image size, `small` for images of 32 px, `none` for the defaults.
+    """
     dataset: str = "digits"
-    """digits, synthetic, folder, tar, wds, hfds, hfds/NAME or torch/NAME; `folder` where `data_dir`
-    is given.
+    """`digits` (scans in scikit-learn), `synthetic` (random images, to measure speed), `folder`
+    (a folder of images for each class), `tar` (the same in tar files), `wds` (WebDataset shards),
+    `hfds` (parquet files or images), `hfds/NAME` (a Hugging Face dataset) or `torch/NAME` (a
+    torchvision dataset); `folder` if only `data_dir` is given.
     """
     data_dir: str | None = None
-    """Where the images are; not part of the run id, which depends on the images themselves."""
+    """Directory of the images. The run id depends on the images, not on this path."""
     label_column: str | None = None
-    """Column of the classes, where a dataset has several or an unusual name."""
+    """Column of `hfds` that holds the classes, if there are several; for `wds` the extension of the
+    files with the classes (such as `cls`), or a field of the files `.json`.
+    """
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 15
-    """Epochs of training."""
+    """Number of epochs."""
     batch_size: Annotated[int, Field(ge=2, le=1_000_000)] = 64
-    """Images of one optimiser step, on all processes together."""
+    """Images of one optimiser step, over all processes."""
     accumulation: Count = 1
-    """Equal parts that the images of a step are taken in."""
+    """Number of equal parts that a step processes one after the other, to save memory."""
     opt: str = "adamw"
-    """Optimiser, by timm's name."""
+    """Name of a timm optimiser, such as `adamw`."""
     lr: Annotated[float, Field(gt=0)] = 2e-3
-    """Learning rate; that of a recipe is in proportion to `batch_size`."""
+    """Highest learning rate. A recipe's is multiplied by `batch_size` / 512."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    """Weight decay."""
+    """Weight decay of matrices; biases, norms and other vectors have none."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Factor of the learning rate from each block to the one before; 1 is none."""
+    """Factor of the learning rate from each block to the block before it; 1 is off."""
     sched: Literal["cosine", "tanh", "poly", "step", "multistep", "constant", "wsd", "rsqrt"] = (
         "cosine"
     )
-    """Learning-rate schedule, by timm's name."""
+    """timm's learning-rate schedule after the warm-up. `cosine`, `tanh` and `poly` fall to
+    `min_lr`, `step` and `multistep` multiply by `decay_rate` at certain epochs, `constant` stays at
+    `lr`, `wsd` stays there and `rsqrt` falls slowly until both fall to `min_lr` at the end.
+    """
     decay_epochs: Count = 30
-    """Epochs between decays (`step`), or of the decay (`wsd`, `rsqrt`)."""
+    """`step`: epochs between two decays. `wsd`, `rsqrt`: epochs of the fall at the end."""
     decay_milestones: tuple[Count, ...] = (30, 60)
-    """Epochs at which the rate decays (`multistep`)."""
+    """`multistep`: epochs at which the learning rate decays."""
     decay_rate: Annotated[float, Field(gt=0)] = 0.1
-    """Factor of a decay (`step`, `multistep`); the power of `poly`."""
+    """`step`, `multistep`: factor of each decay. `poly`: the power."""
     min_lr: Annotated[float, Field(ge=0)] = 1e-5
-    """Learning rate at the end of the schedule."""
+    """Learning rate at the end; `step`, `multistep` and `constant` do not use it."""
     warmup_lr: Annotated[float, Field(ge=0)] | None = None
-    """Learning rate at the first step of the warm-up."""
+    """Learning rate at the start of the warm-up; `lr` / 100 if not given."""
     warmup_epochs: Annotated[int, Field(ge=0)] = 1
-    """Epochs in which the learning rate rises."""
+    """Epochs, of those in `epochs`, in which the learning rate rises linearly to `lr`."""
     sched_on_updates: bool = True
-    """Whether the schedule steps at every update, or at every epoch."""
+    """Whether the learning rate changes at every step, or only at every epoch."""
     smoothing: Rate = 0.1
-    """Label smoothing."""
+    """Label smoothing; not used with `teacher` or `soft_labels`."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
-    """Largest norm of the gradient; 0 does not clip."""
+    """Largest norm of the gradient, to which larger ones are scaled down; 0 is off."""
     mixup: Annotated[float, Field(ge=0)] = 0.0
-    """Mixup alpha; 0 is none."""
+    """Alpha of mixup; 0 is off."""
     cutmix: Annotated[float, Field(ge=0)] = 0.0
-    """CutMix alpha; 0 is none."""
+    """Alpha of CutMix; 0 is off."""
     model_ema_decay: Rate = 0.0
-    """Decay of the averaged weights; 0 keeps none."""
+    """Decay of the exponential average of the weights (EMA) at each step; 0 is off."""
     model_ema_warmup: bool = False
-    """Whether the decay of the averaged weights rises from 0."""
+    """Whether that decay rises from 0 to `model_ema_decay`, by timm's formula."""
     init: str | None = None
-    """Directory with weights to start from."""
+    """Directory of a run or model with the weights to start from. Position embeddings are resampled
+    to the image size; a head for another number of classes is not loaded.
+    """
     reset_head: bool = False
-    """Whether the head of `init` is left out, for other classes."""
+    """Whether to start with a new head instead of that of `init`."""
     teacher: str | None = None
-    """Name of a timm model, or directory of a trained model, to distil from."""
+    """Name of a timm model, or directory of a trained model, to distil from. The loss is then the
+    cross-entropy of the teacher's and the student's probabilities; labels are not used.
+    """
     teacher_checkpoint: str | None = None
-    """File with the weights of a timm teacher."""
+    """File with the weights of a timm teacher; if not given, timm downloads its own."""
     teacher_img_size: Count | None = None
-    """Image size of the teacher, where it is not timm's default."""
+    """Height and width of a timm teacher's images, in pixels; timm's default if not given."""
     soft_labels: str | None = None
-    """Directory that `sret distill-labels` wrote."""
+    """Directory of teacher's probabilities that `sret distill-labels` wrote, used instead of a
+    `teacher`. Crops and flips are the stored ones, and there is no other augmentation.
+    """
     distill_temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Temperature of the teacher's and the student's probabilities."""
+    """Number by which the teacher's and the student's logits are divided before the softmax."""
     scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (
         0.5,
         1,
     )
-    """Smallest and largest area of a random crop, as parts of the image."""
+    """Smallest and largest area of a random crop of a training image, as fractions of the image."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    """How images are resized."""
+    """Interpolation of resized images, in training and in evaluation."""
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Side of the centre crop of test images, as a part of the resized image; 0.875 for
-    photographs.
+    """Side of the centre crop of a test image, as a fraction of the resized image; if not given,
+    0.875 for datasets other than `digits`.
     """
     hflip: Fraction = 0.0
-    """Probability of a horizontal flip; 0.5 for photographs."""
+    """Probability of a horizontal flip; if not given, 0.5 for datasets other than `digits`."""
     color_jitter: Fraction = 0.0
-    """Strength of the colour jitter."""
+    """Strength of colour jitter; 0 is off. timm does not apply it together with `auto_augment`."""
     auto_augment: str | None = None
-    """timm's policy, such as `rand-m9-mstd0.5-inc1`; `none` switches a recipe's off."""
+    """timm's policy, such as `rand-m9-mstd0.5-inc1`; `none` switches off that of a recipe."""
     reprob: Fraction = 0.0
-    """Probability of random erasing."""
+    """Probability of random erasing of a part of a training image."""
     aug_repeats: Annotated[int, Field(ge=0, le=100)] = 0
-    """Times that an image is repeated within an epoch, each time augmented anew; 0 or 1 is once."""
+    """How often an epoch contains an image, each time with other augmentation. The epoch stays as
+    long, so that 3 uses a third of the images; 0 and 1 are off.
+    """
     on_bad_image: Literal["stop", "skip"] = "stop"
-    """What an image that cannot be read does: `stop` the training, or `skip` the image and count
-    it.
+    """What happens at an image that cannot be read: `stop` ends the training, `skip` leaves the
+    image out and counts it.
     """
     precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32, or bf16 by autocast."""
+    """Floating-point format of the computation: `fp32`, or `bf16` through torch's autocast."""
     recompute: Literal["none", "pass", "auto"] | Count = "none"
-    """What the backward pass recomputes: nothing, each pass, segments of that many passes, or what
-    needs least memory (`auto`).
+    """What the backward pass recomputes to save memory: `none`, each `pass`, segments of a number
+    of passes, or `auto`: the plan that needs least memory, or with `--gpu-memory` the fastest that
+    fits. In timm models every value but `none` recomputes each pass.
     """
     compile: Literal["off", "on", "auto"] = "off"
-    """Whether each kind of pass is compiled; `auto` where there is a compiler."""
+    """Whether passes are compiled: `off`, `on`, or `auto`, which trains uncompiled if the compiler
+    is missing or fails.
+    """
     recursions_range: tuple[Count, Count] | None = None
-    """Smallest and largest recursion count; each step draws one."""
+    """Smallest and largest number of recursions: each step draws one number for all stages, from
+    the seed and the step. For SReTs only; evaluation uses the model's own number.
+    """
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Random seed for weights, data order and augmentation."""
 
@@ -202,10 +209,10 @@ class TrainSpec(Strict):
 
     @classmethod
     def fitted(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """Fields that are not given and whose usual values do not fit those that are.
+        """Values for fields that are not given and whose defaults do not fit the values given.
 
-        A warm-up as long as the training is cut to its usual part of it, and a `min_lr` above the
-        `lr` to that.
+        A default warm-up that would fill all epochs is shortened in proportion to the epochs. A
+        default `min_lr` above `lr` becomes `lr`.
         """
         fields = ("epochs", "warmup_epochs", "min_lr")
         usual = {name: cls.model_fields[name].default for name in fields}
@@ -312,8 +319,8 @@ class TrainSpec(Strict):
     def _check_distillation(self) -> None:
         if self.teacher is not None and self.soft_labels is not None:
             raise SretError(
-                f"teacher = {self.teacher!r} and soft_labels = {self.soft_labels!r}: labels have "
-                "been stored so that no teacher is needed; leave one of the two out"
+                f"teacher = {self.teacher!r} and soft_labels = {self.soft_labels!r}: soft labels "
+                "are used instead of a teacher; leave one of the two out"
             )
         for name in ("teacher_checkpoint", "teacher_img_size"):
             if self.teacher is None and getattr(self, name) is not None:
@@ -326,15 +333,15 @@ class TrainSpec(Strict):
         for name in UNLABELLED if self.soft_labels is not None else ():
             if value := getattr(self, name):
                 raise SretError(
-                    f"{name} = {value!r} does not go with soft_labels, which are of crops and "
-                    "flips alone; leave it out, or use a teacher"
+                    f"{name} = {value!r} cannot be used with soft_labels, which were stored for "
+                    "images with crops and flips only; leave it out, or use a teacher"
                 )
 
 
 def read_train(values: dict[str, Any]) -> TrainSpec:
-    """The spec that `model_dump` gave these values, be it before some of the fields were there.
+    """The spec whose `model_dump` gave these values, also if some fields were added later.
 
-    A recipe has filled its fields then; those of today that it had not stay at their defaults.
+    The recipe has filled its fields already; fields that are missing get their defaults.
     """
     defaults = {name: field.default for name, field in TrainSpec.model_fields.items()}
     return TrainSpec(**{**defaults, **values})

@@ -97,8 +97,8 @@ class Trainer:
             world_size=ranks.world_size,
         )
         if self.spec.recursions_range is not None:
-            # Refuses a model without weights for the largest number.
-            set_recursions(self.module, self.spec.recursions_range[1])
+            most = self.spec.recursions_range[1]
+            set_recursions(self.module, most, "train.recursions_range: this run")
         self.model: nn.Module = self.module
         self.ema = create_ema(self.module, self.spec)
         if ranks.is_distributed:

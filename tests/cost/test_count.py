@@ -138,14 +138,14 @@ def test_quantities_are_read_with_their_suffix(text, quantity):
 
 @pytest.mark.parametrize("text", ["14X", "", "M", "-3M", "1e6", "4,2G", "nan", "14 M B", True, [1]])
 def test_nonsense_is_no_quantity(text):
-    with pytest.raises(SretError, match="is no quantity; write a positive number") as refused:
+    with pytest.raises(SretError, match="is not a quantity; write a positive number") as refused:
         parse_quantity(text)
     assert refused.value.code == 3
 
 
 @pytest.mark.parametrize("text", ["0", "0.0G", 0, "0.4"])
 def test_a_quantity_is_at_least_one(text):
-    with pytest.raises(SretError, match="comes to 0; give 1 or more"):
+    with pytest.raises(SretError, match="is rounded to 0; give 1 or more"):
         parse_quantity(text)
 
 

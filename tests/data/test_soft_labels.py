@@ -385,7 +385,7 @@ def test_stored_labels_go_without_the_augmentation_that_their_teacher_did_not_se
     assert (spec.mixup, spec.cutmix, spec.reprob, spec.auto_augment) == (0.0, 0.0, 0.0, None)
     assert spec.soft_labels == "labels"
     assert TrainSpec(recipe="sret", data_dir="d", teacher="resnet50").mixup == 0.8
-    with pytest.raises(SretError, match="mixup = 0.8 does not go with soft_labels"):
+    with pytest.raises(SretError, match="mixup = 0.8 cannot be used with soft_labels"):
         TrainSpec(data_dir="d", soft_labels="labels", mixup=0.8)
 
 

@@ -183,8 +183,14 @@ def test_baselines_are_rows_for_every_training_and_image_size():
     }
     runs = study_from_tables("s", tables).runs
     assert [(r.name, r.train.seed) for r in runs] == [
-        *(("nano", 0), ("nano", 1), ("nano", 0), ("nano", 1)),
-        *(("vit_small", 0), ("pit_small", 0), ("vit_small", 1), ("pit_small", 1)),
+        ("nano", 0),
+        ("nano", 1),
+        ("nano", 0),
+        ("nano", 1),
+        ("vit_small", 0),
+        ("pit_small", 0),
+        ("vit_small", 1),
+        ("pit_small", 1),
     ]
     assert all(run.model.img_size == 32 and run.model.num_classes == 10 for run in runs)
     assert runs[-1].model.untouched

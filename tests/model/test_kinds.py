@@ -44,3 +44,12 @@ def test_a_copy_for_inference_leaves_the_model_in_training(tiny, vit):
     for model in (build_any(tiny), vit.train()):
         copy = inference_copy(model)
         assert model.training and not copy.training
+
+
+def test_a_timm_model_cannot_be_trained_at_changing_recursions(sret, tmp_path):
+    """It was an AttributeError."""
+    model = ("--backbone", "vit_small", "--img-size", 32)
+    train = ("--set", "train.recursions_range=[1,2]", "--set", "train.epochs=2")
+    code, _, err = sret("train", *model, *train, "--runs", tmp_path)
+    assert code == 3
+    assert "this run holds a timm model; its recursions cannot be changed" in err

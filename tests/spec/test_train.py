@@ -51,9 +51,8 @@ def test_recipes_differ_where_their_sources_differ():
     assert (deit.lr, deit.warmup_epochs, deit.min_lr) == (5e-4, 5, 1e-5)
     tune = TrainSpec(recipe="finetune")
     assert (tune.lr, tune.min_lr, tune.warmup_lr) == (5e-6, 5e-6, 1e-6)
-    assert (tune.weight_decay, tune.epochs, tune.warmup_epochs, tune.batch_size) == (
-        *(1e-8, 30, 5, 512),
-    )
+    assert (tune.weight_decay, tune.epochs) == (1e-8, 30)
+    assert (tune.warmup_epochs, tune.batch_size) == (5, 512)
     small = TrainSpec(recipe="small", epochs=3)
     assert (small.lr, small.batch_size, small.mixup) == (1e-3, 128, 0.2)
     assert (small.sched_on_updates, small.warmup_lr) == (True, None)
@@ -136,8 +135,13 @@ def test_values_that_do_not_fit_together_are_refused(values, message):
 )
 def test_schedules_have_timms_names(sched, halfway, last):
     spec = TrainSpec(
-        **{"sched": sched, "epochs": 10, "warmup_epochs": 0, "lr": 1e-3, "min_lr": 1e-5},
-        **{"decay_epochs": 5, "decay_milestones": [4, 8]},
+        sched=sched,
+        epochs=10,
+        warmup_epochs=0,
+        lr=1e-3,
+        min_lr=1e-5,
+        decay_epochs=5,
+        decay_milestones=[4, 8],
     )
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
     schedule, rates = create_schedule(optimizer, spec, 1), []
