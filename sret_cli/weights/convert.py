@@ -13,7 +13,7 @@ from sret_cli.runtime.errors import USAGE, SretError
 from sret_cli.runtime.files import make_directory, write_atomically
 from sret_cli.spec.model import ModelSpec
 from sret_cli.spec.presets import preset
-from sret_cli.weights.match import _check_shapes, _fitted, _like
+from sret_cli.weights.match import cast_like, check_shapes, with_fitted_pos_embed
 from sret_cli.weights.reference import TOP_NAMES, from_reference, layout, recognise, to_reference
 from sret_cli.weights.safe_read import read_weights
 from sret_cli.weights.state_dicts import State, without_prefix
@@ -50,10 +50,10 @@ def _load_reference(model: SReT, tensors: dict[str, Tensor], where: str, reset_h
         entries = [e for e in entries if not e.key.startswith("head.")]
         tensors = {k: v for k, v in tensors.items() if not k.startswith("head.")}
     expected = {k: state[ours] if c is None else state[ours][:1] for k, ours, c in entries}
-    tensors = _fitted(tensors, model.spec)
-    _check_shapes(expected, tensors, where)
+    tensors = with_fitted_pos_embed(tensors, model.spec)
+    check_shapes(expected, tensors, where)
     ours = from_reference(entries, tensors)
-    model.load_state_dict(_like(state, ours, where), strict=not reset_head)
+    model.load_state_dict(cast_like(state, ours, where), strict=not reset_head)
 
 
 class Converted(NamedTuple):

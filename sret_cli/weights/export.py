@@ -29,7 +29,7 @@ from sret_cli.runtime.errors import CHECKPOINT, USAGE, SretError, nearest_choice
 from sret_cli.runtime.files import cannot_write_error, make_directory, write_atomically
 from sret_cli.spec.run import CONFIG_FILE
 from sret_cli.weights.origin import Origin
-from sret_cli.weights.program import _refused_backbones, to_program
+from sret_cli.weights.program import backbone_errors_as_refusals, to_program
 from sret_cli.weights.store import WEIGHTS_FILE, load_model, save_model
 
 FILES = {"safetensors": WEIGHTS_FILE, "torch-export": "model.pt2", "onnx": "model.onnx"}
@@ -61,7 +61,7 @@ def write_onnx(model: Any, path: Path, origin: Origin = UNKNOWN_ORIGIN) -> None:
     for name in ("onnx_ir", "onnxscript"):  # they note that loops and splits are left as they are
         logging.getLogger(name).setLevel(logging.ERROR)
     exported = to_program(model)
-    with _refused_backbones(model.spec, "in ONNX"):
+    with backbone_errors_as_refusals(model.spec, "in ONNX"):
         program = torch.onnx.export(
             exported,
             input_names=["images"],

@@ -16,8 +16,8 @@ def load_state(model: nn.Module, tensors: State, where: str) -> None:
         SretError: it is of another model, or holds NaN or infinity.
     """
     state = model.state_dict()
-    _check_shapes(state, tensors, where)
-    model.load_state_dict(_like(state, tensors, where))
+    check_shapes(state, tensors, where)
+    model.load_state_dict(cast_like(state, tensors, where))
 
 
 def resample_pos_embed(pos_embed: Tensor, side: int) -> Tensor:
@@ -30,7 +30,7 @@ def resample_pos_embed(pos_embed: Tensor, side: int) -> Tensor:
     return resampled.permute(0, 3, 1, 2).contiguous()
 
 
-def _fitted(tensors: dict[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
+def with_fitted_pos_embed(tensors: dict[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
     """The state dict with position embeddings of the spec's image size."""
     found = tensors.get("pos_embed")
     if found is None or found.ndim != 4 or found.shape[:2] != (1, spec.embed_dims[0]):
@@ -38,7 +38,7 @@ def _fitted(tensors: dict[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
     return {**tensors, "pos_embed": resample_pos_embed(found, spec.sides[0])}
 
 
-def _check_shapes(expected: State, found: State, where: str) -> None:
+def check_shapes(expected: State, found: State, where: str) -> None:
     """Refuses a state dict of another model, with a table of the keys that differ."""
     lines = []
     for key in (*expected, *(k for k in found if k not in expected)):
@@ -68,7 +68,7 @@ def _check_shapes(expected: State, found: State, where: str) -> None:
     )
 
 
-def _like(state: State, tensors: State, where: str) -> dict[str, Tensor]:
+def cast_like(state: State, tensors: State, where: str) -> dict[str, Tensor]:
     """Tensors in the types of a model's own; refuses NaN and infinity."""
     cast = {key: tensor.to(state[key].dtype) for key, tensor in tensors.items()}
     for key, tensor in cast.items():

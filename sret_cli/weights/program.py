@@ -105,7 +105,7 @@ def to_program(model: Any) -> ExportedProgram:
     spec = model.spec
     if isinstance(model, SReT):
         return _exported(_with_loops(model), spec)
-    with _refused_backbones(spec, "as a program of torch.export"):
+    with backbone_errors_as_refusals(spec, "as a program of torch.export"):
         return _exported(_with_parameters_registered(model), spec)
 
 
@@ -146,7 +146,7 @@ def _with_parameters_registered(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _refused_backbones(spec: Spec, what: str) -> Iterator[None]:
+def backbone_errors_as_refusals(spec: Spec, what: str) -> Iterator[None]:
     """Makes what exporters raise for a backbone that they cannot take a user's error."""
     try:
         yield

@@ -18,7 +18,7 @@ from sret_cli.runtime.files import make_directory, read_json, write_atomically, 
 from sret_cli.spec.backbone import read_spec
 from sret_cli.spec.model import ModelSpec
 from sret_cli.spec.run import CONFIG_FILE
-from sret_cli.weights.match import _check_shapes, _fitted, _like
+from sret_cli.weights.match import cast_like, check_shapes, with_fitted_pos_embed
 from sret_cli.weights.safe_read import read_tensors
 
 WEIGHTS_FILE = "model.safetensors"
@@ -110,10 +110,10 @@ def load_model(directory: Path, changes: Mapping[str, Any] | None = None) -> Any
         raise SretError(f"{directory} has no {WEIGHTS_FILE}; train the run first", CHECKPOINT)
     tensors = read_tensors(path)
     if changes and "img_size" in changes and isinstance(spec, ModelSpec):
-        tensors = _fitted(tensors, spec)
+        tensors = with_fitted_pos_embed(tensors, spec)
     model = build_any(spec)
-    _check_shapes(model.state_dict(), tensors, str(path))
-    model.load_state_dict(_like(model.state_dict(), tensors, str(path)))
+    check_shapes(model.state_dict(), tensors, str(path))
+    model.load_state_dict(cast_like(model.state_dict(), tensors, str(path)))
     return model
 
 
@@ -135,7 +135,7 @@ def load_weights(
         raise SretError(f"{directory} has no {WEIGHTS_FILE}; name a trained run", CHECKPOINT)
     tensors, state = read_tensors(path), model.state_dict()
     if isinstance(model.spec, ModelSpec):
-        tensors = _fitted(tensors, model.spec)
+        tensors = with_fitted_pos_embed(tensors, model.spec)
     head = [key for key in _head_keys(model) if key in tensors and key in state]
     for key in head:
         if not reset_head and tensors[key].shape[0] != state[key].shape[0]:
@@ -154,8 +154,8 @@ def load_weights(
         if order is not None:
             rows = all_outputs(order, len(state[head[0]]))
             tensors |= {key: tensors[key][rows] for key in head}
-    _check_shapes(state, tensors, str(path))
-    model.load_state_dict(_like(state, tensors, str(path)))
+    check_shapes(state, tensors, str(path))
+    model.load_state_dict(cast_like(state, tensors, str(path)))
 
 
 def _head_keys(model: Any) -> list[str]:
