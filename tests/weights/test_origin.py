@@ -87,9 +87,7 @@ def test_an_export_carries_its_run_and_its_classes(sret, run, tmp_path, to):
         assert line in card
     code, out, err = sret("export", "--to", to)
     assert (code, out) == (2, "")
-    assert err.splitlines()[1] == (
-        f"sret: exports/{name} is there already; choose another directory"
-    )
+    assert err.splitlines()[1] == (f"sret: exports/{name} already exists; choose another directory")
 
 
 def test_averaged_weights_are_exported_as_such_and_evaluated_from_the_export(sret, run, tmp_path):
