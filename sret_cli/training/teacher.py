@@ -15,6 +15,7 @@ from sret_cli.runtime.errors import CHECKPOINT, SretError, first_line, show_note
 from sret_cli.spec.backbone import BackboneSpec, Spec, read_spec
 from sret_cli.spec.train import TrainSpec
 from sret_cli.weights.match import load_state
+from sret_cli.weights.origin import evaluation_spec
 from sret_cli.weights.safe_read import read_weights
 from sret_cli.weights.store import load_config, load_model
 
@@ -84,8 +85,8 @@ def load_teacher(
     config = load_config(directory)
     spec = read_spec(config["model"])
     _refuse_other(train.teacher, channels=spec.in_chans, classes=spec.num_classes, student=student)
-    settings = config.get("train") or {"data_dir": "."}  # not trained here: the mean of ImageNet
-    pixels = Pixels.of(TrainSpec(**settings), spec)
+    how = evaluation_spec(config) or TrainSpec(data_dir=".")  # else prepared as ImageNet's images
+    pixels = Pixels.of(how, spec)
     return load_model(directory), pixels, _taught(train, config_classes(config))
 
 

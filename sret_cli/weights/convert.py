@@ -1,4 +1,4 @@
-"""Checkpoints in the reference's layout, read into models and written from them."""
+"""Reads checkpoints in the reference's layout into models, and writes them."""
 
 from collections.abc import Mapping
 from io import BytesIO
@@ -13,7 +13,7 @@ from sret_cli.runtime.errors import USAGE, SretError
 from sret_cli.runtime.files import make_directory, write_atomically
 from sret_cli.spec.model import ModelSpec
 from sret_cli.spec.presets import preset
-from sret_cli.weights.match import _check_shapes, _fitted, _like
+from sret_cli.weights.match import cast_like, check_shapes, with_fitted_pos_embed
 from sret_cli.weights.reference import TOP_NAMES, from_reference, layout, recognise, to_reference
 from sret_cli.weights.safe_read import read_weights
 from sret_cli.weights.state_dicts import State, without_prefix
@@ -24,17 +24,30 @@ REFERENCE_FILE = "model.pth"
 def load_reference(model: SReT, source: str | Path | State, reset_head: bool = False) -> None:
     """Loads weights in the reference's layout into a model.
 
-    Position embeddings of another image size are resampled. A prefix that all keys share is taken
-    off.
+    In that layout a shared block has one entry for each pass; these entries have to agree bitwise.
+    Position embeddings of another image size are resampled. A prefix that all keys have in common
+    is removed. Nothing in the file is executed.
 
     Args:
-        model: the model, of the same design.
+        model: a model of the same design; its weights are replaced.
         source: a file that `read_reference` takes, or a state dict.
-        reset_head: leave the model's own head, as for another number of classes.
+        reset_head: keep the model's own head, for example for another number of classes.
 
     Raises:
         SretError: the file cannot be read safely or is damaged, or its weights are of another
-            model; the error's `table` names keys that are missing, unexpected or misshapen.
+            model; the error's `table` lists keys that are missing, unexpected or misshapen.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> from sret_cli import PRESETS, build_model, load_reference
+        >>> from sret_cli.weights.convert import save_reference
+        >>> spec = PRESETS["sret_t"].with_values(img_size=32, slices=1, recursive_slices=1)
+        >>> trained, model = build_model(spec), build_model(spec)
+        >>> with TemporaryDirectory() as directory:
+        ...     load_reference(model, save_reference(trained, Path(directory)))
+        >>> bool((model.head.weight == trained.head.weight).all())
+        True
     """
     if isinstance(source, Mapping):
         _load_reference(model, without_prefix(source, TOP_NAMES), "the state dict", reset_head)
@@ -50,17 +63,21 @@ def _load_reference(model: SReT, tensors: dict[str, Tensor], where: str, reset_h
         entries = [e for e in entries if not e.key.startswith("head.")]
         tensors = {k: v for k, v in tensors.items() if not k.startswith("head.")}
     expected = {k: state[ours] if c is None else state[ours][:1] for k, ours, c in entries}
-    tensors = _fitted(tensors, model.spec)
-    _check_shapes(expected, tensors, where)
+    tensors = with_fitted_pos_embed(tensors, model.spec)
+    check_shapes(expected, tensors, where)
     ours = from_reference(entries, tensors)
-    model.load_state_dict(_like(state, ours, where), strict=not reset_head)
+    model.load_state_dict(cast_like(state, ours, where), strict=not reset_head)
 
 
 class Converted(NamedTuple):
-    """A model read from a reference checkpoint, the preset's name, and what was assumed.
+    """A model read from a reference checkpoint.
 
-    `place` are the names in the file that lead to its weights, and `averaged` whether these are
-    averaged ones.
+    Attributes:
+        model: the model with its weights.
+        name: name of the preset, or "converted".
+        notes: what was assumed, for the user.
+        place: the keys in the file that lead to the weights, joined by dots.
+        averaged: whether the weights are averaged ones.
     """
 
     model: SReT
@@ -81,37 +98,24 @@ def read_reference(
 
     Args:
         path: a `.pth`, `.pt`, `.ckpt`, `.bin`, `.tar` or `.safetensors` file.
-        preset_name: the design, where it is not to be recognised.
-        changes: fields of the spec that stand before those recognised.
+        preset_name: the design, instead of the recognised one.
+        changes: fields of the spec that replace the recognised ones.
         reset_head: give the model a fresh head.
-        averaged: take the averaged weights of a file that has plain ones, too.
+        averaged: take the averaged weights of a file that has plain weights too.
 
     Raises:
-        SretError: as `load_reference`, the design cannot be recognised, or the file has no averaged
-            weights.
+        SretError: as `load_reference`; or the design cannot be recognised, or the file has no
+            averaged weights.
     """
     weights, changes = read_weights(path, TOP_NAMES, averaged), dict(changes or {})
     tensors = weights.tensors
-    if preset_name is not None:
-        name: str | None = preset_name
-        table = preset(preset_name).model_dump()
-        if "head.weight" in tensors and tensors["head.weight"].ndim == 2:
-            table["num_classes"] = len(tensors["head.weight"])
-    else:
-        name, table = recognise(tensors, changes)
-    if "slices" in changes and "recursive_slices" not in changes:
-        table["recursive_slices"] = changes["slices"]
+    name, table = _design(tensors, preset_name, changes)
     spec = ModelSpec().with_fitted(**{**table, **changes})
     notes = list(weights.notes)
     if weights.has_other:
         notes[0] += "; --ema takes the averaged ones"
     if preset_name is None:
-        note = f"recognised {name or 'no preset'} from the shapes"
-        if not {"slices", "recursive_slices"} & changes.keys():
-            slices, later = ("-".join(map(str, s)) for s in (spec.slices, spec.recursive_slices))
-            note += f"; they do not tell slices: took {slices}, then {later}"
-            note += " (--slices or --preset say otherwise)"
-        notes.append(note)
+        notes.append(_recognition_note(name, spec, changes))
     model = build_model(spec)
     _load_reference(model, tensors, str(path), reset_head)
     side, found = spec.sides[0], tensors["pos_embed"].shape[-1]
@@ -119,20 +123,54 @@ def read_reference(
         notes.append(f"resampled position embeddings from {found}x{found} to {side}x{side}")
     if reset_head:
         notes.append(f"fresh head for {spec.num_classes} classes")
-    return Converted(model, name or "converted", notes, weights.place, weights.averaged)
+    return Converted(
+        model=model,
+        name=name or "converted",
+        notes=notes,
+        place=weights.place,
+        averaged=weights.averaged,
+    )
+
+
+def _design(
+    tensors: Mapping[str, Tensor], preset_name: str | None, changes: Mapping[str, Any]
+) -> tuple[str | None, dict[str, Any]]:
+    """The name of the preset, if it is one, and the fields of the spec."""
+    if preset_name is None:
+        name, table = recognise(tensors, changes)
+    else:
+        name, table = preset_name, preset(preset_name).model_dump()
+        if "head.weight" in tensors and tensors["head.weight"].ndim == 2:
+            table["num_classes"] = len(tensors["head.weight"])
+    if "slices" in changes and "recursive_slices" not in changes:
+        table["recursive_slices"] = changes["slices"]
+    return name, table
+
+
+def _recognition_note(name: str | None, spec: ModelSpec, changes: Mapping[str, Any]) -> str:
+    """What the user should know about a recognised design."""
+    note = f"recognised {name or 'no preset'} from the shapes"
+    if {"slices", "recursive_slices"} & changes.keys():
+        return note
+    first, later = ("-".join(map(str, s)) for s in (spec.slices, spec.recursive_slices))
+    return (
+        f"{note}, which do not depend on slices: took slices {first}, then {later} "
+        "(set others by --slices or --preset)"
+    )
 
 
 def save_reference(model: SReT, directory: Path) -> Path:
     """Writes `model.pth` in the reference's layout, under "model", atomically; returns the file.
 
     Raises:
-        SretError: the reference has no such model, or the directory cannot be written to.
+        SretError: the reference has no such model, the directory has a `model.pth`, or it cannot be
+            written to.
     """
     tensors = {k: v.detach().cpu() for k, v in model.state_dict().items()}
     file = BytesIO()
     torch.save({"model": to_reference(model.spec, tensors)}, file)
     path = make_directory(directory) / REFERENCE_FILE
     if path.exists():
-        raise SretError(f"{path} is there already; choose another directory", USAGE)
+        raise SretError(f"{path} already exists; choose another directory", USAGE)
     write_atomically(path, file.getvalue())
     return path

@@ -1,15 +1,4 @@
-"""Models for other programs: safetensors, torch.export and ONNX files, each with a model card.
-
-In an exported SReT a stage loops over passes that are alike: torch's `scan`, which is `Scan` in
-ONNX. The shared weights and each block's operations then stand once in the file, whatever the
-depth, and a thousand layers are exported in the time of twenty. Unrolled, the graph of 1,000
-layers alone would take as much room as the weights. The loop goes over the permutations that
-evaluation uses, which are constants of the program. The passes of a backbone are unrolled; its
-tied weights stand once in the file, too.
-
-Tensors carry their shape in their name, as in `model.py`: B batch, N tokens, C channels, Y and X
-rows and columns; and K passes of a cycle, S shuffled ones of these.
-"""
+"""Writes models as safetensors, torch.export or ONNX files, checks them, and adds a model card."""
 
 import json
 import logging
@@ -29,16 +18,16 @@ from sret_cli.runtime.errors import CHECKPOINT, USAGE, SretError, nearest_choice
 from sret_cli.runtime.files import cannot_write_error, make_directory, write_atomically
 from sret_cli.spec.run import CONFIG_FILE
 from sret_cli.weights.origin import Origin
-from sret_cli.weights.program import _refused_backbones, to_program
+from sret_cli.weights.program import backbone_errors_as_refusals, to_program
 from sret_cli.weights.store import WEIGHTS_FILE, load_model, save_model
 
 FILES = {"safetensors": WEIGHTS_FILE, "torch-export": "model.pt2", "onnx": "model.onnx"}
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 CARD_FILE = "README.md"
 TOLERANCE = 1e-4  # between the logits of the program and of the model
-BATCH_SIZES = (1, 3)  # of random images that the logits are compared for
-METADATA_FILE = "metadata.json"  # in a program of torch.export
-METADATA_KEY = "sret"  # of safetensors, which write several keys in any order
+BATCH_SIZES = (1, 3)  # batches of random images for which the logits are compared
+METADATA_FILE = "metadata.json"  # inside a program of torch.export
+METADATA_KEY = "sret"  # a single key of safetensors: it writes several in random order
 UNKNOWN_ORIGIN = Origin("model")
 
 
@@ -49,19 +38,19 @@ def write_safetensors(model: Any, path: Path, origin: Origin = UNKNOWN_ORIGIN) -
 
 
 def write_torch_export(model: Any, path: Path, origin: Origin = UNKNOWN_ORIGIN) -> None:
-    """Writes the program in torch.export's format, with a file `metadata.json` in it."""
+    """Writes the program in torch.export's format, with a file `metadata.json` inside it."""
     metadata = json.dumps(origin.metadata(model.spec), indent=2, ensure_ascii=False)
     torch.export.save(to_program(model), path, extra_files={METADATA_FILE: metadata})
 
 
 def write_onnx(model: Any, path: Path, origin: Origin = UNKNOWN_ORIGIN) -> None:
-    """Writes the program in ONNX, with metadata; input `images`, output `logits`."""
+    """Writes the program in ONNX, with metadata; its input is `images`, its output `logits`."""
     from onnx_ir.passes.common import DeduplicateInitializersPass
 
-    for name in ("onnx_ir", "onnxscript"):  # they note that loops and splits are left as they are
+    for name in ("onnx_ir", "onnxscript"):  # silences notes about loops and splits
         logging.getLogger(name).setLevel(logging.ERROR)
     exported = to_program(model)
-    with _refused_backbones(model.spec, "in ONNX"):
+    with backbone_errors_as_refusals(model.spec, "in ONNX"):
         program = torch.onnx.export(
             exported,
             input_names=["images"],
@@ -71,14 +60,14 @@ def write_onnx(model: Any, path: Path, origin: Origin = UNKNOWN_ORIGIN) -> None:
             verbose=False,
         )
     assert program is not None
-    # The optimizer transposes small weights once for each loop that uses them.
+    # The optimizer has copied small transposed weights for each loop that uses them.
     DeduplicateInitializersPass(size_limit=2**62)(program.model)
     program.model.metadata_props.update(origin.metadata(model.spec))
     program.save(path)
 
 
 def run_file(to: str, path: Path, images: Tensor) -> Tensor:
-    """Logits of a batch of images, by the file and whatever reads its format."""
+    """Logits of a batch of images from an exported file."""
     if to == "safetensors":
         return load_model(path.parent).eval()(images)
     if to == "torch-export":
@@ -93,7 +82,14 @@ def run_file(to: str, path: Path, images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Export:
-    """What was written: the file, its size, and how far its logits are from the model's."""
+    """What was written.
+
+    Attributes:
+        file: the file.
+        file_bytes: its size, with files of weights next to it.
+        logits_difference: largest difference between its logits and the model's.
+        export_seconds: time to write it.
+    """
 
     file: Path
     file_bytes: int
@@ -101,7 +97,7 @@ class Export:
     export_seconds: float
 
     def __str__(self) -> str:
-        """One line of it all."""
+        """The export in one line."""
         return (
             f"{self.file}: {self.file_bytes / 1e6:.1f} MB in {self.export_seconds:.1f} s; its "
             f"logits are within {self.logits_difference:.1g} of the model's"
@@ -109,10 +105,11 @@ class Export:
 
 
 def check_export(to: str, directory: Path) -> None:
-    """Refuses an export that can't be before anything is done.
+    """Refuses an impossible export before anything is written.
 
     Raises:
-        SretError: the format is unknown, its packages are not installed, or the directory is there.
+        SretError: the format is unknown, its packages are not installed, or the directory exists or
+            looks like a file.
     """
     if to not in FILES:
         raise SretError(f"unknown format {to!r}; {nearest_choice(to, list(FILES))}", USAGE)
@@ -122,7 +119,7 @@ def check_export(to: str, directory: Path) -> None:
             f"--to onnx needs {', '.join(missing)}; install it with pip install 'sret[onnx]'", USAGE
         )
     if directory.exists():
-        raise SretError(f"{directory} is there already; choose another directory", USAGE)
+        raise SretError(f"{directory} already exists; choose another directory", USAGE)
     if directory.suffix in {Path(name).suffix for name in FILES.values()}:
         raise SretError(
             f"--out {directory} looks like a file; name the directory that gets {FILES[to]} and "
@@ -140,17 +137,17 @@ def export_model(
 ) -> Export:
     """Writes a model in another format, and checks it.
 
-    The directory appears when all is well, and not at all otherwise.
+    The directory is created only if all steps succeed.
 
     Args:
-        model: an SReT, or a backbone with or without recursion.
+        model: an SReT, or a timm model with or without recursion.
         to: safetensors, torch-export or onnx.
-        directory: a new one.
-        origin: where the model comes from, which the file says.
-        card: makes the model card, which lies next to the file.
+        directory: a new directory.
+        origin: where the model comes from; written into the file.
+        card: returns the text of the model card, which is written next to the file.
 
     Raises:
-        SretError: as `check_export`; or the directory cannot be written to, a backbone cannot be
+        SretError: as `check_export`; or the directory cannot be written to, a timm model cannot be
             exported, or the logits of the file and of the model on random images differ by more
             than 1e-4.
     """
@@ -168,7 +165,7 @@ def export_model(
         write[to](model.eval(), path, origin)
         seconds = time.perf_counter() - start
         difference = logits_difference(model, to, path)
-        # ONNX keeps weights of more than 2 GB in a file beside the program.
+        # ONNX keeps weights of more than 2 GB in a file next to the program.
         size = sum(f.stat().st_size for f in temporary.iterdir() if f.name != CONFIG_FILE)
         export = Export(directory / FILES[to], size, difference, seconds)
         if card is not None:
@@ -197,7 +194,8 @@ def logits_difference(model: Any, to: str, path: Path) -> float:
             expected = model(images)
         if not expected.isfinite().all():
             raise SretError(
-                "the model's logits are not finite; train it again, or choose another", CHECKPOINT
+                "the model's logits are not finite; train it again, or export another model",
+                CHECKPOINT,
             )
         with torch.no_grad():
             found = run_file(to, path, images)

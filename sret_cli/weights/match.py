@@ -1,4 +1,4 @@
-"""Whether tensors fit a model, and position embeddings of another image size."""
+"""Checks that tensors fit a model, and resamples position embeddings for another image size."""
 
 from torch import Tensor, nn
 
@@ -10,14 +10,14 @@ MAX_TABLE_LINES = 20
 
 
 def load_state(model: nn.Module, tensors: State, where: str) -> None:
-    """Loads a whole state dict into a model; `where` it is from goes into messages.
+    """Loads a complete state dict into a model; `where` names its source in messages.
 
     Raises:
         SretError: it is of another model, or holds NaN or infinity.
     """
     state = model.state_dict()
-    _check_shapes(state, tensors, where)
-    model.load_state_dict(_like(state, tensors, where))
+    check_shapes(state, tensors, where)
+    model.load_state_dict(cast_like(state, tensors, where))
 
 
 def resample_pos_embed(pos_embed: Tensor, side: int) -> Tensor:
@@ -30,18 +30,22 @@ def resample_pos_embed(pos_embed: Tensor, side: int) -> Tensor:
     return resampled.permute(0, 3, 1, 2).contiguous()
 
 
-def _fitted(tensors: dict[str, Tensor], spec: Spec) -> dict[str, Tensor]:
+def with_fitted_pos_embed(tensors: dict[str, Tensor], spec: Spec) -> dict[str, Tensor]:
     """The state dict with position embeddings of the spec's image size; a timm model's as it is."""
     if spec.is_timm:
         return tensors
     found = tensors.get("pos_embed")
     if found is None or found.ndim != 4 or found.shape[:2] != (1, spec.embed_dims[0]):
-        return tensors  # of another model: the check of shapes says so
+        return tensors  # of another model, which `check_shapes` reports
     return {**tensors, "pos_embed": resample_pos_embed(found, spec.sides[0])}
 
 
-def _check_shapes(expected: State, found: State, where: str) -> None:
-    """Refuses a state dict of another model, with a table of the keys that differ."""
+def check_shapes(expected: State, found: State, where: str) -> None:
+    """Refuses a state dict of another model.
+
+    Raises:
+        SretError: keys or shapes differ; the error's `table` lists them.
+    """
     lines = []
     for key in (*expected, *(k for k in found if k not in expected)):
         needs, has = (tuple(s[key].shape) if key in s else None for s in (expected, found))
@@ -70,15 +74,19 @@ def _check_shapes(expected: State, found: State, where: str) -> None:
     )
 
 
-def _like(state: State, tensors: State, where: str) -> dict[str, Tensor]:
-    """Tensors in the types of a model's own; refuses NaN and infinity."""
+def cast_like(state: State, tensors: State, where: str) -> dict[str, Tensor]:
+    """The tensors in the types of a model's state dict.
+
+    Raises:
+        SretError: a tensor holds NaN or infinity.
+    """
     cast = {key: tensor.to(state[key].dtype) for key, tensor in tensors.items()}
     for key, tensor in cast.items():
         if not tensor.isfinite().all():
             bad = int((~tensor.isfinite()).sum())
             raise SretError(
-                f"{where}: {key} has {bad:,} values that are NaN or infinite; the checkpoint is "
-                "of a run that diverged, or damaged",
+                f"{where}: {key} has {bad:,} values that are NaN or infinite, because the run "
+                "diverged or the file is damaged; use another checkpoint",
                 CHECKPOINT,
             )
     return cast

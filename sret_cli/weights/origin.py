@@ -1,6 +1,6 @@
 """Where a model comes from: its run or file, its classes, and how its images are prepared.
 
-An export carries this with the weights, so that whoever gets the file alone can use it.
+An export stores this with the weights, so that the file can be used alone. It stores no paths.
 """
 
 import json
@@ -19,7 +19,9 @@ from sret_cli.spec.run import Row, run_directory
 from sret_cli.spec.train import TrainSpec, read_train
 from sret_cli.weights.store import load_config
 
-MAX_NAME = 80  # characters of a name in that of a directory
+MAX_NAME = 80  # characters of a model's name in the name of a directory
+# The fields of a training that evaluating an export needs; the data are named by --data-dir.
+EVALUATION_FIELDS = ("dataset", "label_column", "interpolation", "crop_pct")
 
 
 @dataclass(frozen=True)
@@ -34,41 +36,66 @@ class Preparation:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model comes from; what is not known is None or empty."""
+    """Where a model comes from; what is not known is None or empty.
+
+    Attributes:
+        name: the name of the run or model.
+        study: the study of the run.
+        run_id: the id of the run.
+        averaged: whether the weights are averaged ones.
+        classes: names of the classes, in the order of the outputs.
+        source: the file that the model was converted from.
+        train: the settings of the training, as in `config.json`.
+        preparation: how images are prepared.
+        row: what the run measured, if it was trained.
+    """
 
     name: str
     study: str | None = None
     run_id: str | None = None
     averaged: bool = False
     classes: tuple[str, ...] | None = None
-    source: Mapping[str, Any] = field(default_factory=dict)  # the file it was converted from
+    source: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] | None = None
     preparation: Preparation | None = None
-    row: Row = field(default_factory=dict)  # what the run measured, if it was trained
+    row: Row = field(default_factory=dict)
 
     @property
     def directory_name(self) -> str:
-        """A name for a directory: letters, digits, dots, dashes and underscores alone.
+        """A name for a directory, of letters, digits, dots, dashes and underscores only.
 
-        It has the run's id, so that runs of one name have directories of their own.
+        It contains the run's id, so that runs of the same name get different directories.
         """
         parts = (self.name, self.run_id or "", "ema" if self.averaged else "")
         return "-".join(filter(None, map(safe_name, parts))) or "model"
 
     def config(self) -> Row:
-        """What `config.json` of an export says next to the spec."""
-        known: Row = {"name": self.name, "study": self.study, "run_id": self.run_id}
-        known |= {"classes": None if self.classes is None else list(self.classes)}
-        known |= {"source": dict(self.source), "train": self.train and dict(self.train)}
-        known |= {"averaged": self.averaged or None}
+        """The fields of an export's `config.json` besides the spec; none is a path."""
+        train = self.train or {}
+        known: Row = {
+            "name": self.name,
+            "study": self.study,
+            "run_id": self.run_id,
+            "classes": None if self.classes is None else list(self.classes),
+            "source": dict(self.source),
+            "train": {k: train[k] for k in EVALUATION_FIELDS if train.get(k) is not None},
+            "averaged": self.averaged or None,
+        }
         return {key: value for key, value in known.items() if value}
 
     def metadata(self, spec: Spec) -> dict[str, str]:
-        """What the file of an export says of itself; lists and tables are JSON."""
-        values: Row = {"sret_version": __version__, "name": self.name, "study": self.study}
-        values |= {"run_id": self.run_id, "model": spec.model_dump(mode="json")}
-        values |= {key: getattr(spec, key) for key in ("img_size", "in_chans", "num_classes")}
-        values["classes"] = None if self.classes is None else list(self.classes)
+        """The metadata of an export's file; lists and tables are written as JSON."""
+        values: Row = {
+            "sret_version": __version__,
+            "name": self.name,
+            "study": self.study,
+            "run_id": self.run_id,
+            "model": spec.model_dump(mode="json"),
+            "img_size": spec.img_size,
+            "in_chans": spec.in_chans,
+            "num_classes": spec.num_classes,
+            "classes": None if self.classes is None else list(self.classes),
+        }
         if self.run_id is not None:
             values["weights"] = "averaged" if self.averaged else "as trained"
         values["source"] = dict(self.source) or None
@@ -82,15 +109,20 @@ class Origin:
 
 
 def safe_name(text: str) -> str:
-    """A text as a part of a file's name: what is no letter, digit, dot or underscore is a dash."""
+    """A text as part of a file name; all but letters, digits, dots and underscores are dashes."""
     return re.sub(r"[^A-Za-z0-9._]+", "-", text)[:MAX_NAME].strip("-.")
 
 
 def read_origin(directory: Path, spec: Spec, row: Row | None = None) -> Origin:
-    """The origin of the model in the directory of a run, of its averaged weights, or of a model.
+    """The origin of a stored model.
+
+    Args:
+        directory: a run, its averaged weights (`ema`), or a built, converted or exported model.
+        spec: the spec of the model.
+        row: what the run measured.
 
     Raises:
-        SretError: there is no model, or its `config.json` or the run's row is damaged.
+        SretError: the directory has no model, or its `config.json` is damaged.
     """
     config, home = load_config(directory), run_directory(directory)
     train = config.get("train")
@@ -114,14 +146,29 @@ def read_origin(directory: Path, spec: Spec, row: Row | None = None) -> Origin:
     )
 
 
-def _preparation(config: Mapping[str, Any], spec: Spec) -> Preparation | None:
-    """As `sret eval` prepares the images; None where the model was neither trained nor converted.
+def evaluation_spec(config: Mapping[str, Any]) -> TrainSpec | None:
+    """How `sret eval` prepares images for a stored model, by its `config.json`.
 
-    The reference's checkpoints take images as ImageNet's are prepared.
+    None if the model was neither trained nor converted. Converted models take images that are
+    prepared as ImageNet's. The `data_dir` of a model whose config has none is ".".
     """
-    settings = config.get("train") or ({"data_dir": "."} if config.get("source") else None)
-    if settings is None or spec.in_chans not in (1, 3):
+    settings = config.get("train")
+    if not settings:
+        return TrainSpec(data_dir=".") if config.get("source") else None
+    embedded = settings.get("dataset") in ("digits", "synthetic")
+    if not embedded and settings.get("data_dir") is None:
+        settings = {**settings, "data_dir": "."}
+    return read_train(settings)
+
+
+def _preparation(config: Mapping[str, Any], spec: Spec) -> Preparation | None:
+    train = evaluation_spec(config)
+    if train is None or spec.in_chans not in (1, 3):
         return None
-    train = read_train(settings) if config.get("train") else TrainSpec(**settings)
     pixels = Pixels.of(train, spec)
-    return Preparation(pixels.mean, pixels.std, train.interpolation, train.crop_pct)
+    return Preparation(
+        mean=pixels.mean,
+        std=pixels.std,
+        interpolation=train.interpolation,
+        crop_pct=train.crop_pct,
+    )

@@ -1,4 +1,17 @@
-"""Models as programs of torch.export, in which passes that repeat are one loop."""
+"""Models as programs of torch.export, in which repeated passes are one loop.
+
+A stage of an exported SReT loops over passes of the same kind: torch's `scan`, which is `Scan` in
+ONNX. The file then holds the shared weights and the operations of each block once, at any depth,
+and 1,000 layers are exported in the time of 20. The loop goes over the permutations that evaluation
+uses, which are constants of the program. The passes of a timm model are unrolled; the file holds
+its tied weights once too.
+
+Tensors carry their shape in their name: B batch, N tokens, C channels, K passes of a cycle, S
+shuffled passes of a cycle, R permutations of a stage, P passes of a stage.
+
+`torch.ops.higher_order.scan` is private API of torch; `tests/weights/test_private_torch.py` has a
+test for it.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,11 +29,11 @@ from sret_cli.model.stage import Stage
 from sret_cli.runtime.errors import SretError, as_out_of_memory, first_line
 from sret_cli.spec.backbone import MISFITS, Spec
 
-MAX_PERIOD = 64  # of cycles that are looked for in a schedule
+MAX_PERIOD = 64  # longer cycles of a schedule are not looked for
 
 
 class Cycle(NamedTuple):
-    """Passes of a schedule from `start` on: `period` of them, in all `repeats` times."""
+    """`period` passes of a schedule, from the pass `start`, that run `repeats` times in all."""
 
     start: int
     period: int
@@ -28,7 +41,7 @@ class Cycle(NamedTuple):
 
 
 def find_cycles(kinds: Sequence[Any]) -> list[Cycle]:
-    """A schedule as cycles; at each place the one that covers most, the shortest among equals."""
+    """A schedule as cycles; each covers most passes from its start on, with the shortest period."""
     cycles, start = [], 0
     while start < len(kinds):
         best = Cycle(start, 1, 1)
@@ -45,7 +58,7 @@ def find_cycles(kinds: Sequence[Any]) -> list[Cycle]:
 
 
 class LoopedStage(Stage):
-    """A stage whose passes, where they repeat, are one loop of the exported program."""
+    """A stage whose repeated passes are one loop of the exported program."""
 
     def forward(
         self,
@@ -54,7 +67,7 @@ class LoopedStage(Stage):
         gathers_SN: Tensor | None = None,
         lrcs_K4: Tensor | None = None,
     ) -> Tensor:
-        """Walks the schedule; or some passes of it, with the gathers and LRCs of these."""
+        """Runs the schedule, or some of its passes with their gathers and LRCs."""
         if passes is not None:
             orders = iter(() if gathers_SN is None else gathers_SN.unbind())
             lrcs = [None] * len(passes) if lrcs_K4 is None else lrcs_K4.unbind()
@@ -72,7 +85,7 @@ class LoopedStage(Stage):
         passes = range(start, start + period)
         before = sum(p.gathers for p in self.schedule[:start])
         gathers = sum(self.schedule[index].gathers for index in passes)
-        own = {}  # what each round has of its own
+        own = {}  # tensors that differ from round to round
         if gathers:
             rows_RN = self.gathers_RN[before : before + repeats * gathers]
             own["gathers_SN"] = rows_RN.unflatten(0, (repeats, gathers))
@@ -82,15 +95,15 @@ class LoopedStage(Stage):
         if repeats == 1:
             return self(x_BNC, passes, **{name: tensor[0] for name, tensor in own.items()})
         weights = dict(self.named_parameters())
-        rounds = list(own.values()) or [torch.zeros(repeats, 1)]  # a loop goes over something
+        rounds = list(own.values()) or [torch.zeros(repeats, 1)]  # scan needs a tensor
 
         def body(x_BNC: Tensor, *tensors: Tensor) -> list[Tensor]:
             given = dict(zip(own, tensors[: len(own)], strict=True))
             shared = dict(zip(weights, tensors[len(rounds) :], strict=True))
             return [functional_call(self, shared, (x_BNC, passes), given)]
 
-        # The public `scan` calls dynamo, which takes the unpacked coefficients of a block, views
-        # of one parameter, for aliases and gives up; this is the operator that it would make.
+        # The public `scan` calls dynamo, which refuses the unpacked coefficients of a block: they
+        # are views of one parameter. This is the operator that it would create.
         scan = torch.ops.higher_order.scan
         (x_BNC,) = scan(body, [x_BNC], rounds, tuple(weights.values()))
         return x_BNC
@@ -100,12 +113,12 @@ def to_program(model: Any) -> ExportedProgram:
     """The model's evaluation as a program of torch.export, for batches of any size.
 
     Raises:
-        SretError: torch.export cannot take the backbone.
+        SretError: torch.export cannot export the timm model.
     """
     spec = model.spec
     if not spec.is_timm:
         return _exported(_with_loops(model), spec)
-    with _refused_backbones(spec, "as a program of torch.export"):
+    with backbone_errors_as_refusals(spec, "as a program of torch.export"):
         return _exported(_with_parameters_registered(model), spec)
 
 
@@ -116,7 +129,7 @@ def _exported(module: nn.Module, spec: Spec) -> ExportedProgram:
     program = torch.export.export(module, (images,), dynamic_shapes=({0: batch},), strict=False)
     for graph in (m for m in program.graph_module.modules() if isinstance(m, GraphModule)):
         for node in graph.graph.nodes:
-            node.meta.pop("stack_trace", None)  # the paths of this machine
+            node.meta.pop("stack_trace", None)  # it holds paths of this machine
     return program
 
 
@@ -126,15 +139,15 @@ def _with_loops(model: SReT) -> SReT:
     looped = build_model(spec)
     looped.stages = nn.ModuleList(LoopedStage(spec, stage) for stage in range(spec.stages))
     looped.load_state_dict(model.state_dict())
-    for stage in looped.every_stage():  # evaluation takes the gathers that follow from them
+    for stage in looped.every_stage():  # evaluation uses only gathers_RN
         del stage.permutations_PN
     return looped
 
 
 def _with_parameters_registered(model: nn.Module) -> nn.Module:
-    """A copy of a backbone whose tied blocks have their parameters registered.
+    """A copy of a timm model whose tied blocks have their parameters registered.
 
-    torch.export needs that; `recurse.Passes` keeps them as plain attributes.
+    torch.export needs that; `model.backbone` keeps them as plain attributes.
     """
     copy = deepcopy(model)
     for module in copy.modules():
@@ -146,14 +159,13 @@ def _with_parameters_registered(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _refused_backbones(spec: Spec, what: str) -> Iterator[None]:
-    """Makes what exporters raise for a backbone that they cannot take a user's error."""
+def backbone_errors_as_refusals(spec: Spec, what: str) -> Iterator[None]:
+    """Turns an error of an exporter that cannot export a timm model into a user's error."""
     try:
         yield
     except MISFITS as error:
         if as_out_of_memory(error) is not None or not spec.is_timm:
             raise
-        reason = first_line(error)
         raise SretError(
-            f"{spec.backbone} cannot be written {what}: {reason}; use --to safetensors"
+            f"{spec.backbone} cannot be written {what}: {first_line(error)}; use --to safetensors"
         ) from None

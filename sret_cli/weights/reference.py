@@ -1,8 +1,8 @@
-"""The reference's key layout: ours to it and back, and what the shapes in it say of a model.
+"""The reference's key layout: conversion to and from ours, and recognising a model by its shapes.
 
 The reference (github.com/szq0214/SReT) registers a shared block once for each pass through it:
-`transformers.S.blocks.I` is the pass I/2 of stage S where I is even, and its NLL where I is odd.
-A state dict so repeats every tensor of a block, once a pass; ours holds it once. Coefficients of a
+`transformers.S.blocks.I` is pass I/2 of stage S where I is even, and its NLL where I is odd. So its
+state dict repeats each tensor of a block once a pass; ours holds it once. The coefficients of a
 residual sum are tensors of one number there, and one vector here.
 """
 
@@ -22,15 +22,21 @@ from sret_cli.spec.presets import PRESETS
 OURS = re.compile(r"stages\.(\d+)\.(blocks|nlls)\.(\d+)\.(.+)")
 THEIRS = re.compile(r"transformers\.(\d{1,4})\.blocks\.(\d{1,6})\.")
 TOP_NAMES = frozenset(("patch_embed", "pos_embed", "transformers", "pools", "norm", "head"))
-COEFFICIENTS = {"blocks": 4, "nlls": 2}
+COEFFICIENTS = {"blocks": 4, "nlls": 2}  # of each block and of each NLL
 
 
 class Entry(NamedTuple):
-    """A key of the reference, and where its tensor is in our state dict."""
+    """A key of the reference, and the place of its tensor in our state dict.
+
+    Attributes:
+        key: the reference's key.
+        ours: our key.
+        coefficient: index into our vector of coefficients; None for the complete tensor.
+    """
 
     key: str
     ours: str
-    coefficient: int | None = None  # which number of our vector
+    coefficient: int | None = None
 
 
 def layout(spec: ModelSpec, state: Mapping[str, Tensor]) -> list[Entry]:
@@ -42,11 +48,11 @@ def layout(spec: ModelSpec, state: Mapping[str, Tensor]) -> list[Entry]:
     for stage in range(spec.stages):
         order = [p.block for p in spec.schedule(stage)]
         if order != sorted(order):
-            _refuse(f"stage {stage + 1} passes its blocks in another order than one by one")
+            _refuse(f"stage {stage + 1} does not run its blocks one after the other")
     if spec.nll != "per_pass":
-        _refuse(f"nll = {spec.nll!r}, and it has an NLL for each pass; use nll = 'per_pass'")
+        _refuse(f"nll = {spec.nll!r}, but it has an NLL for each pass; use nll = 'per_pass'")
     if spec.residual != "lrc":
-        _refuse(f"residual = {spec.residual!r}, and it learns coefficients ('lrc')")
+        _refuse(f"residual = {spec.residual!r}, but it learns coefficients; use residual = 'lrc'")
     inside: dict[tuple[str, ...], list[str]] = {}
     before: list[Entry] = []
     after: list[Entry] = []
@@ -69,7 +75,7 @@ def layout(spec: ModelSpec, state: Mapping[str, Tensor]) -> list[Entry]:
                     before.append(Entry(f"{theirs}.{renamed}", f"{ours}.{rest}"))
                 count = COEFFICIENTS[kind]
                 if state[f"{ours}.lrc"].shape != (count,):
-                    _refuse("its coefficients are learned for each pass, not each block")
+                    _refuse("lrc = 'per_pass', but it learns coefficients for each block")
                 before += [
                     Entry(f"{theirs}.coefficient{c + 1}.bias", f"{ours}.lrc", c)
                     for c in range(count)
@@ -78,11 +84,11 @@ def layout(spec: ModelSpec, state: Mapping[str, Tensor]) -> list[Entry]:
 
 
 def _refuse(reason: str) -> None:
-    raise SretError(f"the reference has no such model, so no layout for its weights: {reason}")
+    raise SretError(f"the reference has no layout for the weights of this model: {reason}")
 
 
 def to_reference(spec: ModelSpec, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict in the reference's layout; repeated keys share their memory.
+    """Our state dict in the reference's layout; repeated keys use the same memory.
 
     Raises:
         SretError: the reference has no such model.
@@ -94,7 +100,11 @@ def to_reference(spec: ModelSpec, state: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def from_reference(entries: list[Entry], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict in the reference's layout, which holds those keys, in ours.
+    """A state dict in the reference's layout, converted to ours.
+
+    Args:
+        entries: the layout of the model.
+        tensors: the state dict, which has all keys of the layout.
 
     Raises:
         SretError: repeated keys of one shared tensor do not agree bitwise.
@@ -107,8 +117,8 @@ def from_reference(entries: list[Entry], tensors: Mapping[str, Tensor]) -> dict[
             found.setdefault(ours, []).append(tensors[key])
         elif not same_bits(tensors[one], tensors[key]):
             raise SretError(
-                f"{key} differs from {one}, and both are the same shared tensor; the checkpoint is "
-                "damaged, or of a model that shares its weights otherwise",
+                f"{key} differs from {one}, but both are one shared tensor: the checkpoint is "
+                "damaged or of another model; use another file or --preset",
                 CHECKPOINT,
             )
     vectors = {ours for ours, coefficient in first if coefficient is not None}
@@ -127,18 +137,18 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 def recognise(
     tensors: Mapping[str, Tensor], values: Mapping[str, Any]
 ) -> tuple[str | None, dict[str, Any]]:
-    """The preset that a state dict in the reference's layout is of, and the fields of its spec.
+    """The preset of a state dict in the reference's layout, and the fields of its spec.
 
-    Shapes say all but heads, slices and the strides of the stem. Heads and slices are those of the
-    first preset that fits, of the same image size if there is one; the strides are 2, as in the
-    reference. Where no preset fits, slices are 1, and `values` has to name the heads.
+    The shapes determine everything except heads, slices and the strides of the stem. Heads and
+    slices are those of the first preset that fits, of the same image size if one has it; strides
+    are 2, as in the reference. If no preset fits, slices are 1, and `values` has to name the heads.
 
     Args:
         tensors: the state dict.
-        values: fields that stand before what is found.
+        values: fields that replace the recognised ones.
 
     Raises:
-        SretError: these are not the weights of an SReT, or their heads cannot be known.
+        SretError: the tensors are not the weights of an SReT, or the heads are not known.
     """
     passes = _passes(tensors)
     firsts = [f"transformers.{stage}.blocks." for stage in range(len(passes))]
@@ -169,7 +179,7 @@ def recognise(
     if "num_heads" not in values:
         raise SretError(
             f"no preset has these shapes (widths {_dashes(widths)}, passes {_dashes(passes)}), and "
-            "heads cannot be told from them; give --set 'model.num_heads=[…]', one for each stage",
+            "heads cannot be recognised; give --set 'model.num_heads=[…]', one for each stage",
             CHECKPOINT,
         )
     recursions = [_run_length(tensors, stage, count) for stage, count in enumerate(passes)]
@@ -186,22 +196,23 @@ def recognise(
 
 
 def _passes(tensors: Mapping[str, Tensor]) -> list[int]:
-    """How many passes each stage has."""
+    """The number of passes of each stage."""
     indices: dict[int, set[int]] = {}
     for match in filter(None, map(THEIRS.match, tensors)):
         indices.setdefault(int(match[1]), set()).add(int(match[2]))
     if not indices:
         names = ", ".join(sorted(tensors)[:3]) or "no tensors"
         raise SretError(
-            f"not an SReT's weights in the reference's layout: no key transformers.…, but {names}",
+            f"not an SReT's weights in the reference's layout: it has no key transformers.…, but "
+            f"{names}",
             CHECKPOINT,
         )
     counts = [len(indices.get(stage, ())) for stage in range(len(indices))]
     for stage, count in enumerate(counts):
         if not count or count % 2 or indices[stage] != set(range(count)):
             raise SretError(
-                f"stage {stage + 1}: {count} entries of transformers.{stage}.blocks are no whole "
-                "passes, a block and its NLL each; the checkpoint is not complete",
+                f"stage {stage + 1}: {count} entries of transformers.{stage}.blocks are not pairs "
+                "of a block and its NLL; the checkpoint is incomplete, use another",
                 CHECKPOINT,
             )
     return [count // 2 for count in counts]
@@ -226,7 +237,7 @@ def _agree(tensors: Mapping[str, Tensor], stage: int, one: int, other: int) -> b
 
 
 def _shares_like(tensors: Mapping[str, Tensor], spec: ModelSpec) -> bool:
-    """Whether any passes share their weights in each stage in which a preset's do."""
+    """Whether some passes share their weights in each stage where those of a preset do."""
     return all(
         spec.recursions[stage] == 1
         or any(_agree(tensors, stage, i, i + 1) for i in range(len(spec.schedule(stage)) - 1))
@@ -235,22 +246,22 @@ def _shares_like(tensors: Mapping[str, Tensor], spec: ModelSpec) -> bool:
 
 
 def _run_length(tensors: Mapping[str, Tensor], stage: int, passes: int) -> int:
-    """How many passes in a row have the same weights: the longest run."""
+    """The largest number of passes in a row that have the same weights."""
     longest = run = 1
     for number in range(1, passes):
         run = run + 1 if _agree(tensors, stage, number - 1, number) else 1
         longest = max(longest, run)
     if passes % longest:
         raise SretError(
-            f"stage {stage + 1}: {longest} of its {passes} passes in a row share their weights, "
-            "which does not divide them; the checkpoint is damaged, or its blocks recur unevenly",
+            f"stage {stage + 1}: {longest} passes in a row share their weights, which does not "
+            f"divide its {passes} passes; the checkpoint is damaged, or its blocks repeat unevenly",
             CHECKPOINT,
         )
     return longest
 
 
 def _ratio(name: str, hidden: list[int], widths: tuple[int, ...]) -> float:
-    """The shortest decimal that gives those hidden units: int(ratio * width) in each stage."""
+    """The shortest decimal ratio with int(ratio * width) hidden units in each stage."""
     pairs = list(zip(hidden, widths, strict=True))
     low = max(Fraction(units, width) for units, width in pairs)
     for decimals in range(12):

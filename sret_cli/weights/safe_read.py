@@ -1,7 +1,7 @@
-"""Reads files of tensors that others wrote, without trust.
+"""Reads files of tensors from others without trusting them.
 
-Nothing in a file is executed, and there is no switch for it. Sizes are checked before anything is
-allocated, and what is read takes no more memory than the file has bytes.
+Nothing in a file is executed, and no option changes that. Sizes are checked before anything is
+allocated, and the tensors take no more memory than the file has bytes.
 """
 
 import argparse
@@ -21,17 +21,18 @@ from torch import Tensor
 from sret_cli.runtime.errors import CHECKPOINT, SretError, first_line
 from sret_cli.weights.state_dicts import PLAIN_NAMES, Weights, choose_weights
 
-# What torch.save writes as a zip, by whatever name: Lightning's, Hugging Face's and timm's, too.
+# Names of zips that torch.save writes, also those of Lightning, Hugging Face and timm.
 ZIP_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar")
 
-# Far above what models need: 2,000 layers are 48,030 tensors in the reference's layout, whose names
-# and shapes take 6 MB in a safetensors header or a pickle.
+# 2,000 layers are 48,030 tensors in the reference's layout, whose names and shapes take 6 MB in a
+# safetensors header or a pickle.
 MAX_TENSORS = 50_000
 MAX_HEADER_BYTES = 16 * 2**20
 
-# What a checkpoint's pickle may name, beside storages and types of torch: less than `weights_only`
-# does, which would also make a bytearray of any size, and what libraries have declared safe. It has
-# the last word all the same.
+# What a checkpoint's pickle may name, besides storages and types of torch. `weights_only`, which
+# reads the file after this check, allows more: a bytearray of any size, and all that libraries have
+# declared safe. The names torch._utils.… are written by torch.save, which may change them;
+# `tests/weights/test_private_torch.py` has a test for that.
 NAMES = {
     *("argparse.Namespace", "collections.OrderedDict", "_codecs.encode"),
     *("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"),
@@ -41,13 +42,14 @@ TYPES = re.compile(r"torch\.(storage\.)?(\w+Storage|b?float\d+|u?int\d+)")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The state dict of a checkpoint's file, its keys as they are; nothing in it is executed.
+    """The state dict in a checkpoint's file, with its keys unchanged; nothing in it is executed.
 
     The file is `.safetensors`, or a zip as torch.save writes it: `.pth`, `.pt`, `.ckpt`, `.bin` or
-    `.tar`. The state dict may lie under "model" or "state_dict", next to anything.
+    `.tar`. The state dict may be under "model" or "state_dict", next to other values.
 
     Raises:
-        SretError: the file cannot be read, is damaged or too large, or holds anything but tensors.
+        SretError: the file cannot be read, is damaged or too large, or its state dict holds
+            something other than tensors.
     """
     value, size = _read(path)
     return _checked(value, path, size)
@@ -58,7 +60,7 @@ def read_weights(path: Path, own: Collection[str] = (), averaged: bool = False) 
 
     Args:
         path: as `read_tensors` takes it.
-        own: the first parts of the model's own keys, which are not taken off as prefixes.
+        own: the first parts of the model's own keys, which are not removed as prefixes.
         averaged: take the averaged weights.
 
     Raises:
@@ -66,7 +68,7 @@ def read_weights(path: Path, own: Collection[str] = (), averaged: bool = False) 
     """
     value, size = _read(path)
     weights = choose_weights(value, str(path), own, averaged)
-    if weights is None:  # the check says what the file holds
+    if weights is None:  # then `_checked` raises and says what the file holds
         return Weights(_checked(value, path, size), "", False)
     return weights._replace(tensors=_checked(weights.tensors, path, size))
 
@@ -98,7 +100,7 @@ def _looks_like(start: bytes) -> str:
 
 
 def _read_safetensors(path: Path, start: bytes, size: int) -> dict[str, Tensor]:
-    damaged = f"{path} is damaged or no safetensors file"
+    damaged = f"{path} is damaged or not a safetensors file"
     header = int.from_bytes(start[:8], "little")
     if start[8:9] != b"{":
         raise SretError(f"{damaged}: it is {_looks_like(start)}", CHECKPOINT)
@@ -115,24 +117,23 @@ def _read_safetensors(path: Path, start: bytes, size: int) -> dict[str, Tensor]:
 
 
 def _read_zip(path: Path, start: bytes, size: int) -> Any:
-    damaged = f"{path} is no checkpoint as torch.save writes it, or damaged"
+    damaged = f"{path} is damaged or was not written by torch.save"
     if not start.startswith(b"PK\x03\x04"):
         raise SretError(f"{damaged}: it is {_looks_like(start)}, no zip", CHECKPOINT)
     try:
         strange = sorted(n for n in _names(path, size) if n not in NAMES and not TYPES.fullmatch(n))
         if not strange:
             with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # they would stand beside the one line
+                warnings.simplefilter("ignore")  # the user gets one line
                 return torch.load(path, map_location="cpu", weights_only=True)
     except SretError:
         raise
     except Exception as error:  # a foreign file can fail its readers in any way
-        reason = first_line(error)
-        raise SretError(f"{damaged}: {reason}", CHECKPOINT) from None
+        raise SretError(f"{damaged}: {first_line(error)}", CHECKPOINT) from None
     calls = ascii(", ".join(strange[:3]))[1:-1]
     raise SretError(
-        f"{path} is refused: its pickle would call {calls}; only tensors and plain values are "
-        "read, so get its state dict alone, or safetensors",
+        f"{path} is refused: its pickle would call {calls}, and only tensors and plain values are "
+        "read; save its state dict alone, or as safetensors",
         CHECKPOINT,
     )
 
@@ -157,7 +158,11 @@ def _names(path: Path, size: int) -> set[str]:
 
 
 def _checked(value: Any, path: Path, size: int) -> dict[str, Tensor]:
-    """The state dict in what a file held, if it is plain tensors that the file has room for."""
+    """The state dict in the content of a file.
+
+    Raises:
+        SretError: it holds something other than plain tensors, or more bytes than the file.
+    """
     for key in PLAIN_NAMES:
         if isinstance(value, dict) and isinstance(value.get(key), dict):
             value = value[key]
@@ -171,14 +176,14 @@ def _checked(value: Any, path: Path, size: int) -> dict[str, Tensor]:
     room: dict[tuple, int] = {}
     for key, tensor in value.items():
         if not isinstance(key, str) or not key.isprintable():
-            raise SretError(f"{path}: {key!r} is no name of a tensor", CHECKPOINT)
+            raise SretError(f"{path}: {key!r} is not the name of a tensor", CHECKPOINT)
         if not isinstance(tensor, Tensor):
             kind = type(tensor).__name__
-            raise SretError(f"{path}: {key} is no tensor but {kind}", CHECKPOINT)
+            raise SretError(f"{path}: {key} is not a tensor but {kind}", CHECKPOINT)
         plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
         numbers = not (tensor.is_quantized or tensor.is_complex() or tensor.dtype is torch.bool)
         if not plain or not numbers:
-            raise SretError(f"{path}: {key} is no plain tensor of numbers", CHECKPOINT)
+            raise SretError(f"{path}: {key} is not a plain tensor of numbers", CHECKPOINT)
         room[tensor.data_ptr(), tensor.shape, tensor.stride()] = tensor.nbytes
     if sum(room.values()) > size:
         raise SretError(f"{path}: its tensors claim more bytes than the file has", CHECKPOINT)

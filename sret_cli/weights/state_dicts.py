@@ -1,11 +1,11 @@
-"""The state dicts that a checkpoint of any training script holds: plain weights, averaged ones.
+"""Finds plain and averaged weights in the checkpoints of common training scripts.
 
 A checkpoint keeps its weights under some name ("model", "state_dict"), next to optimizers and
-settings; wrappers such as data-parallel training, `torch.compile` and Lightning put a prefix before
-each key. Averaged weights have a name of their own: "model_ema" (DeiT), "state_dict_ema" (timm), or
-in Lightning a prefix ("ema_model."), or `n_averaged` stands next to them
-(`torch.optim.swa_utils.AveragedModel`). Lightning's `WeightAveraging` has the averaged weights as
-"state_dict", and the plain ones as "current_model_state".
+settings. Wrappers such as data-parallel training, `torch.compile` and Lightning add a prefix to
+each key. Averaged weights have their own name ("model_ema" in DeiT, "state_dict_ema" in timm), or a
+prefix ("ema_model." in Lightning), or a number `n_averaged` next to them
+(`torch.optim.swa_utils.AveragedModel`). Lightning's `WeightAveraging` stores averaged weights as
+"state_dict", and plain ones as "current_model_state".
 """
 
 import re
@@ -18,23 +18,31 @@ from sret_cli.runtime.errors import CHECKPOINT, SretError
 
 State = Mapping[str, Tensor]
 
-PLAIN_NAMES = ("model", "state_dict")  # of several, the first that a file has
+PLAIN_NAMES = ("model", "state_dict")  # the first one that a file has is taken
 LIGHTNING_PLAIN = "current_model_state"
 AVERAGED = re.compile(
     r"(?<![a-zA-Z])(ema|swa|avg|averaged?)(?![a-zA-Z])|Ema|(?<![A-Z])(EMA|SWA)|Averag"
 )
 COUNTERS = ("n_averaged", "num_updates")  # next to averaged weights
-MAX_DEPTH = 3  # of the dicts in dicts that are searched for averaged weights
+MAX_DEPTH = 3  # nesting of dicts that are searched for averaged weights
 
 
 class Weights(NamedTuple):
-    """The tensors of one model in a checkpoint."""
+    """The tensors of one model in a checkpoint.
+
+    Attributes:
+        tensors: the state dict, without a prefix.
+        place: keys and prefixes that lead to it in the file, joined by dots; "" for the file.
+        averaged: whether these are averaged weights.
+        notes: what the user should know about the choice.
+        has_other: whether these are plain weights of a file that has averaged ones too.
+    """
 
     tensors: dict[str, Tensor]
-    place: str  # the names and prefixes in the file that lead to them; "" for a bare state dict
+    place: str
     averaged: bool
-    notes: tuple[str, ...] = ()  # what the user should know about the choice
-    has_other: bool = False  # plain weights that were taken where there are averaged ones, too
+    notes: tuple[str, ...] = ()
+    has_other: bool = False
 
 
 def choose_weights(
@@ -42,12 +50,12 @@ def choose_weights(
 ) -> Weights | None:
     """The plain or the averaged weights in a checkpoint; None if it holds no state dict.
 
-    Where a file has averaged weights alone, these are taken.
+    If a file has only averaged weights, these are taken.
 
     Args:
         value: the content of the file.
         where: the file's name, for messages.
-        own: the first parts of the keys of the model that is looked for; no prefix has them.
+        own: the first parts of the model's own keys, which are not removed as prefixes.
         averaged: take the averaged weights.
 
     Raises:
@@ -88,18 +96,18 @@ def choose_weights(
 
 
 def without_prefix(tensors: State, own: Collection[str] = ()) -> dict[str, Tensor]:
-    """The state dict without the prefix that all its keys share, such as "module._orig_mod.".
+    """The state dict without the prefix of all its keys, such as "module._orig_mod.".
 
     Args:
         tensors: the state dict.
-        own: the first parts of the model's own keys, which are not taken off.
+        own: the first parts of the model's own keys, which are not removed.
     """
-    prefix = _shared_prefix(tensors, own)
+    prefix = _common_prefix(tensors, own)
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
 
 
 def is_state_dict(value: Any) -> bool:
-    """Whether a value is a dict of named tensors alone, not all of which are single numbers."""
+    """Whether a value is a dict of named tensors only, not all of which are single numbers."""
     return (
         isinstance(value, dict)
         and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
@@ -108,9 +116,9 @@ def is_state_dict(value: Any) -> bool:
 
 
 def _entries(value: Any) -> Iterator[tuple[State, tuple[str, ...], bool]]:
-    """The state dicts that may be a model's, with the names that lead to them; which are averaged.
+    """The state dicts that may be a model's, with the keys that lead to them and if averaged.
 
-    Plain ones are bare or under one name, averaged ones may be further down.
+    Plain ones are at the top or one key below; averaged ones may be nested deeper.
     """
     swapped = isinstance(value, dict) and is_state_dict(value.get(LIGHTNING_PLAIN))
     for path, state in _state_dicts(value, (), set()):
@@ -122,7 +130,7 @@ def _entries(value: Any) -> Iterator[tuple[State, tuple[str, ...], bool]]:
 def _state_dicts(
     value: Any, path: tuple[str, ...], seen: set[int]
 ) -> Iterator[tuple[tuple[str, ...], State]]:
-    """The state dicts in nested dicts, with the names that lead to them; each dict is seen once."""
+    """The state dicts in nested dicts, with the keys that lead to them; each dict is read once."""
     if not isinstance(value, dict) or id(value) in seen or len(path) > MAX_DEPTH:
         return
     seen.add(id(value))
@@ -139,16 +147,16 @@ def _models(
 ) -> Iterator[Weights]:
     """The models in a state dict: one, or several, each under a prefix."""
     tensors = {key: tensor for key, tensor in state.items() if key not in COUNTERS}
-    prefix = _shared_prefix(tensors, own)
+    prefix = _common_prefix(tensors, own)
     tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     path = (*path, *prefix.split(".")[:-1])
     averaged = averaged or _is_averaged(path) or len(tensors) < len(state)
-    notes = (f"took {prefix!r} off all keys",) if prefix else ()
+    notes = (f"removed {prefix!r} from all keys",) if prefix else ()
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         parts.setdefault(key.partition(".")[0], {})[key] = tensor
     models = {first: part for first, part in parts.items() if _has_prefix(part, own)}
-    if own and not models and not own & parts.keys():  # of another model: keys stay as they are
+    if own and not models and not own & parts.keys():  # another model: keys stay unchanged
         tensors, path, notes = dict(state), path[: len(path) - prefix.count(".")], ()
     if not models or own & parts.keys():
         yield Weights(tensors, ".".join(path), averaged, notes)
@@ -156,7 +164,7 @@ def _models(
     left_out = [key for first, part in parts.items() if first not in models for key in part]
     if left_out:
         more = f" and {len(left_out) - 1:,} more" if len(left_out) > 1 else ""
-        notes = (*notes, f"left out {left_out[0]}{more}, which stand next to the model")
+        notes = (*notes, f"ignored {left_out[0]}{more}, which are next to the model")
     for part in models.values():
         for weights in _models(part, path, averaged, own):
             yield weights._replace(notes=(*notes, *weights.notes))
@@ -167,12 +175,12 @@ def _is_averaged(path: Sequence[str]) -> bool:
 
 
 def _has_prefix(part: State, own: frozenset[str]) -> bool:
-    """Whether the first parts of the model's own keys come after a prefix in these keys."""
+    """Whether these keys have a prefix before the first parts of the model's own keys."""
     return any(not own.isdisjoint(key.split(".")[1:-1]) for key in part)
 
 
-def _shared_prefix(tensors: State, own: Collection[str]) -> str:
-    """The prefix, of whole parts between dots, that all keys share."""
+def _common_prefix(tensors: State, own: Collection[str]) -> str:
+    """The prefix that all keys have in common, up to a dot."""
     keys, prefix = list(tensors), ""
     while keys:
         first, dot, _ = keys[0][len(prefix) :].partition(".")

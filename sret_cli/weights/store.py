@@ -1,8 +1,4 @@
-"""Models on disk, in and out: ours, and checkpoints in the reference's layout.
-
-Ours are `config.json` and `model.safetensors`. A reference checkpoint is a zip as torch.save writes
-it (`.pth`, `.pt`, `.ckpt`, `.bin`, `.tar`), or `.safetensors`.
-"""
+"""Writes and reads our models on disk: `config.json` and `model.safetensors` of a directory."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +13,7 @@ from sret_cli.runtime.errors import CHECKPOINT, USAGE, SretError, show_note_once
 from sret_cli.runtime.files import make_directory, read_json, write_atomically, write_json
 from sret_cli.spec.backbone import Spec, read_spec
 from sret_cli.spec.run import CONFIG_FILE
-from sret_cli.weights.match import _check_shapes, _fitted, _like
+from sret_cli.weights.match import cast_like, check_shapes, with_fitted_pos_embed
 from sret_cli.weights.safe_read import read_tensors
 
 WEIGHTS_FILE = "model.safetensors"
@@ -34,14 +30,14 @@ def save_weights(
 
 
 def check_no_model(directory: Path) -> None:
-    """Makes sure that a model can be written to a directory, which is made.
+    """Creates a directory for a model.
 
     Raises:
         SretError: the directory cannot be written to, or holds a model already.
     """
     make_directory(directory)
     if (directory / WEIGHTS_FILE).exists():
-        raise SretError(f"{directory} holds a model already; choose another directory", USAGE)
+        raise SretError(f"{directory} already holds a model; choose another directory", USAGE)
 
 
 def save_model(
@@ -50,13 +46,13 @@ def save_model(
     about: Mapping[str, Any] | None = None,
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Writes `config.json` and `model.safetensors` of a model that is not a run's.
+    """Writes `config.json` and `model.safetensors` of a model that does not belong to a run.
 
     Args:
         model: the model.
-        directory: where; made where it is missing.
-        about: what `config.json` says beside the spec.
-        metadata: what the file of weights says of itself.
+        directory: where to write; created if it does not exist.
+        about: fields of `config.json` besides the spec.
+        metadata: metadata of the file of weights.
 
     Raises:
         SretError: the directory cannot be written to, or holds a model already.
@@ -68,10 +64,10 @@ def save_model(
 
 
 def load_config(directory: Path) -> dict[str, Any]:
-    """The `config.json` of a run or of a built model.
+    """The `config.json` of a run or of another stored model.
 
     Raises:
-        SretError: there is none, or it is damaged.
+        SretError: it does not exist, or is damaged.
     """
     if not (directory / CONFIG_FILE).is_file():
         raise SretError(
@@ -89,12 +85,12 @@ def load_config(directory: Path) -> dict[str, Any]:
 
 
 def load_model(directory: Path, changes: Mapping[str, Any] | None = None) -> Any:
-    """The model, of either kind of spec, that a directory holds, with its weights.
+    """The model that a directory holds, an SReT or a timm model, with its weights.
 
     Args:
-        directory: a run's, or one of `save_model`.
-        changes: fields of the spec to build it with instead, such as `img_size`, for which the
-            position embeddings are resampled; single numbers of slices fit each stage.
+        directory: a run's directory, or one that `save_model` wrote.
+        changes: fields of the spec to change, such as `img_size`, for which the position embeddings
+            are resampled; a single number of slices is fitted to each stage.
 
     Raises:
         SretError: a file is missing or damaged, or the weights are of another model.
@@ -105,21 +101,26 @@ def load_model(directory: Path, changes: Mapping[str, Any] | None = None) -> Any
         raise SretError(f"{directory} has no {WEIGHTS_FILE}; train the run first", CHECKPOINT)
     tensors = read_tensors(path)
     if changes and "img_size" in changes:
-        tensors = _fitted(tensors, spec)
+        tensors = with_fitted_pos_embed(tensors, spec)
     model = build_any(spec)
-    _check_shapes(model.state_dict(), tensors, str(path))
-    model.load_state_dict(_like(model.state_dict(), tensors, str(path)))
+    check_shapes(model.state_dict(), tensors, str(path))
+    model.load_state_dict(cast_like(model.state_dict(), tensors, str(path)))
     return model
 
 
 def load_weights(
     model: Any, directory: Path, classes: ClassList | None = None, reset_head: bool = False
 ) -> None:
-    """Loads what a directory holds into a model of the same design.
+    """Loads the weights of a directory into a model of the same design.
 
-    Position embeddings of another image size are resampled; a head for another number of classes
-    stays fresh, which is told once, and with `reset_head` any. Where `classes` tells those that the
-    model is to have, the head gets their order.
+    Position embeddings of another image size are resampled. A head for another number of classes is
+    not loaded, and the user is notified once.
+
+    Args:
+        model: the model; its weights are replaced.
+        directory: holds the weights.
+        classes: the classes of the model, to whose order the outputs of the head are sorted.
+        reset_head: keep the model's own head.
 
     Raises:
         SretError: a file is missing or damaged, or the weights are of another model, or of other
@@ -129,13 +130,13 @@ def load_weights(
     if not path.is_file():
         raise SretError(f"{directory} has no {WEIGHTS_FILE}; name a trained run", CHECKPOINT)
     tensors, state = read_tensors(path), model.state_dict()
-    tensors = _fitted(tensors, model.spec)
+    tensors = with_fitted_pos_embed(tensors, model.spec)
     head = [key for key in _head_keys(model) if key in tensors and key in state]
     for key in head:
         if not reset_head and tensors[key].shape[0] != state[key].shape[0]:
             show_note_once(
                 f"train.init = {directory} has {tensors[key].shape[0]:,} classes, and the model "
-                f"{state[key].shape[0]:,}: its head is not taken, and starts anew"
+                f"{state[key].shape[0]:,}: the head is not loaded and starts from random weights"
             )
             reset_head = True
     if reset_head:
@@ -148,19 +149,19 @@ def load_weights(
         if order is not None:
             rows = all_outputs(order, len(state[head[0]]))
             tensors |= {key: tensors[key][rows] for key in head}
-    _check_shapes(state, tensors, str(path))
-    model.load_state_dict(_like(state, tensors, str(path)))
+    check_shapes(state, tensors, str(path))
+    model.load_state_dict(cast_like(state, tensors, str(path)))
 
 
 def _head_keys(model: Any) -> list[str]:
-    """The tensors of a model's classifiers, of which some models of timm's have two."""
+    """The keys of a model's classifier tensors; some timm models have two classifiers."""
     names = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
     names = (names,) if isinstance(names, str) else names
     return [f"{name}.{part}" for name in names for part in ("weight", "bias")]
 
 
 def spec_with_changes(spec: Spec, changes: Mapping[str, Any]) -> Spec:
-    """A spec with other fields; single numbers of slices fit each stage, as `--slices` does.
+    """A spec with other fields; a single number of slices is fitted to each stage.
 
     Raises:
         SretError: the fields do not fit together, such as slices that no longer divide the tokens,
@@ -176,7 +177,11 @@ def spec_with_changes(spec: Spec, changes: Mapping[str, Any]) -> Spec:
 
 
 def refuse_backbone(model: Any) -> None:
-    """Refuses a timm model where only an SReT can be written."""
+    """Refuses a timm model where only an SReT can be written.
+
+    Raises:
+        SretError: the model is a timm model.
+    """
     if model.spec.is_timm:
         raise SretError(
             f"{model.spec.backbone} cannot be written in the reference's layout: it is a timm "

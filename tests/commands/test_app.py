@@ -86,7 +86,7 @@ def test_a_built_model_is_written_and_read_back(sret, tmp_path):
     code, out, _ = sret("build", "--from", "model", "--json")
     assert (code, json.loads(out)["params"]) == (0, 331_842)
     code, _, err = sret("build", "--preset", "nano", "--out", "model")
-    assert (code, err) == (2, "sret: model holds a model already; choose another directory\n")
+    assert (code, err) == (2, "sret: model already holds a model; choose another directory\n")
 
 
 def test_profile_without_arguments_shows_presets_next_to_published_figures(sret):

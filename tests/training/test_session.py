@@ -182,7 +182,7 @@ def test_weights_of_another_model_are_refused(tiny, tmp_path):
         load_model(tmp_path)
     assert refused.value.code == 5
     (tmp_path / "model.safetensors").write_bytes(b"PK\x03\x04 a pickle")
-    with pytest.raises(SretError, match="damaged or no safetensors file"):
+    with pytest.raises(SretError, match="damaged or not a safetensors file"):
         load_model(tmp_path)
 
 

@@ -46,8 +46,8 @@ def test_a_checkpoint_is_converted_and_written_back_bitwise(sret, checkpoint):
     code, out, err = sret("convert", path, "--out", "ours", *HEADS, "--json")
     assert code == 0
     assert err.splitlines() == [
-        "recognised no preset from the shapes; they do not tell slices: took 1-1-1, then 1-1-1 "
-        "(--slices or --preset say otherwise)",
+        "recognised no preset from the shapes, which do not depend on slices: took slices 1-1-1, "
+        "then 1-1-1 (set others by --slices or --preset)",
         "wrote ours/config.json and ours/model.safetensors",
     ]
     assert sorted(os.listdir("ours")) == ["config.json", "model.safetensors"]

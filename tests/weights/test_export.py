@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 
 import onnx
 import onnxruntime
@@ -67,6 +69,15 @@ def test_a_schedule_is_found_to_be_cycles():
     assert find_cycles("aaaaaa") == [Cycle(0, 1, 6)]
     assert find_cycles("abc") == [Cycle(0, 1, 1), Cycle(1, 1, 1), Cycle(2, 1, 1)]
     assert find_cycles("") == []
+
+
+def test_exporting_loads_no_fvcore_and_no_costs():
+    code = (
+        "import sret_cli.weights.export, sret_cli.weights.convert, sys; "
+        "print(*[n for n in sys.modules if n.startswith(('fvcore', 'sret_cli.cost'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
 
 
 def test_safetensors_come_back_bitwise(exported):
@@ -194,7 +205,7 @@ def test_bad_input_is_one_line(sret, recursive, tmp_path, monkeypatch):
     for arguments, code, text in [
         (("nowhere",), 5, "nowhere has no config.json"),
         (("built", "--to", "onyx"), 2, "unknown format 'onyx'; did you mean 'onnx'?"),
-        (("built", "--out", "full"), 2, "full is there already; choose another directory"),
+        (("built", "--out", "full"), 2, "full already exists; choose another directory"),
         (("built", "--out", "a.onnx"), 2, "--out a.onnx looks like a file"),
         (("built", "--layers", 40), 2, "built is a whole model; leave out layers"),
         ((), 4, "no directory runs"),

@@ -87,9 +87,7 @@ def test_an_export_carries_its_run_and_its_classes(sret, run, tmp_path, to):
         assert line in card
     code, out, err = sret("export", "--to", to)
     assert (code, out) == (2, "")
-    assert err.splitlines()[1] == (
-        f"sret: exports/{name} is there already; choose another directory"
-    )
+    assert err.splitlines()[1] == (f"sret: exports/{name} already exists; choose another directory")
 
 
 def test_averaged_weights_are_exported_as_such_and_evaluated_from_the_export(sret, run, tmp_path):
@@ -101,13 +99,32 @@ def test_averaged_weights_are_exported_as_such_and_evaluated_from_the_export(sre
     assert f"These are the averaged weights of the run `{run['run_id']}`" in card
     assert f"| Top-1 (%) | {run['ema_top1_percent']:.2f} |" in card
     rows = []
-    for directory in (where, exported):
-        code, out, _ = sret("eval", directory, "--workers", 0, "--json")
+    for arguments in ((where,), (exported, "--data-dir", ".")):
+        code, out, _ = sret("eval", *arguments, "--workers", 0, "--json")
         assert code == 0
         rows += json.loads(out)
     assert rows[0] == rows[1]
     assert (rows[0]["run_id"], rows[0]["averaged"]) == (run["run_id"], True)
     assert rows[0]["test_loss"] == run["ema_test_loss"]
+
+
+def test_an_export_names_no_path_of_the_machine_and_needs_none(sret, run, tmp_path):
+    assert sret("export", "--out", "first")[0] == 0
+    text = (tmp_path / "first" / "config.json").read_text()
+    assert str(tmp_path) not in text
+    assert json.loads(text)["train"] == {
+        "dataset": "folder",
+        "interpolation": "bicubic",
+        "crop_pct": 0.875,
+    }
+    code, out, err = sret("eval", "first")
+    assert (code, out) == (3, "")
+    assert err == "sret: dataset = 'folder' needs a folder of images; name it with --data-dir\n"
+    assert sret("export", "first", "--out", "second")[0] == 0
+    assert metadata(tmp_path / "second") == metadata(tmp_path / "first")
+    teacher = ("--set", "train.teacher=first", "--data-dir", ".", "--img-size", 16, "--slices", 1)
+    code, _, err = sret("train", *teacher, *QUICK, "--workers", 0)
+    assert code == 0, err
 
 
 def test_a_run_is_known_by_its_directory_wherever_a_user_stands(sret, run, monkeypatch):

@@ -42,7 +42,7 @@ def test_any_prefix_that_all_keys_share_is_taken_off(prefix):
     assert list(without_prefix(keys(prefix), OWN)) == ["stem.weight", "head.bias"]
     weights = choose_weights({"state_dict": keys(prefix)}, "file", OWN)
     assert list(weights.tensors) == ["stem.weight", "head.bias"]
-    assert weights.notes == (f"took {prefix!r} off all keys",)
+    assert weights.notes == (f"removed {prefix!r} from all keys",)
 
 
 def test_a_prefix_ends_where_the_models_own_keys_begin():
@@ -117,7 +117,7 @@ def test_what_stands_next_to_a_model_is_left_out_and_named():
     value = {"state_dict": {**keys("model."), "criterion.weight": OTHER, "loss.a": OTHER}}
     weights = choose_weights(value, "file", OWN)
     assert list(weights.tensors) == ["stem.weight", "head.bias"]
-    assert weights.notes[0] == "left out criterion.weight and 1 more, which stand next to the model"
+    assert weights.notes[0] == "ignored criterion.weight and 1 more, which are next to the model"
 
 
 def test_of_several_models_none_is_guessed():
@@ -161,7 +161,7 @@ def test_a_checkpoint_of_lightning_is_converted_with_the_weights_asked_for(
     assert err.splitlines()[:2] == [
         "last.ckpt holds plain weights (state_dict.model._orig_mod) and averaged ones "
         "(state_dict.model_ema.module): took the plain ones; --ema takes the averaged ones",
-        "took 'model._orig_mod.' off all keys",
+        "removed 'model._orig_mod.' from all keys",
     ]
     code, _, err = sret("convert", "last.ckpt", "--out", "averaged", "--ema", *HEADS)
     assert code == 0

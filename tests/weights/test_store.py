@@ -63,8 +63,8 @@ def test_golden_weights_are_recognised_as_sret_t(golden, tmp_path):
     model, name, notes, *_ = read_reference(tmp_path / "sret.pth")
     assert (name, model.spec) == ("sret_t", PRESETS["sret_t"])
     assert notes == [
-        "recognised sret_t from the shapes; they do not tell slices: took 8-4-1, then 2-1-1 "
-        "(--slices or --preset say otherwise)"
+        "recognised sret_t from the shapes, which do not depend on slices: took slices 8-4-1, "
+        "then 2-1-1 (set others by --slices or --preset)"
     ]
 
 
@@ -142,11 +142,11 @@ def test_repeated_keys_of_a_shared_tensor_have_to_agree(key):
         ({"nll": "per_block"}, "an NLL for each pass"),
         ({"nll": "none"}, "an NLL for each pass"),
         ({"residual": "plain"}, "it learns coefficients"),
-        ({"loop": "external", "blocks": 2}, "stage 1 passes its blocks in another order"),
+        ({"loop": "external", "blocks": 2}, "stage 1 does not run its blocks one after the other"),
     ],
 )
 def test_a_model_that_the_reference_has_not_is_refused_with_the_reason(values, reason, tmp_path):
-    with pytest.raises(SretError, match=f"no such model.*{reason}"):
+    with pytest.raises(SretError, match=f"no layout for the weights.*{reason}"):
         save_reference(build_model(small(**values)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -232,7 +232,7 @@ def test_a_design_that_is_no_preset_is_recognised_from_its_shapes(tmp_path):
     found, name, notes, *_ = read_reference(path, None, {"num_heads": [1, 2, 4]})
     assert (name, found.spec) == ("converted", spec)
     assert_same(model, found)
-    assert "took 1-1-1, then 1-1-1" in notes[0]
+    assert "took slices 1-1-1, then 1-1-1" in notes[0]
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_an_unshared_model_is_told_from_a_shared_one(tmp_path):
     ("keys", "message"),
     [
         (["visual.proj"], "not an SReT's weights in the reference's layout.*visual.proj"),
-        (["transformers.0.blocks.0.norm1.weight"], "stage 1: 1 entries .* no whole passes"),
+        (["transformers.0.blocks.0.norm1.weight"], "stage 1: 1 entries .* not pairs"),
         (
             ["transformers.0.blocks.0.norm1.weight", "transformers.0.blocks.1.norm1.weight"],
             "pos_embed is missing",
@@ -287,7 +287,7 @@ def test_a_model_is_not_written_over_another(tmp_path):
     model = build_model(small())
     save_reference(model, tmp_path)
     before = (tmp_path / "model.pth").read_bytes()
-    with pytest.raises(SretError, match="is there already"):
+    with pytest.raises(SretError, match="already exists"):
         save_reference(filled(small()), tmp_path)
     assert (tmp_path / "model.pth").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["model.pth"]
