@@ -319,7 +319,7 @@ def test_fine_tuning_notes_once_what_it_does_not_load(tiny, tmp_path, capsys):
         with pytest.raises(SretError, match="none"):
             train(Run("test", "tiny", tiny, nowhere), tmp_path)
     error = capsys.readouterr().err
-    assert error.count("recipe finetune without train.init: this trains from scratch") == 1
+    assert error.count("recipe finetune without train.init trains from scratch") == 1
     save_model(build_any(tiny), tmp_path / "first")
     for _ in range(2):
         trainer_of(tiny.with_values(num_classes=12), init=str(tmp_path / "first"))
