@@ -11,8 +11,8 @@ REPEATS = (
     "10; they are drawn again in each epoch"
 )
 AVERAGE = (
-    "model_ema_decay = 0.99996: after all 2 steps the averaged weights are still 99.99 % the "
-    "initial ones; use 0.1 or less, or set train.model_ema_warmup=true"
+    "model_ema_decay = 0.99996: after all 2 steps the averaged weights are still 99.99 % "
+    "initial weights; use 0.1 or less, or set train.model_ema_warmup=true"
 )
 
 
