@@ -1,4 +1,4 @@
-"""One model on several ranks: batch statistics of all of them, and averaged or sharded weights."""
+"""One model on several ranks: common batch statistics, averaged gradients, sharded weights."""
 
 import warnings
 from collections.abc import Iterator
@@ -23,10 +23,10 @@ from sret_cli.training.ranks import Ranks
 
 
 class _BatchNormOfAll(torch.autograd.Function):
-    """Batch normalisation by the statistics of all ranks' images, and its gradient.
+    """Batch normalisation with the statistics of the images of all ranks, and its gradient.
 
-    Differs from that of one process by rounding. torch's own `SyncBatchNorm` has no CPU kernels.
-    "Batch Normalization", Ioffe and Szegedy, 2015, section 3, has the gradient.
+    It differs from that of one process only by rounding. `SyncBatchNorm` of torch has no CPU
+    kernels. The gradient is in "Batch Normalization", Ioffe and Szegedy, 2015, section 3.
     """
 
     @staticmethod
@@ -51,7 +51,7 @@ class _BatchNormOfAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Gradients of `x`, and this rank's own of weight and bias."""
+        """The gradients of `x`, and of weight and bias for the images of this rank."""
         x, weight, mean_C, inverse_C, count_1 = ctx.saved_tensors
         dims, shape = [0, *range(2, x.ndim)], (-1, *(1,) * (x.ndim - 2))
         normal = (_wide(x) - mean_C.view(shape)) * inverse_C.view(shape)
@@ -66,12 +66,12 @@ class _BatchNormOfAll(torch.autograd.Function):
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In the precision of sums: at least fp32."""
+    """The tensor in at least float32, to sum its values."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class SyncBatchNorm(_BatchNorm):
-    """BatchNorm in training by the images of all ranks; in evaluation it asks none of them."""
+    """BatchNorm with the images of all ranks in training; evaluation needs no other rank."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises, and updates the running statistics."""
@@ -87,21 +87,21 @@ class SyncBatchNorm(_BatchNorm):
         return y
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Takes any."""
+        """Accepts tensors of any number of dimensions."""
 
 
 def synchronise_norms(model: nn.Module) -> None:
-    """Puts `SyncBatchNorm`, with the same tensors, in the place of every BatchNorm.
+    """Replaces every BatchNorm by a `SyncBatchNorm` with the same tensors.
 
     Raises:
-        SretError: a model of timm's has BatchNorm of another kind.
+        SretError: a timm model has BatchNorm of another kind.
     """
     for name, module in list(model.named_modules()):
         if not isinstance(module, _BatchNorm):
             continue
         if type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d) or not module.affine:
             kind = type(module).__name__
-            raise SretError(f"{name} is a {kind}, which knows one process alone; use one process")
+            raise SretError(f"{name} is a {kind}, which works in one process only; use one process")
         synchronised = SyncBatchNorm(module.num_features, module.eps, module.momentum)
         synchronised._parameters, synchronised._buffers = module._parameters, module._buffers
         model.set_submodule(name, synchronised.train(module.training))
@@ -110,37 +110,38 @@ def synchronise_norms(model: nn.Module) -> None:
 def replicate(model: Any, spec: TrainSpec, ranks: Ranks) -> nn.Module:
     """The model, with gradients that are averaged over the ranks in the backward pass.
 
-    Shared weights are reduced once, when all their passes have added to their gradient. Which
-    weights a step uses changes where passes with NLLs of their own are drawn; those of no rank
-    keep no gradient, as in one process.
+    The gradient of a tensor that several passes use is averaged once, after all passes have added
+    to it. If the number of recursions is drawn and each pass has its own NLL, the weights that a
+    step uses change; weights that no rank uses get no gradient, as in one process.
     """
     varies = spec.recursions_range is not None
     changing = model.spec.is_timm or (varies and model.spec.nll == "per_pass")
     assert ranks.device is not None
-    # A depthwise convolution's gradient may lie in another order than its weights; it is copied.
+    # The gradient of a depthwise convolution may have other strides than its weights; torch copies
+    # it and warns.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
         return DistributedDataParallel(
             model,
             device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-            broadcast_buffers=False,  # the ranks' statistics are the same
+            broadcast_buffers=False,  # the statistics are the same on all ranks
             find_unused_parameters=changing,
         )
 
 
 def shard(model: nn.Module, ranks: Ranks) -> None:
-    """Leaves each rank its share of the weights, in place: a stage is whole while it works.
+    """Splits the weights among the ranks, in place; a stage is gathered while it runs.
 
-    A stage is whole once a forward pass and once a backward pass, however often its blocks recur;
-    sharding by block would gather a block anew for each of its passes.
+    A stage is gathered once in a forward pass and once in a backward pass, also if its blocks run
+    several times. Sharding by blocks would gather a block again for each of its passes.
 
     Raises:
-        SretError: the model is timm's.
+        SretError: the model is a timm model.
     """
     stages = sret_stages(model)
     if not stages:
-        raise SretError("models of timm's are not sharded; leave out --shard")
+        raise SretError("timm models cannot be sharded; leave out --shard")
     assert ranks.device is not None
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     for stage in stages:
@@ -150,9 +151,9 @@ def shard(model: nn.Module, ranks: Ranks) -> None:
 
 @contextmanager
 def gathered_weights(model: nn.Module) -> Iterator[None]:
-    """Sharded weights are whole within: ranks that call the model differently often need not meet.
+    """Gathers sharded weights for the block, so that each rank may call the model on its own.
 
-    All ranks have to ask.
+    All ranks have to call this.
     """
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in sharded:
@@ -165,36 +166,36 @@ def gathered_weights(model: nn.Module) -> Iterator[None]:
 
 
 def full_tensor(value: Tensor) -> Tensor:
-    """A tensor with what other ranks have of it; all have to ask."""
+    """The complete tensor of a sharded one; all ranks have to call this."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def full_state(tree: Any) -> Any:
-    """A tree of values with every sharded tensor gathered, on the CPU; all ranks have to ask."""
+    """A tree with every sharded tensor gathered on the CPU; all ranks have to call this."""
     return tree_map(lambda v: full_tensor(v).cpu() if isinstance(v, DTensor) else v, tree)
 
 
 def load_full_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Loads a state dict that `full_state` gave, of which a sharded model takes its shares."""
+    """Loads a state dict of `full_state`; a sharded model takes this rank's shards of it."""
     own = model.state_dict()
-    model.load_state_dict({k: _share_of(v, own[k]) if k in own else v for k, v in state.items()})
+    model.load_state_dict({k: _sharded_as(v, own[k]) if k in own else v for k, v in state.items()})
 
 
 def load_full_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads an optimizer's state dict that `full_state` gave."""
+    """Loads a state dict of `full_state` into an optimizer."""
     parameters = [q for group in optimizer.param_groups for q in group["params"]]
-    shares = {
+    sharded = {
         index: {
-            name: _share_of(v, parameters[index]) if isinstance(v, Tensor) and v.ndim else v
+            name: _sharded_as(v, parameters[index]) if isinstance(v, Tensor) and v.ndim else v
             for name, v in values.items()
         }
         for index, values in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": shares})
+    optimizer.load_state_dict({**state, "state": sharded})
 
 
-def _share_of(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, which all ranks have, sharded as another one is, if that is."""
+def _sharded_as(value: Tensor, like: Tensor) -> Tensor:
+    """A complete tensor, which all ranks have, sharded as `like` if `like` is sharded."""
     if not isinstance(like, DTensor) or value.shape != like.shape:
         return value
     return distribute_tensor(

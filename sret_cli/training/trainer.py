@@ -133,7 +133,7 @@ class Trainer:
             self.ema.foreach = False
 
     def _stages_with(self, generator: torch.Generator) -> list[Any]:
-        """The stages that draw for parts of a batch by this generator; none for whole batches."""
+        """The stages that draw for parts of a batch by this generator; else none."""
         in_parts = self.ranks.is_distributed or self.spec.accumulation > 1
         stages = sret_stages(self.module) if in_parts else []
         for stage in stages:

@@ -1,10 +1,10 @@
-"""Trains on several ranks, in double precision, so that only what is wrong shows beside rounding.
+"""Trains on several ranks in double precision, so that rounding cannot hide an error.
 
     python -m torch.distributed.run --nproc-per-node 2 tests/end_to_end/rank_harness.py FOLDER
 
-`plain` and `sharded` train to the end, and `stopped`, which is sharded, until the second rank gets
-a SIGTERM after its seventh step. `published`, in single precision, is the first 20 steps of the
-published recipe.
+`plain` and `sharded` train to the end. `stopped` is sharded, and trains until the second rank gets
+a SIGTERM after its seventh step. `published` is the first 20 steps of the published recipe, in
+single precision.
 """
 
 import json
@@ -25,8 +25,8 @@ from sret_cli.spec.train import TrainSpec
 from sret_cli.training.ranks import ALONE, start_ranks
 from sret_cli.training.session import train
 
-# Ten steps an epoch, with all that draws: shuffles, drop path, mixup, counts of recursions, of
-# which some leave NLLs unused; passes are recomputed, and steps are taken in two parts.
+# Ten steps an epoch with every kind of random number: shuffles, drop path, mixup, and numbers of
+# recursions, some of which leave NLLs unused. Passes are recomputed, and steps have two parts.
 MODEL = TINY.with_values(recursions=(3, 3, 3), nll="per_pass", drop_path_rate=0.2)
 TRAIN = TrainSpec(
     epochs=2,
@@ -44,14 +44,14 @@ PUBLISHED = Run("test", "tiny", MODEL, TrainSpec(recipe="sret", batch_size=136))
 
 
 def in_double():
-    """Has weights, images and all else in double precision."""
+    """Makes weights, images and all other tensors double precision."""
     torch.set_default_dtype(torch.double)
     plain = Loader.normalize
     Loader.normalize = lambda self, x: plain(self, x).double()
 
 
 def train_until(step, run, folder, ranks=ALONE, shards=False):
-    """Trains until the last of the ranks gets a SIGTERM after a step."""
+    """Trains until the last rank gets a SIGTERM after a step."""
 
     def stop(done, total, text):
         if done == step and ranks.rank == ranks.world_size - 1:
@@ -68,7 +68,7 @@ def train_until(step, run, folder, ranks=ALONE, shards=False):
 
 
 def main():
-    """Trains as each of the ranks."""
+    """Trains all folders as one of the ranks."""
     folder, ranks = Path(sys.argv[1]), start_ranks("cpu")
     train_until(20, PUBLISHED, folder / "published", ranks)
     in_double()

@@ -33,7 +33,7 @@ from sret_cli.training.out_of_memory import out_of_memory_error
 from sret_cli.training.session import train
 from sret_cli.training.trainer import Trainer
 
-# Ten steps in two epochs, with all that draws: shuffles, drop path, mixup, counts of recursions.
+# Ten steps in two epochs with every kind of random number: shuffles, drop path, mixup, recursions.
 SHORT = {"epochs": 2, "warmup_epochs": 0, "batch_size": 240, "mixup": 0.8, "cutmix": 1.0}
 SHORT |= {"model_ema_decay": 0.9, "recursions_range": (1, 3)}
 FILES = ("model.safetensors", "ema/model.safetensors", "metrics.jsonl")
@@ -51,23 +51,26 @@ def left(directory, row):
 
 
 def signalled(number, step):
-    """Sends this process a signal as soon as a step is done."""
+    """Sends a signal to this process after a step."""
     return lambda done, total, text: done == step and os.kill(os.getpid(), number)
 
 
 @pytest.fixture(scope="module")
-def whole(tiny, tmp_path_factory):
-    """What a run leaves that nobody interrupts."""
-    directory = tmp_path_factory.mktemp("whole")
+def uninterrupted(tiny, tmp_path_factory):
+    """The results of a run that is not interrupted."""
+    directory = tmp_path_factory.mktemp("uninterrupted")
     return left(directory, train(run_of(tiny), directory))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kills", "flags"),
-    [(12, ()), (1, ("--workers", "2", "--seed", "3"))],  # the latter as a checkpoint is written
+    [
+        (12, ()),
+        (1, ("--workers", "2", "--seed", "3")),
+    ],  # the last one while a checkpoint is written
 )
-def test_runs_that_are_killed_anywhere_end_as_if_they_had_not_been(kills, flags):
+def test_runs_that_are_killed_anywhere_end_with_the_same_results(kills, flags):
     command = [sys.executable, str(Path(__file__).parent / "kill_harness.py")]
     done = subprocess.run([*command, "--kills", str(kills), *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -86,8 +89,8 @@ def test_a_signal_to_all_processes_of_a_run_loses_no_step(tmp_path):
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 143
-    told = [line for line in errors.splitlines() if ": step " not in line]  # that is progress
-    assert len(told) == 1 and told[0].startswith("stopped: 0 of 1 runs are done")
+    messages = [line for line in errors.splitlines() if ": step " not in line]  # without progress
+    assert len(messages) == 1 and messages[0].startswith("stopped: 0 of 1 runs are done")
     (metrics,) = tmp_path.glob("runs/train/*/metrics.jsonl")
     steps = [json.loads(line)["step"] for line in metrics.open() if "step" in json.loads(line)]
     assert read_checkpoint(metrics.parent / f"checkpoint-{steps[-1]}")["progress"]["step"] == len(
@@ -103,8 +106,8 @@ def test_a_signal_to_all_processes_of_a_run_loses_no_step(tmp_path):
         (signal.SIGUSR2, 10, 75),
     ],
 )
-def test_a_signal_saves_the_state_and_the_run_ends_the_same(
-    tiny, tmp_path, whole, number, step, code
+def test_a_signal_saves_the_state_and_the_run_ends_with_the_same_results(
+    tiny, tmp_path, uninterrupted, number, step, code
 ):
     handler = signal.getsignal(number)
     with pytest.raises(SystemExit) as ended:
@@ -118,10 +121,12 @@ def test_a_signal_saves_the_state_and_the_run_ends_the_same(
         run_of(tiny), tmp_path, progress=Progress(on_step=lambda done, *_: steps.append(done))
     )
     assert steps == list(range(step + 1, 11))
-    assert left(tmp_path, row) == whole
+    assert left(tmp_path, row) == uninterrupted
 
 
-def test_a_step_that_takes_too_long_is_given_up_and_done_again(tiny, tmp_path, whole, monkeypatch):
+def test_a_step_that_takes_too_long_is_stopped_and_repeated(
+    tiny, tmp_path, uninterrupted, monkeypatch
+):
     monkeypatch.setattr(interrupt, "PATIENCE", 0.01)
     loss = Trainer.loss
 
@@ -137,10 +142,12 @@ def test_a_step_that_takes_too_long_is_given_up_and_done_again(tiny, tmp_path, w
         train(run_of(tiny), tmp_path)
     assert (tmp_path / "checkpoint-6" / "manifest.json").exists()
     monkeypatch.setattr(Trainer, "loss", loss)
-    assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
+    assert left(tmp_path, train(run_of(tiny), tmp_path)) == uninterrupted
 
 
-def test_a_killed_process_of_the_loader_ends_the_run_with_its_state_saved(tiny, tmp_path, whole):
+def test_a_killed_process_of_the_loader_ends_the_run_with_its_state_saved(
+    tiny, tmp_path, uninterrupted
+):
     def kill(done, total, text):
         if done == 3:
             for process in multiprocessing.active_children():
@@ -153,13 +160,15 @@ def test_a_killed_process_of_the_loader_ends_the_run_with_its_state_saved(tiny, 
     assert (refused.value.code, refused.value.status) == (7, "loader_lost")
     (checkpoint,) = tmp_path.glob("checkpoint-*/manifest.json")
     assert checkpoint.parent.name in ("checkpoint-3", "checkpoint-4", "checkpoint-5")
-    assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
+    assert left(tmp_path, train(run_of(tiny), tmp_path)) == uninterrupted
 
 
 @pytest.mark.parametrize(
     "error", [ConnectionResetError(104, "reset"), BrokenPipeError(32, "broken"), EOFError()]
 )
-def test_a_broken_pipe_of_a_loader_process_is_its_end(tiny, tmp_path, whole, monkeypatch, error):
+def test_a_broken_pipe_of_a_loader_process_is_reported_as_its_end(
+    tiny, tmp_path, uninterrupted, monkeypatch, error
+):
     plain, calls = multiprocessing.queues.Queue.get, []
 
     def broken(queue, *arguments, **options):
@@ -174,7 +183,7 @@ def test_a_broken_pipe_of_a_loader_process_is_its_end(tiny, tmp_path, whole, mon
         train(run_of(tiny), tmp_path, options=RunOptions(workers=2))
     assert (refused.value.code, refused.value.status) == (7, "loader_lost")
     monkeypatch.undo()
-    assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
+    assert left(tmp_path, train(run_of(tiny), tmp_path)) == uninterrupted
 
 
 @pytest.mark.parametrize(
@@ -184,7 +193,9 @@ def test_a_broken_pipe_of_a_loader_process_is_its_end(tiny, tmp_path, whole, mon
         ConnectionResetError(104, "Connection reset by peer"),
     ],
 )
-def test_a_killed_process_of_the_test_loader_does_so_too(tiny, tmp_path, whole, monkeypatch, error):
+def test_a_killed_process_of_the_test_loader_ends_the_run_with_its_state_saved(
+    tiny, tmp_path, uninterrupted, monkeypatch, error
+):
     plain = DataLoader.__iter__
 
     def lost(loader):
@@ -198,27 +209,27 @@ def test_a_killed_process_of_the_test_loader_does_so_too(tiny, tmp_path, whole, 
         train(run_of(tiny), tmp_path)
     assert (tmp_path / "checkpoint-5" / "manifest.json").exists()
     monkeypatch.undo()
-    assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
+    assert left(tmp_path, train(run_of(tiny), tmp_path)) == uninterrupted
 
 
-def test_ctrl_c_saves_the_state(tiny, tmp_path, whole):
+def test_ctrl_c_saves_the_state(tiny, tmp_path, uninterrupted):
     with pytest.raises(KeyboardInterrupt):
         train(run_of(tiny), tmp_path, progress=Progress(on_step=signalled(signal.SIGINT, 7)))
-    assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
+    assert left(tmp_path, train(run_of(tiny), tmp_path)) == uninterrupted
 
 
-def test_a_finished_run_that_is_started_again_says_the_same(tiny, tmp_path, whole):
+def test_a_finished_run_that_is_started_again_returns_the_same(tiny, tmp_path, uninterrupted):
     train(run_of(tiny), tmp_path)
     steps = []
     row = train(
         run_of(tiny), tmp_path, progress=Progress(on_step=lambda done, *_: steps.append(done))
     )
     assert steps == []
-    assert left(tmp_path, row) == whole
+    assert left(tmp_path, row) == uninterrupted
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_leads_to_the_same_end(
-    tiny, tmp_path, whole
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_gives_the_same_results(
+    tiny, tmp_path, uninterrupted
 ):
     with pytest.raises(SystemExit):
         train(run_of(tiny), tmp_path, progress=Progress(on_step=signalled(signal.SIGTERM, 7)))
@@ -226,17 +237,18 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_leads_to_the_same_e
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    said = []
+    notes = []
     assert (
-        left(tmp_path, train(run_of(tiny), tmp_path, progress=Progress(note=said.append))) == whole
+        left(tmp_path, train(run_of(tiny), tmp_path, progress=Progress(note=notes.append)))
+        == uninterrupted
     )
-    (line,) = said
+    (line,) = notes
     assert "checkpoint-7 is damaged" in line
     assert "resuming from" in line and line.endswith("checkpoint-5")
 
 
 def test_lines_of_metrics_after_the_checkpoint_are_cut_off_and_missing_ones_refused(
-    tiny, tmp_path, whole
+    tiny, tmp_path, uninterrupted
 ):
     with pytest.raises(SystemExit):
         train(run_of(tiny), tmp_path, progress=Progress(on_step=signalled(signal.SIGTERM, 3)))
@@ -246,10 +258,10 @@ def test_lines_of_metrics_after_the_checkpoint_are_cut_off_and_missing_ones_refu
     with pytest.raises(SretError, match=r"metrics.jsonl has \d+ bytes, and the checkpoint counts"):
         train(run_of(tiny), tmp_path)
     file.write_bytes(lines + b'{"step": 4, "lo')
-    assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
+    assert left(tmp_path, train(run_of(tiny), tmp_path)) == uninterrupted
 
 
-def test_checkpoints_are_written_every_so_many_steps_or_minutes(tiny, tmp_path):
+def test_checkpoints_are_written_every_n_steps_or_minutes(tiny, tmp_path):
     def kept(**saving):
         directory, stop = tmp_path / str(saving), signalled(signal.SIGTERM, 9)
         with pytest.raises(SystemExit):
@@ -266,7 +278,7 @@ def test_checkpoints_are_written_every_so_many_steps_or_minutes(tiny, tmp_path):
     assert kept(checkpoint_minutes=1e-9) == ["checkpoint-8", "checkpoint-9"]
 
 
-def test_a_finished_run_keeps_one_checkpoint_without_the_weights_it_has_beside(tiny, tmp_path):
+def test_a_finished_run_keeps_one_checkpoint_without_a_copy_of_the_weights(tiny, tmp_path):
     train(run_of(tiny, recursions_range=None), tmp_path)
     (path,) = tmp_path.glob("checkpoint-*")
     assert path.name == "checkpoint-10"
@@ -283,11 +295,13 @@ def test_a_finished_run_keeps_one_checkpoint_without_the_weights_it_has_beside(t
         read_checkpoint(path)
 
 
-def test_a_run_stopped_in_its_last_evaluation_ends_with_one_checkpoint(tiny, tmp_path, whole):
+def test_a_run_stopped_in_its_last_evaluation_ends_with_one_checkpoint(
+    tiny, tmp_path, uninterrupted
+):
     with pytest.raises(SystemExit):
         train(run_of(tiny), tmp_path, progress=Progress(on_step=signalled(signal.SIGUSR2, 10)))
     assert len(list(tmp_path.glob("checkpoint-*"))) == 2
-    assert left(tmp_path, train(run_of(tiny), tmp_path)) == whole
+    assert left(tmp_path, train(run_of(tiny), tmp_path)) == uninterrupted
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-10"]
 
 
@@ -300,7 +314,7 @@ def test_another_config_in_the_directory_is_refused_with_the_keys_that_differ(ti
         train(run_of(tiny, epochs=2), tmp_path)
 
 
-def test_more_epochs_go_on_in_a_new_run_with_the_schedule_of_all_of_them(tiny, tmp_path):
+def test_more_epochs_continue_in_a_new_run_with_the_schedule_of_all_epochs(tiny, tmp_path):
     first = run_of(tiny, recursions_range=None)
     directory = first.directory(tmp_path)
     before = left(directory, train(first, directory))
@@ -323,7 +337,7 @@ def test_more_epochs_go_on_in_a_new_run_with_the_schedule_of_all_of_them(tiny, t
     assert continue_run(directory, None) == first
 
 
-def test_more_epochs_need_the_metrics_of_those_before(tiny, tmp_path):
+def test_more_epochs_need_the_metrics_of_the_epochs_before(tiny, tmp_path):
     first = run_of(tiny, epochs=1)
     directory = first.directory(tmp_path)
     train(first, directory)
@@ -337,9 +351,7 @@ def test_more_epochs_need_the_metrics_of_those_before(tiny, tmp_path):
         assert refused.value.code == 5
 
 
-def test_a_second_process_is_refused_and_told_of_the_first_which_frees_the_run_by_its_end(
-    tiny, tmp_path
-):
+def test_a_second_process_is_refused_by_an_error_that_names_the_first_one(tiny, tmp_path):
     code = (
         "import sys; from pathlib import Path\n"
         "from sret_cli.runtime.lock import locked_directory\n"
@@ -395,18 +407,20 @@ def test_a_run_that_diverges_leaves_its_state_and_the_images_of_the_step(tiny, t
         train(run_of(tiny, lr=1e30, clip_grad=0.0), tmp_path)
 
 
-def test_out_of_memory_says_what_was_in_use_and_changes_no_batch(tiny, tmp_path, monkeypatch):
+def test_the_out_of_memory_error_gives_the_memory_in_use_and_advice(tiny, tmp_path, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
     monkeypatch.setattr(Trainer, "loss", full)
-    with pytest.raises(SretError, match=r"step 1 with 240 images at a time: .* GB in use") as told:
+    with pytest.raises(
+        SretError, match=r"step 1 with 240 images at a time: .* GB in use"
+    ) as refused:
         train(run_of(tiny), tmp_path)
-    assert (told.value.code, told.value.status) == (7, "out_of_memory")
-    assert "use train.accumulation = 2, or a smaller batch_size" in str(told.value)
+    assert (refused.value.code, refused.value.status) == (7, "out_of_memory")
+    assert "use train.accumulation = 2, or a smaller batch_size" in str(refused.value)
 
 
-def test_the_advice_after_out_of_memory_is_parts_that_fit(tiny, monkeypatch):
+def test_the_advice_after_out_of_memory_is_an_accumulation_that_fits(tiny, monkeypatch):
     run = run_of(tiny)
     trainer = Trainer(run, load_data(run.train, run.model)[0], torch.device("cpu"))
     for fits, accumulation in ((50, 5), (48, 5), (47, 6), (1, 240), (500, 2), (0, 2)):
@@ -419,7 +433,7 @@ def test_the_advice_after_out_of_memory_is_parts_that_fit(tiny, monkeypatch):
 
 
 class BrokenWriter:
-    """A TensorBoard whose disk is gone."""
+    """A TensorBoard writer whose disk fails."""
 
     def __init__(self, directory, purge_step):
         self.directory = directory
@@ -429,19 +443,19 @@ class BrokenWriter:
 
 
 @pytest.mark.parametrize("module", [None, types.SimpleNamespace(SummaryWriter=BrokenWriter)])
-def test_tensorboard_that_fails_is_off_and_the_run_goes_on(
-    tiny, tmp_path, whole, monkeypatch, module
+def test_tensorboard_is_turned_off_when_it_fails_and_the_run_continues(
+    tiny, tmp_path, uninterrupted, monkeypatch, module
 ):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    said = []
+    notes = []
     row = train(
         run_of(tiny),
         tmp_path,
         options=RunOptions(tensorboard=True),
-        progress=Progress(note=said.append),
+        progress=Progress(note=notes.append),
     )
-    assert left(tmp_path, row) == whole
-    (line,) = said
+    assert left(tmp_path, row) == uninterrupted
+    (line,) = notes
     assert line.startswith("TensorBoard is off: ")
 
 

@@ -46,7 +46,7 @@ def names(directory):
     return sorted(path.name for path in directory.iterdir())
 
 
-def test_a_state_comes_back_as_it_was(tmp_path):
+def test_a_state_is_read_as_it_was_written(tmp_path):
     write(tmp_path, 1)
     found = newest_checkpoint(tmp_path, print).state
     assert found["plain"] == [1, 2.5, "three", None, True, (4, (5,)), {"six": 6}]
@@ -57,20 +57,20 @@ def test_a_state_comes_back_as_it_was(tmp_path):
     assert found["mask"].tolist() == [True, False]
 
 
-def test_a_shared_tensor_is_stored_once_and_shared_again():
+def test_a_tied_tensor_is_stored_once_and_tied_again():
     tensors, values = flatten_state(state())
     assert "model/a.weight" in tensors and "model/b.weight" not in tensors
     model = unflatten_state(tensors, values)["model"]
     assert model["a.weight"] is model["b.weight"]
 
 
-def test_floats_come_back_to_the_last_bit(tmp_path):
+def test_floats_are_read_bitwise_as_they_were_written(tmp_path):
     numbers = [0.1 + 0.2, 1e-310, 2.0**-1074, 1 / 3]
     tensors, values = flatten_state({"numbers": numbers})
     assert unflatten_state(tensors, json.loads(json.dumps(values)))["numbers"] == numbers
 
 
-def test_what_changes_while_a_checkpoint_is_written_is_not_in_it(tmp_path):
+def test_changes_during_the_writing_of_a_checkpoint_are_not_in_it(tmp_path):
     writer, tensor = CheckpointWriter(tmp_path), torch.zeros(100_000)
     writer.write(1, {"a": tensor}, lambda: tensor.fill_(2))
     tensor.fill_(1)
@@ -79,7 +79,7 @@ def test_what_changes_while_a_checkpoint_is_written_is_not_in_it(tmp_path):
     writer.close()
 
 
-def test_the_two_newest_are_kept_and_older_ones_go_once_the_new_one_is_durable(tmp_path):
+def test_the_two_newest_are_kept_and_older_ones_are_removed_after_the_new_one_is_durable(tmp_path):
     seen = []
     writer = CheckpointWriter(tmp_path)
     for step in (1, 2, 10):
@@ -120,30 +120,30 @@ def test_every_truncation_is_detected(tmp_path, name):
             read_checkpoint(file.parent)
 
 
-def test_of_a_damaged_checkpoint_and_the_one_before_it_both_are_named(tmp_path):
+def test_the_note_names_a_damaged_checkpoint_and_the_one_that_is_used(tmp_path):
     write(tmp_path, 1, 2)
     file = tmp_path / "checkpoint-2" / "tensors.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    said = []
-    assert newest_checkpoint(tmp_path, said.append).path.name == "checkpoint-1"
-    (line,) = said
+    notes = []
+    assert newest_checkpoint(tmp_path, notes.append).path.name == "checkpoint-1"
+    (line,) = notes
     assert "checkpoint-2 is damaged (tensors.safetensors has" in line
     assert line.endswith("checkpoint-1")
     (tmp_path / "checkpoint-1" / "values.json").unlink()
     with pytest.raises(SretError, match="no checkpoint is left to resume from") as refused:
-        newest_checkpoint(tmp_path, said.append)
+        newest_checkpoint(tmp_path, notes.append)
     assert refused.value.code == 5
 
 
-def test_a_checkpoint_without_its_manifest_counts_as_nothing(tmp_path):
+def test_a_checkpoint_without_its_manifest_is_ignored(tmp_path):
     write(tmp_path, 1, 2)
     (tmp_path / "checkpoint-2" / "manifest.json").unlink()
-    said = []
-    assert newest_checkpoint(tmp_path, said.append).path.name == "checkpoint-1"
-    assert said == []
+    notes = []
+    assert newest_checkpoint(tmp_path, notes.append).path.name == "checkpoint-1"
+    assert notes == []
 
 
-def test_a_run_that_goes_on_removes_what_was_damaged_once_it_has_a_newer_one(tmp_path):
+def test_a_run_that_resumes_removes_damaged_checkpoints_after_it_wrote_a_newer_one(tmp_path):
     write(tmp_path, 1, 5)
     (tmp_path / "checkpoint-5" / "values.json").write_text("{}")
     writer = CheckpointWriter(tmp_path, newest_checkpoint(tmp_path, print).path)
@@ -153,7 +153,9 @@ def test_a_run_that_goes_on_removes_what_was_damaged_once_it_has_a_newer_one(tmp
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-3"]
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_says_the_bytes(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_last_checkpoint_and_the_error_gives_the_bytes(
+    tmp_path, monkeypatch
+):
     write(tmp_path, 1)
     writer = CheckpointWriter(tmp_path, tmp_path / "checkpoint-1")
 
@@ -194,7 +196,7 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint(small_disk):
     assert read_checkpoint(small_disk / "checkpoint-1")["plain"][0] == 1
 
 
-def test_generators_go_on_where_they_were():
+def test_random_generators_continue_from_a_saved_state():
     states = random_states()
     drawn = [random.random(), torch.rand(2).tolist()]
     set_random_states(unflatten_state(*flatten_state({"states": states}))["states"])

@@ -60,7 +60,7 @@ def test_the_loss_is_the_cross_entropy_of_both_logits_at_the_temperature(
         assert loss.item() == pytest.approx(0.836988)  # -(ln 1/4 + ln 3/4) / 2
 
 
-def test_the_classes_and_their_smoothing_play_no_part(tiny, teacher):
+def test_the_classes_and_their_smoothing_do_not_change_the_loss(tiny, teacher):
     x, target = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
     losses = []
     for smoothing, wanted in ((0.1, target), (0.0, target.flip(0))):
@@ -96,11 +96,11 @@ def test_a_student_learns_the_classes_from_its_teacher_alone(tiny, teacher, tmp_
     trainer = trainer_of(run_of(tiny, teacher=str(teacher), **LONG))
     for epoch in range(6):
         for images, target in trainer.loader.epoch(epoch):
-            trainer.step(images, torch.zeros_like(target))  # every image is said to be a nought
+            trainer.step(images, torch.zeros_like(target))  # every target is class 0
     assert evaluate(trainer.module, load_data(trainer.spec, tiny)[1], CPU).top1_percent > 50
 
 
-def test_a_teacher_of_timm_sees_images_with_its_own_mean_at_its_own_size(tiny, checkpoint):
+def test_a_timm_teacher_gets_images_with_its_own_mean_and_size(tiny, checkpoint):
     spec = TrainSpec(dataset="synthetic", teacher="test_resnet", teacher_checkpoint=str(checkpoint))
     teacher = Teacher(spec, tiny, CPU)
     seen = []
@@ -116,7 +116,7 @@ def test_a_teacher_of_timm_sees_images_with_its_own_mean_at_its_own_size(tiny, c
     assert seen[1].shape == (2, 3, 16, 16)
 
 
-def test_a_teacher_that_was_trained_here_sees_the_pixels_of_its_own_data(tiny, teacher):
+def test_a_teacher_that_was_trained_here_gets_the_pixels_of_its_own_data(tiny, teacher):
     spec = TrainSpec(dataset="synthetic", teacher=str(teacher))
     ours = load_data(spec, tiny)[0].normalize(torch.full((1, 3, 16, 16), 100, dtype=torch.uint8))
     seen = []
@@ -148,7 +148,7 @@ def test_a_teacher_of_other_classes_or_channels_is_refused(tiny, teacher, checkp
         Teacher(TrainSpec(teacher="test_resnet"), tiny, CPU)
 
 
-def test_a_teacher_that_is_not_there_is_named(tiny, checkpoint, teacher, tmp_path):
+def test_the_error_for_a_missing_teacher_names_it(tiny, checkpoint, teacher, tmp_path):
     with pytest.raises(SretError, match="no directory runs/x, and timm .* has no model 'runs/x'"):
         Teacher(TrainSpec(teacher="runs/x/"), tiny, CPU)
     with pytest.raises(SretError, match="timm has no weights for the teacher coatnet_0_224"):
@@ -161,7 +161,7 @@ def test_a_teacher_that_is_not_there_is_named(tiny, checkpoint, teacher, tmp_pat
         Teacher(TrainSpec(teacher=str(teacher), teacher_checkpoint="x.pth"), tiny, CPU)
 
 
-def test_weights_that_cannot_be_downloaded_are_one_line(tiny, tmp_path, monkeypatch):
+def test_weights_that_cannot_be_downloaded_give_an_error_of_one_line(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(SretError, match="cannot be downloaded .*give a file") as refused:
@@ -170,7 +170,7 @@ def test_weights_that_cannot_be_downloaded_are_one_line(tiny, tmp_path, monkeypa
     assert "\n" not in str(refused.value)
 
 
-def test_settings_that_do_not_go_together_say_why():
+def test_settings_that_exclude_each_other_are_refused_with_the_reason():
     with pytest.raises(SretError, match="leave one of the two out"):
         TrainSpec(teacher="a", soft_labels="b")
     with pytest.raises(SretError, match="teacher_checkpoint = 'a.pth' needs a teacher"):

@@ -11,8 +11,8 @@ REPEATS = (
     "10; they are drawn again in each epoch"
 )
 AVERAGE = (
-    "model_ema_decay = 0.99996: after all 2 steps the averaged weights are still 99.99 % the "
-    "initial ones; use 0.1 or less, or set train.model_ema_warmup=true"
+    "model_ema_decay = 0.99996: after all 2 steps the averaged weights are still 99.99 % "
+    "initial weights; use 0.1 or less, or set train.model_ema_warmup=true"
 )
 
 
@@ -21,7 +21,7 @@ def notes_of(tiny, folder, **values):
     return training_notes(spec, load_data(spec, tiny.with_values(num_classes=2))[0])
 
 
-def test_a_training_says_once_what_its_recipe_comes_to_on_few_images(sret, folder, tmp_path):
+def test_a_training_on_few_images_notes_once_what_its_recipe_does_to_them(sret, folder, tmp_path):
     show_note_once.cache_clear()
     arguments = (
         *("train", "--preset", "nano", "--set", "model.embed_dims=[8, 16, 32]", "--workers", "0"),
@@ -36,7 +36,7 @@ def test_a_training_says_once_what_its_recipe_comes_to_on_few_images(sret, folde
     assert sret(*arguments, "--set", "train.seed=1")[2].count("aug_repeats") == 0
 
 
-def test_a_training_that_is_as_it_is_asked_for_says_nothing(tiny, folder):
+def test_a_training_without_surprises_has_no_notes(tiny, folder):
     assert notes_of(tiny, folder, batch_size=8) == []
     assert notes_of(tiny, folder, batch_size=16, aug_repeats=1, model_ema_decay=0.05) == []
     warm = {"model_ema_decay": 0.99996, "model_ema_warmup": True}
@@ -50,7 +50,7 @@ def test_images_that_repeats_leave_out_are_counted(tiny, folder, repeats, taken,
     assert f"the other {rest};" in line
 
 
-def test_the_share_of_initial_weights_is_that_after_all_steps(tiny, folder):
+def test_the_fraction_of_initial_weights_is_that_after_all_steps(tiny, folder):
     (line,) = notes_of(tiny, folder, batch_size=8, epochs=20, model_ema_decay=0.99996)
     assert "after all 40 steps the averaged weights are still 99.84 % initial weights" in line
     assert "use 0.89125 or less" in line

@@ -1,4 +1,4 @@
-"""What a training was done on is what it goes on with."""
+"""A training resumes only with the data, weights and labels that it began with."""
 
 import shutil
 
@@ -33,7 +33,7 @@ def remove_an_image(folder):
 
 
 def change_pixels(folder):
-    """Puts other pixels into a file, which has as many bytes as before."""
+    """Changes the pixels of an image, but not the number of bytes of its file."""
     path = folder / "test" / "dog" / "7.jpg"
     data = bytearray(path.read_bytes())
     data[-10] ^= 1
@@ -68,9 +68,9 @@ def test_a_run_whose_images_have_changed_is_refused_and_nothing_is_lost(
     stopped(run, directory)
     config = (directory / "config.json").read_bytes()
     change(folder)
-    with pytest.raises(SretError, match=message) as told:
+    with pytest.raises(SretError, match=message) as refused:
         train(run, directory)
-    assert told.value.code == 5
+    assert refused.value.code == 5
     assert (directory / "config.json").read_bytes() == config
     assert (directory / "checkpoint-3" / "manifest.json").exists()
 
@@ -108,7 +108,9 @@ def test_a_bad_image_loses_no_step_and_can_then_be_left_out(tiny, folder, tmp_pa
         train(skipping, directory)
 
 
-def test_an_image_that_was_damaged_meanwhile_is_named_and_put_back(tiny, folder, tmp_path_factory):
+def test_an_image_that_was_damaged_after_a_stop_is_named_and_can_be_put_back(
+    tiny, folder, tmp_path_factory
+):
     image, directory = folder / "train" / "dog" / "7.jpg", tmp_path_factory.mktemp("run")
     good, run = image.read_bytes(), run_of(tiny, folder)
     stopped(run, directory)
@@ -125,7 +127,7 @@ def test_other_images_can_be_left_out_of_a_batch_that_is_mixed(tiny, folder, tmp
     assert train(run, tmp_path_factory.mktemp("run"))["bad_images"] == 1
 
 
-def test_averaged_weights_are_evaluated_at_the_models_own_recursions(tiny, tmp_path):
+def test_averaged_weights_are_evaluated_with_the_recursions_of_the_model(tiny, tmp_path):
     spec = TrainSpec(
         epochs=1, warmup_epochs=0, model_ema_decay=0.5, recursions_range=(1, 4), batch_size=240
     )

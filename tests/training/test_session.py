@@ -26,7 +26,7 @@ def losses(directory):
     return [line["loss"] for line in lines if "step" in line]
 
 
-def test_training_writes_what_it_did_and_what_it_made(tiny, tmp_path):
+def test_training_writes_its_metrics_config_checkpoint_and_weights(tiny, tmp_path):
     row = train(run_of(tiny), tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         ".lock",
@@ -44,30 +44,30 @@ def test_training_writes_what_it_did_and_what_it_made(tiny, tmp_path):
     assert evaluate_run(tmp_path)["top1_percent"] == row["top1_percent"]
 
 
-def test_a_step_tells_the_epoch_and_the_accuracy_of_the_last_evaluation(tiny, tmp_path):
-    told = []
+def test_the_progress_of_a_step_shows_the_epoch_and_the_last_accuracy(tiny, tmp_path):
+    texts = []
     train(
         run_of(tiny),
         tmp_path,
-        progress=Progress(on_step=lambda done, total, text: told.append(text)),
+        progress=Progress(on_step=lambda done, total, text: texts.append(text)),
     )
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     top1, _ = [line["top1_percent"] for line in lines if "top1_percent" in line]
-    assert [text.split(", loss ")[0] for text in told] == [
+    assert [text.split(", loss ")[0] for text in texts] == [
         *5 * ["epoch 1/2"],
         *5 * [f"epoch 2/2, top-1 {top1:.2f} %"],
     ]
 
 
-def test_notes_of_a_training_go_to_the_function_that_was_handed_in(tiny, folder, capfd):
+def test_the_notes_of_a_training_go_to_the_given_function(tiny, folder, capfd):
     for path in (folder / "train" / "cat" / "0.jpg", folder / "test" / "dog" / "7.jpg"):
         path.write_bytes(path.read_bytes()[:300])
     values = {"dataset": "folder", "data_dir": str(folder), "batch_size": 4, "epochs": 1}
-    said, spec = [], tiny.with_values(num_classes=2)
+    notes, spec = [], tiny.with_values(num_classes=2)
     run = Run("test", "tiny", spec, TrainSpec(**{**SHORT, **values, "on_bad_image": "skip"}))
-    row = train(run, folder / "run", progress=Progress(note=said.append))
+    row = train(run, folder / "run", progress=Progress(note=notes.append))
     assert row["bad_images"] == 2
-    assert [line.rpartition("; ")[2] for line in said] == 2 * ["it is left out"]
+    assert [line.rpartition("; ")[2] for line in notes] == 2 * ["it is left out"]
     assert capfd.readouterr().err == ""
 
 
@@ -86,7 +86,7 @@ def test_the_same_seed_gives_bitwise_the_same_losses(tiny, tmp_path, precision):
     assert all(loss > 0 for loss in losses(tmp_path / "a"))
 
 
-def test_recomputing_passes_changes_no_loss(tiny, tmp_path):
+def test_recomputing_passes_leaves_the_losses_unchanged(tiny, tmp_path):
     for recompute in ("none", "pass"):
         train(run_of(tiny, recompute=recompute, epochs=1), tmp_path / recompute)
     assert losses(tmp_path / "none") == losses(tmp_path / "pass")
@@ -123,7 +123,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("sched_on_updates", [True, False])
-def test_a_divergence_that_evaluation_finds_names_the_rate_of_the_step_before(
+def test_a_divergence_found_by_evaluation_names_the_learning_rate_of_the_step_before(
     tiny, tmp_path, sched_on_updates
 ):
     values = {"batch_size": 1437, "min_lr": 1e10, "sched_on_updates": sched_on_updates}
@@ -135,14 +135,14 @@ def test_a_divergence_that_evaluation_finds_names_the_rate_of_the_step_before(
     assert "lr 1e+30" in report["error"]
 
 
-def test_data_that_are_not_there_leave_nothing_behind(tiny, tmp_path):
+def test_missing_data_are_refused_before_anything_is_written(tiny, tmp_path):
     train_spec = TrainSpec(dataset="folder", data_dir=str(tmp_path / "none"))
     with pytest.raises(SretError):
         train(Run("test", "tiny", tiny, train_spec), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unknown_optimiser_names_the_nearest(tiny, tmp_path):
+def test_the_error_for_an_unknown_optimizer_names_the_nearest_one(tiny, tmp_path):
     with pytest.raises(SretError, match="unknown opt 'adamv'; did you mean 'adam"):
         train(run_of(tiny, opt="adamv"), tmp_path)
 
@@ -168,7 +168,7 @@ def test_accuracy_is_counted_over_every_image(tiny):
     assert (result.top1_percent, result.top5_percent, result.test_images) == (70.0, 90.0, 10)
 
 
-def test_two_evaluations_agree_bitwise(tiny, tmp_path):
+def test_two_evaluations_are_bitwise_equal(tiny, tmp_path):
     train(run_of(tiny, epochs=1), tmp_path)
     assert evaluate_run(tmp_path) == evaluate_run(tmp_path)
 
