@@ -60,6 +60,7 @@ class TrainSpec(Strict):
     recipe: Literal["none", "sret", "deit", "finetune", "small"] = "none"
     """Values for the fields that are not given: `sret` and `deit` as published, `finetune` as DeiT
     fine-tunes at a larger image size, `small` for images of 32 px, `none` for the defaults.
+    All but `none` also set the drop path of the model, unless it is given.
     """
     dataset: str = "digits"
     """`digits` (scans in scikit-learn), `synthetic` (random images, to measure speed), `folder`
