@@ -1,11 +1,12 @@
 import os
 import signal
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import TINY
+from helpers import QUICK, TINY
 from PIL import Image
 
 from sret_cli.commands.app import main
@@ -22,6 +23,15 @@ def pytest_configure():
 @pytest.fixture(scope="session")
 def tiny():
     return TINY
+
+
+@pytest.fixture(scope="session")
+def finished_runs(tmp_path_factory):
+    """The directory `runs` after one quick training; copy it before you change it."""
+    folder = tmp_path_factory.mktemp("finished")
+    command = [sys.executable, "-m", "sret_cli", *map(str, QUICK)]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return folder / "runs"
 
 
 @pytest.fixture

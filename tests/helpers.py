@@ -120,6 +120,12 @@ TINY = ModelSpec(
 )
 
 
+# A training of some seconds, as `sret` takes it.
+QUICK = (
+    *("train", "--preset", "nano", "--epochs", 1, "--batch-size", 240, "--device", "cpu"),
+    *("--set", "model.embed_dims=[8, 16, 32]", "--set", "train.warmup_epochs=0"),
+)
+
 UNSLICED = {"slices": 1, "recursive_slices": 1}
 
 

@@ -62,6 +62,7 @@ def test_a_twin_at_a_parameter_budget_is_built_from_flags(sret):
     assert [(stage["blocks"], stage["recursions"]) for stage in stages] == [(2, 1), (4, 1), (2, 1)]
 
 
+@pytest.mark.slow
 def test_a_twin_is_profiled_and_trained_under_its_name(sret):
     code, out, _ = sret("profile", "--preset", "nano", "--macs", "8.1M", "--twin=params", "--json")
     (row,) = json.loads(out)
@@ -106,6 +107,7 @@ def test_profile_of_one_model_adds_up_by_kind(sret):
         assert kind in out
 
 
+@pytest.mark.slow
 def test_a_study_is_run_reported_and_not_run_again(sret, study):
     code, out, err = sret("run", study)
     assert code == 0
@@ -130,6 +132,7 @@ def test_a_study_is_run_reported_and_not_run_again(sret, study):
     assert all(path.read_bytes() == rows[path] for path in rows)
 
 
+@pytest.mark.slow
 def test_a_study_that_grew_trains_only_the_missing_runs(sret, study):
     sret("train", study)
     study.write_text(STUDY.replace("[1, 2]", "[1, 2, 3]"))
@@ -150,6 +153,7 @@ def test_profiling_a_study_keeps_rows_that_training_completes(sret, study):
     assert all(row["top1_percent"] is not None for row in trained)
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_evaluated_and_reported(sret):
     code, out, _ = sret("train", *QUICK, "--json")
     assert code == 0
@@ -164,6 +168,7 @@ def test_a_run_is_trained_evaluated_and_reported(sret):
     assert os.path.exists("here/training.png")
 
 
+@pytest.mark.slow
 def test_one_run_is_evaluated_at_other_recursion_counts(sret):
     code, out, _ = sret("train", *QUICK, "--json")
     (run,) = json.loads(out)
@@ -184,6 +189,7 @@ def test_one_run_is_evaluated_at_other_recursion_counts(sret):
     assert "4 recursions are more than the 2 that this model has weights for" in err
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_a_row_with_its_error_and_the_others_continue(sret, study):
     study.write_text(STUDY.replace("epochs = 1\n", "epochs = 1\nclip_grad = 1e9\n", 1))
     study.write_text(study.read_text() + '"train.lr" = [1e30, 1e-3]\n')
@@ -222,6 +228,7 @@ def test_running_out_of_memory_is_a_row_with_its_error_and_exit_7(sret, study, m
     assert [row["status"] for row in rows] == ["out_of_memory", "out_of_memory"]
 
 
+@pytest.mark.slow
 def test_a_run_in_use_by_another_process_is_skipped_and_the_others_are_done(sret, study):
     (first, second) = load_study(study).runs
     with locked_directory(first.directory(study.parent / "runs")):
@@ -244,6 +251,7 @@ def test_a_full_disk_ends_the_study_and_leaves_no_row(sret, study, monkeypatch):
     assert list(study.parent.glob("runs/depth/*/row.json")) == []
 
 
+@pytest.mark.slow
 def test_more_epochs_make_a_new_run_next_to_the_run_with_fewer(sret):
     code, out, _ = sret("train", *QUICK, "--json")
     (first,) = json.loads(out)
@@ -282,6 +290,7 @@ def test_without_a_terminal_progress_is_printed_as_lines(sret, monkeypatch):
     assert line.endswith(", – left")
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_fit_the_device_is_a_row_and_the_others_continue(sret, monkeypatch):
     monkeypatch.setattr("sret_cli.cost.timing.free_bytes", lambda device: 10**8)
     Path("sizes.toml").write_text(
@@ -400,6 +409,7 @@ def start(*arguments, **options):
     )
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_ends_quietly(tmp_path):
     process = start("profile", cwd=tmp_path)
     process.stdout.close()
@@ -407,6 +417,7 @@ def test_a_closed_pipe_ends_quietly(tmp_path):
     assert process.wait(300) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_study_says_what_it_kept_and_resumes(study, number, code):
     study.write_text(STUDY.replace("[1, 2]", "[1, 30]").replace("epochs = 1\n", "epochs = 4\n"))

@@ -59,6 +59,7 @@ def test_one_epoch_is_trained_and_a_note_says_that_warm_up_is_shorter(sret):
     assert "sret: warmup_epochs is set to 0 to fit epochs = 1\n" in err
 
 
+@pytest.mark.slow
 def test_a_recipe_is_a_flag_of_train_and_run_takes_settings(sret):
     code, out, err = sret(
         *(
@@ -102,6 +103,7 @@ def test_a_tilde_in_a_flag_is_the_home_directory(sret, tmp_path, monkeypatch):
     assert (code, f"no folder {tmp_path}/home/images" in err) == (4, True)
 
 
+@pytest.mark.slow
 def test_predicted_memory_of_a_study_is_for_its_own_training(sret):
     Path("s.toml").write_text(
         '[model]\npreset = "nano"\n[train]\nbatch_size = 96\naccumulation = 3\n'

@@ -31,6 +31,7 @@ def completed(cwd, *words):
     return offered.split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
@@ -53,6 +54,7 @@ def test_commands_flags_values_and_studies_are_completed(tmp_path, words, offere
     assert completed(tmp_path, *words) == offered
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 def test_completion_is_installed_for_bash_and_works_there(tmp_path):
     home, folder = tmp_path / "home", tmp_path / "bin"
@@ -78,6 +80,7 @@ def test_completion_is_installed_for_bash_and_works_there(tmp_path):
     assert (done.stdout.split(), done.stderr) == (PRESETS_OF_T, "")
 
 
+@pytest.mark.slow
 def test_completion_loads_neither_torch_nor_pandas(tmp_path):
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "sret_cli"],

@@ -114,6 +114,7 @@ def specs(draw):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(specs())
 def test_any_spec_costs_what_fvcore_autograd_and_torch_say(spec):

@@ -66,6 +66,7 @@ def bytes_left_by(call):
     return sum(e.nbytes() for e in events if e.name() == "[memory]")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("recompute", ["none", "pass", 3, "auto"])
 @pytest.mark.parametrize(
@@ -105,6 +106,7 @@ def test_what_is_kept_equals_what_autograds_hooks_see(tiny, residual, precision)
     assert memory.saved_bytes == seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "recompute"), [("fp32", "none"), ("bf16", "auto")])
 def test_the_peak_is_predicted_within_a_twentieth(precision, recompute):
     spec = PRESETS["sret_t"].with_values(img_size=112, slices=1, recursive_slices=1)
@@ -125,6 +127,7 @@ def inference_of(model, x, precision):
     return peak_memory_bytes(evaluate, model, None, torch.device("cpu")) + x.nbytes + labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8, 64, 256])
 @pytest.mark.parametrize(
@@ -140,6 +143,7 @@ def test_the_peak_of_inference_is_predicted_within_a_fiftieth(values, batch_size
     assert memory.inference_memory_bytes == pytest.approx(seen, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "precision"), [("sret_t", "bf16"), ("deep", "fp32")])
 def test_the_peak_of_one_images_inference_is_predicted_within_a_fiftieth(name, precision):
     memory, _ = predict_memory(PRESETS[name], Setting(1, precision, "cpu"))
@@ -153,6 +157,7 @@ def test_inference_holds_the_map_that_entered_a_stage():
     assert memory.inference_memory_bytes == pytest.approx(23_088_032, rel=0.02)
 
 
+@pytest.mark.slow
 def test_inference_in_bf16_keeps_no_copies_of_weights_on_a_gpu_either():
     setting = Setting(1, "bf16", "cuda")
     memory, _ = predict_memory(PRESETS["sret_t"].at(layers=1000), setting)

@@ -29,6 +29,7 @@ def test_costs_are_those_of_the_reference_to_the_unit(name, values, params, macs
     assert (costs.params, costs.macs) == (params, macs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BASE_PRESETS)
 @pytest.mark.parametrize("values", [{}, UNSLICED], ids=["sliced", "unsliced"])
 @pytest.mark.parametrize("loop", ["internal", "external"])

@@ -106,6 +106,7 @@ def test_one_folder_is_one_run_by_whichever_path(tiny, images, tmp_path, monkeyp
     assert len({here, id_of(run_of(tiny, "images")), id_of(run_of(tiny, "link", seed=1))}) == 3
 
 
+@pytest.mark.slow
 def test_a_requeued_command_goes_on_where_its_images_lie_now(sret, tiny, images, tmp_path):
     code, out, err = sret("train", "--data-dir", images, *FLAGS[:-9], 1, *FLAGS[-8:], "--json")
     assert code == 0, err
@@ -131,6 +132,7 @@ def test_a_requeued_command_goes_on_where_its_images_lie_now(sret, tiny, images,
     assert row["data_files_sha256"] == config["contents"]["data_files_sha256"]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_by_resume_with_its_images_elsewhere_but_not_with_others(
     sret, tiny, images, tmp_path
 ):

@@ -182,6 +182,7 @@ def test_labels_go_on_after_a_process_that_loads_images_was_killed(folder, pets,
     assert (again / "labels.bin").read_bytes() == (labels / "labels.bin").read_bytes()
 
 
+@pytest.mark.slow
 def test_training_needs_no_teacher_and_goes_on_bitwise_after_a_signal(
     folder, pets, teacher, labels, tmp_path
 ):

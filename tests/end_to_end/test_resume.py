@@ -98,6 +98,7 @@ def test_a_signal_to_all_processes_of_a_run_loses_no_step(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "step", "code"),
     [
@@ -124,6 +125,7 @@ def test_a_signal_saves_the_state_and_the_run_ends_with_the_same_results(
     assert left(tmp_path, row) == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_step_that_takes_too_long_is_stopped_and_repeated(
     tiny, tmp_path, uninterrupted, monkeypatch
 ):
@@ -145,6 +147,7 @@ def test_a_step_that_takes_too_long_is_stopped_and_repeated(
     assert left(tmp_path, train(run_of(tiny), tmp_path)) == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_killed_process_of_the_loader_ends_the_run_with_its_state_saved(
     tiny, tmp_path, uninterrupted
 ):
@@ -163,6 +166,7 @@ def test_a_killed_process_of_the_loader_ends_the_run_with_its_state_saved(
     assert left(tmp_path, train(run_of(tiny), tmp_path)) == uninterrupted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error", [ConnectionResetError(104, "reset"), BrokenPipeError(32, "broken"), EOFError()]
 )
@@ -186,6 +190,7 @@ def test_a_broken_pipe_of_a_loader_process_is_reported_as_its_end(
     assert left(tmp_path, train(run_of(tiny), tmp_path)) == uninterrupted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [
@@ -212,12 +217,14 @@ def test_a_killed_process_of_the_test_loader_ends_the_run_with_its_state_saved(
     assert left(tmp_path, train(run_of(tiny), tmp_path)) == uninterrupted
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_the_state(tiny, tmp_path, uninterrupted):
     with pytest.raises(KeyboardInterrupt):
         train(run_of(tiny), tmp_path, progress=Progress(on_step=signalled(signal.SIGINT, 7)))
     assert left(tmp_path, train(run_of(tiny), tmp_path)) == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_started_again_returns_the_same(tiny, tmp_path, uninterrupted):
     train(run_of(tiny), tmp_path)
     steps = []
@@ -228,6 +235,7 @@ def test_a_finished_run_that_is_started_again_returns_the_same(tiny, tmp_path, u
     assert left(tmp_path, row) == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_gives_the_same_results(
     tiny, tmp_path, uninterrupted
 ):
@@ -247,6 +255,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_gives_the_same_resu
     assert "resuming from" in line and line.endswith("checkpoint-5")
 
 
+@pytest.mark.slow
 def test_lines_of_metrics_after_the_checkpoint_are_cut_off_and_missing_ones_refused(
     tiny, tmp_path, uninterrupted
 ):
@@ -261,6 +270,7 @@ def test_lines_of_metrics_after_the_checkpoint_are_cut_off_and_missing_ones_refu
     assert left(tmp_path, train(run_of(tiny), tmp_path)) == uninterrupted
 
 
+@pytest.mark.slow
 def test_checkpoints_are_written_every_n_steps_or_minutes(tiny, tmp_path):
     def kept(**saving):
         directory, stop = tmp_path / str(saving), signalled(signal.SIGTERM, 9)
@@ -278,6 +288,7 @@ def test_checkpoints_are_written_every_n_steps_or_minutes(tiny, tmp_path):
     assert kept(checkpoint_minutes=1e-9) == ["checkpoint-8", "checkpoint-9"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_keeps_one_checkpoint_without_a_copy_of_the_weights(tiny, tmp_path):
     train(run_of(tiny, recursions_range=None), tmp_path)
     (path,) = tmp_path.glob("checkpoint-*")
@@ -295,6 +306,7 @@ def test_a_finished_run_keeps_one_checkpoint_without_a_copy_of_the_weights(tiny,
         read_checkpoint(path)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_its_last_evaluation_ends_with_one_checkpoint(
     tiny, tmp_path, uninterrupted
 ):
@@ -305,6 +317,7 @@ def test_a_run_stopped_in_its_last_evaluation_ends_with_one_checkpoint(
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-10"]
 
 
+@pytest.mark.slow
 def test_another_config_in_the_directory_is_refused_with_the_keys_that_differ(tiny, tmp_path):
     train(run_of(tiny, epochs=1), tmp_path)
     with pytest.raises(SretError, match=r"train.lr \(0.002, not 0.001\), train.seed") as refused:
@@ -314,6 +327,7 @@ def test_another_config_in_the_directory_is_refused_with_the_keys_that_differ(ti
         train(run_of(tiny, epochs=2), tmp_path)
 
 
+@pytest.mark.slow
 def test_more_epochs_continue_in_a_new_run_with_the_schedule_of_all_epochs(tiny, tmp_path):
     first = run_of(tiny, recursions_range=None)
     directory = first.directory(tmp_path)
@@ -337,6 +351,7 @@ def test_more_epochs_continue_in_a_new_run_with_the_schedule_of_all_epochs(tiny,
     assert continue_run(directory, None) == first
 
 
+@pytest.mark.slow
 def test_more_epochs_need_the_metrics_of_the_epochs_before(tiny, tmp_path):
     first = run_of(tiny, epochs=1)
     directory = first.directory(tmp_path)
@@ -442,6 +457,7 @@ class BrokenWriter:
         raise OSError("the disk is gone")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [None, types.SimpleNamespace(SummaryWriter=BrokenWriter)])
 def test_tensorboard_is_turned_off_when_it_fails_and_the_run_continues(
     tiny, tmp_path, uninterrupted, monkeypatch, module
@@ -459,6 +475,7 @@ def test_tensorboard_is_turned_off_when_it_fails_and_the_run_continues(
     assert line.startswith("TensorBoard is off: ")
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_the_numbers_of_the_lines(tiny, tmp_path, monkeypatch):
     written = []
 

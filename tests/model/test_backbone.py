@@ -172,6 +172,7 @@ def test_models_of_every_timm_family_keep_or_tie_their_weights(name, params, mac
     assert alone == params - sum((count - 1) * one for count, one in blocks)
 
 
+@pytest.mark.slow
 @ALL
 def test_macs_equal_torchs_count_and_grow_by_the_blocks(family):
     one, two, three = (trace_backbone(backbone_spec(family, recursions=n)) for n in (1, 2, 3))
@@ -190,6 +191,7 @@ def test_the_macs_of_a_block_equal_a_count_by_hand():
     assert two.macs - one.macs == 4 * (products + norms)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "loop"), [("vit", "internal"), ("xcit", "internal"), ("swin", "external")]
 )

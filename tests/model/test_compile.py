@@ -75,6 +75,7 @@ def no_compiler(fresh):
         yield
 
 
+@pytest.mark.slow
 def test_without_a_compiler_auto_runs_uncompiled_and_reports_that_once(tiny, no_compiler):
     model, reports = build_model(tiny).eval(), []
     x = image(tiny)

@@ -40,6 +40,7 @@ def test_signs_that_an_encoding_lacks_are_written_in_ascii(text, encoding, shown
     assert fit_to_encoding(text, encoding) == shown.replace("\\\\", "\\")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", ENCODINGS)
 def test_a_table_is_shown_on_a_terminal_of_any_encoding(tmp_path, environment):
     code, out, err = run("profile", "--preset", "nano", cwd=tmp_path, **environment)
@@ -49,6 +50,7 @@ def test_a_table_is_shown_on_a_terminal_of_any_encoding(tmp_path, environment):
     assert len({len(line) for line in lines[:5]}) == 1
 
 
+@pytest.mark.slow
 def test_columns_stay_in_line_where_signs_are_spelled_out(tmp_path):
     code, out, err = run("profile", cwd=tmp_path, PYTHONIOENCODING="ascii")
     assert (code, err) == (0, b"")
@@ -58,6 +60,7 @@ def test_columns_stay_in_line_where_signs_are_spelled_out(tmp_path):
     assert [cell.strip() for cell in deep.split("|")[3:6]] == ["14.66", "-", "3.692"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", ["0", "1", "20", "many"])
 def test_no_number_is_lost_on_a_narrow_terminal(tmp_path, columns):
     code, out, err = run("profile", "--preset", "nano", cwd=tmp_path, COLUMNS=columns)
@@ -66,6 +69,7 @@ def test_no_number_is_lost_on_a_narrow_terminal(tmp_path, columns):
         assert number in out.decode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", [{}, *ENCODINGS])
 def test_names_in_no_encoding_are_checked_trained_on_and_reported(tmp_path, environment):
     folder = os.fsencode(tmp_path) + b"/odd\xff"

@@ -217,6 +217,7 @@ def trainer_of(model, **values):
     return Trainer(run, loader, torch.device("cpu")), next(iter(loader.epoch(0)))
 
 
+@pytest.mark.slow
 def test_a_step_in_parts_equals_the_complete_step_up_to_rounding():
     losses, weights = [], []
     for parts in (1, 3):
@@ -296,6 +297,7 @@ def test_the_decay_of_averaged_weights_can_be_warmed_up(tiny):
     assert torch.allclose(trainer.ema.module.head.weight, expected, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_evaluated_and_kept_next_to_the_others(tiny, tmp_path):
     values = {"epochs": 2, "warmup_epochs": 0, "batch_size": 240, "model_ema_decay": 0.5}
     values |= {"accumulation": 3, "mixup": 0.1}

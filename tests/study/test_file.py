@@ -386,6 +386,7 @@ def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
     assert (train.data_dir, train.init) == (f"{tmp_path}/images", f"{tmp_path}/x")
 
 
+@pytest.mark.slow
 def test_settings_of_the_training_stand_before_those_of_a_study_file(sret, tmp_path):
     text = '[model]\npreset = "nano"\nembed_dims = [8, 16, 32]\n[train]\nepochs = 3\n'
     (tmp_path / "s.toml").write_text(f'{text}[grid]\n"train.seed" = [0, 1]\n')

@@ -32,9 +32,9 @@ def trainer_of(run):
 
 @pytest.fixture(scope="module")
 def teacher(tiny, tmp_path_factory):
-    """The directory of a trained model."""
+    """The directory of a briefly trained model."""
     directory = tmp_path_factory.mktemp("teacher")
-    train(run_of(tiny, **LONG), directory)
+    train(run_of(tiny, epochs=1), directory)
     return directory
 
 
@@ -47,6 +47,7 @@ def checkpoint(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_loss_is_the_cross_entropy_of_both_logits_at_the_temperature(
     tiny, teacher, temperature
@@ -83,6 +84,7 @@ def test_the_teacher_is_frozen_in_eval_and_in_no_checkpoint(tiny, teacher):
     assert trainer.state().keys() == trainer_of(run_of(tiny)).state().keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_distillation_is_repeatable(tiny, teacher, tmp_path, precision):
     run = run_of(tiny, teacher=str(teacher), precision=precision, mixup=0.2, epochs=1)
@@ -92,8 +94,10 @@ def test_distillation_is_repeatable(tiny, teacher, tmp_path, precision):
     assert weights[0] == weights[1]
 
 
-def test_a_student_learns_the_classes_from_its_teacher_alone(tiny, teacher, tmp_path):
-    trainer = trainer_of(run_of(tiny, teacher=str(teacher), **LONG))
+@pytest.mark.slow
+def test_a_student_learns_the_classes_from_its_teacher_alone(tiny, tmp_path):
+    train(run_of(tiny, **LONG), tmp_path)
+    trainer = trainer_of(run_of(tiny, teacher=str(tmp_path), **LONG))
     for epoch in range(6):
         for images, target in trainer.loader.epoch(epoch):
             trainer.step(images, torch.zeros_like(target))  # every target is class 0

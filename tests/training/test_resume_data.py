@@ -75,6 +75,7 @@ def test_a_run_whose_images_have_changed_is_refused_and_nothing_is_lost(
     assert (directory / "checkpoint-3" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_whose_teacher_has_other_weights_is_refused(tiny, folder, tmp_path_factory):
     teachers, directory = tmp_path_factory.mktemp("teachers"), tmp_path_factory.mktemp("run")
     for seed in (0, 1):

@@ -71,6 +71,7 @@ def test_the_notes_of_a_training_go_to_the_given_function(tiny, folder, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_the_loss_falls(tiny, tmp_path):
     row = train(run_of(tiny, epochs=6, batch_size=32, lr=5e-3), tmp_path)
     assert losses(tmp_path)[0] > 2.2
@@ -78,6 +79,7 @@ def test_the_loss_falls(tiny, tmp_path):
     assert row["top1_percent"] > 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_same_seed_gives_bitwise_the_same_losses(tiny, tmp_path, precision):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -86,12 +88,14 @@ def test_the_same_seed_gives_bitwise_the_same_losses(tiny, tmp_path, precision):
     assert all(loss > 0 for loss in losses(tmp_path / "a"))
 
 
+@pytest.mark.slow
 def test_recomputing_passes_leaves_the_losses_unchanged(tiny, tmp_path):
     for recompute in ("none", "pass"):
         train(run_of(tiny, recompute=recompute, epochs=1), tmp_path / recompute)
     assert losses(tmp_path / "none") == losses(tmp_path / "pass")
 
 
+@pytest.mark.slow
 def test_recursions_are_drawn_at_each_step_from_the_seed_and_the_step(tiny, tmp_path):
     run = run_of(tiny, recursions_range=(1, 4))
     drawn = [draw_recursions(run.train, step) for step in range(100)]
@@ -105,6 +109,7 @@ def test_recursions_are_drawn_at_each_step_from_the_seed_and_the_step(tiny, tmp_
         train(Run("t", "t", tiny.with_values(nll="per_pass"), run.train), tmp_path / "c")
 
 
+@pytest.mark.slow
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine(tiny, tmp_path):
     train(run_of(tiny, epochs=4, warmup_epochs=1, lr=1e-2, min_lr=1e-4), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

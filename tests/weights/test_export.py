@@ -80,6 +80,7 @@ def test_exporting_loads_no_fvcore_and_no_costs():
     assert done.stdout.strip() == ""
 
 
+@pytest.mark.slow
 def test_safetensors_come_back_bitwise(exported):
     written = exported["safetensors"]
     assert written.logits_difference == 0.0
@@ -88,6 +89,7 @@ def test_safetensors_come_back_bitwise(exported):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3])
 def test_torch_export_takes_any_batch_and_gives_the_models_logits(recursive, exported, batch):
     images = torch.randn(batch, 3, 16, 16)
@@ -95,6 +97,7 @@ def test_torch_export_takes_any_batch_and_gives_the_models_logits(recursive, exp
     assert_same(recursive, program(images), images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3])
 def test_onnx_takes_any_batch_and_gives_the_models_logits(recursive, exported, batch):
     images = torch.randn(batch, 3, 16, 16)
@@ -102,6 +105,7 @@ def test_onnx_takes_any_batch_and_gives_the_models_logits(recursive, exported, b
     assert_same(recursive, onnx_logits(exported["onnx"].file, images), images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values",
     [
@@ -118,6 +122,7 @@ def test_every_schedule_is_exported_as_it_is(tiny, values):
     assert_same(model, to_program(model).module()(images), images)
 
 
+@pytest.mark.slow
 def test_shared_weights_stand_once_in_the_file(tiny, tmp_path):
     models = [random_model(tiny.with_values(recursions=count)) for count in (3, 21)]
     # 18 more permutations of 64 tokens in stage 1 and 36 of 16 in stage 2, as int64.
@@ -132,6 +137,7 @@ def test_shared_weights_stand_once_in_the_file(tiny, tmp_path):
     assert len(weights) == len(set(weights))
 
 
+@pytest.mark.slow
 def test_a_file_names_no_path_of_this_machine(exported):
     for written in exported.values():
         assert (
@@ -140,6 +146,7 @@ def test_a_file_names_no_path_of_this_machine(exported):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["torch-export", "onnx"])
 def test_a_program_with_other_logits_is_refused_and_leaves_nothing(
     recursive, tmp_path, monkeypatch, to
@@ -183,6 +190,7 @@ def test_the_card_says_what_the_model_is_and_how_well_it_does(recursive, tmp_pat
         assert line in card
 
 
+@pytest.mark.slow
 def test_flags_export_an_untrained_model(sret):
     code, out, _ = sret("export", "--preset", "nano", "--layers", 40, "--to", "torch-export")
     assert (code, out.partition(":")[0]) == (0, "exports/nano-torch-export/model.pt2")

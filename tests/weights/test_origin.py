@@ -62,6 +62,7 @@ def run(sret, folder):
     return row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["safetensors", "torch-export", "onnx"])
 def test_an_export_carries_its_run_and_its_classes(sret, run, tmp_path, to):
     code, out, err = sret("export", "--to", to)
@@ -211,6 +212,7 @@ def test_the_weights_of_a_tied_backbone_do_not_grow_with_its_layers(tmp_path):
     assert sizes[0] - sizes[1] == pytest.approx(3 * 4 * block, abs=12_000)
 
 
+@pytest.mark.slow
 def test_an_untouched_backbone_is_exported_by_flags(sret, tmp_path):
     flags = ("--set", "model.backbone=vit_small", "--set", "model.img_size=32")
     code, out, _ = sret("export", *flags, "--to", "onnx", "--num-classes", 10)

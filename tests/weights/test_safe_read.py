@@ -147,6 +147,7 @@ def test_a_safetensors_header_of_a_gigabyte_is_not_read(here):
     assert "claims 1,073,741,824 bytes, and the file has 109" in refused(here / "claim.safetensors")
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_keys_are_refused(here):
     one = torch.zeros(1)
     torch.save({f"a.{n}": one for n in range(100_000)}, "keys.pth")
