@@ -114,6 +114,17 @@ def evaluate_run(
     Raises:
         SretError: the directory has no model, the model cannot have this number of recursions, or
             the data do not exist or have other classes.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from sret_cli import PRESETS, TrainSpec, evaluate, train
+        >>> from sret_cli.spec.run import Run
+        >>> spec = TrainSpec(dataset="digits", epochs=1, warmup_epochs=0, batch_size=240)
+        >>> directory = Path("runs/notebook/nano")
+        >>> model = PRESETS["nano"].with_values(recursions=1)
+        >>> row = train(Run("notebook", "nano", model, spec), directory)
+        >>> evaluate(directory)["top1_percent"] == row["top1_percent"]
+        True
     """
     config, home = load_config(directory), run_directory(directory)
     settings = dict(config.get("train") or {})

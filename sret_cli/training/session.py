@@ -68,6 +68,16 @@ def train(
         SretError: data or device do not exist, the loss is not finite, memory or disk are full,
             another process trains the run, the directory has another run, or a rank died.
         KeyboardInterrupt, SystemExit: a signal came; the state is saved.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from sret_cli import PRESETS, TrainSpec, train
+        >>> from sret_cli.spec.run import Run
+        >>> spec = TrainSpec(dataset="digits", epochs=1, warmup_epochs=0, batch_size=240)
+        >>> run = Run("notebook", "nano", PRESETS["nano"].with_values(recursions=1), spec)
+        >>> row = train(run, Path("runs/notebook/nano"))
+        >>> row["epochs_trained"], row["test_images"]
+        (1, 360)
     """
     if run.train is None:
         raise SretError("this run has no [train] table; add one, or use `sret profile`")

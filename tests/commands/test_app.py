@@ -142,6 +142,7 @@ def test_a_study_that_grew_trains_only_the_missing_runs(sret, study):
     assert len(list(study.parent.glob("runs/depth/*/row.json"))) == 3
 
 
+@pytest.mark.slow
 def test_profiling_a_study_keeps_rows_that_training_completes(sret, study):
     code, out, _ = sret("profile", study, "--json")
     assert code == 0

@@ -84,6 +84,7 @@ def test_what_is_kept_for_the_backward_pass_is_predicted_to_the_byte(
     assert bytes_left_by(loss) == memory.saved_bytes + 4  # and the loss itself
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("residual", ["lrc", "deepnorm"])
 def test_what_is_kept_equals_what_autograds_hooks_see(tiny, residual, precision):
@@ -165,6 +166,7 @@ def test_inference_in_bf16_keeps_no_copies_of_weights_on_a_gpu_either():
     assert rest < 5e6  # copies of its weights alone would be 8 MB
 
 
+@pytest.mark.slow
 def test_the_prediction_says_that_inference_is_not_of_the_fused_copy(sret):
     code, out, _ = sret("profile", "--memory", "--preset", "nano")
     assert code == 0
@@ -172,6 +174,7 @@ def test_the_prediction_says_that_inference_is_not_of_the_fused_copy(sret):
     assert "Inference is" not in sret("profile", "--memory", "--backbone", "vit_small")[1]
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_prediction_add_up_to_its_peak(tiny):
     memory, _ = predict_memory(tiny, Setting(8, "bf16", "cuda"))
     parts = (memory.weight_bytes, memory.gradient_bytes, memory.optimizer_bytes)

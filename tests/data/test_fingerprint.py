@@ -434,7 +434,7 @@ def test_a_run_of_an_earlier_version_is_refused_in_one_line(sret, tiny, images):
     (directory / "config.json").write_text(json.dumps(config))
     code, _, err = sret("train", "--resume", directory)
     assert (code, err.count("\n")) == (5, 1)
-    assert "does not say which images, weights and labels the run reads" in err
+    assert "does not record which images, weights and labels the run reads" in err
 
 
 def test_a_run_without_anything_to_read_is_identified_as_it_is(tiny):

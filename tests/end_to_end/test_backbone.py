@@ -198,7 +198,7 @@ def test_baselines_are_rows_for_every_training_and_image_size():
     assert planned_row(runs[-1])["model.backbone"] == "pit_small"
     alone = study_from_tables("s", {"baselines": ["vit_tiny_patch16_224"], "train": {}})
     assert [(run.name, run.model.img_size) for run in alone.runs] == [("vit_tiny_patch16_224", 224)]
-    with pytest.raises(SretError, match="give a list of timm's names"):
+    with pytest.raises(SretError, match="give a list of names of timm models"):
         study_from_tables("s", {"baselines": "vit_small"})
 
 
@@ -208,7 +208,7 @@ def test_baselines_are_rows_for_every_training_and_image_size():
         (["--backbone", "vit_smal"], "no model 'vit_smal'"),
         (["--backbone", "vit_small", "--layers", 20], "layers cannot be combined with a backbone"),
         (["--backbone", "vit_small", "--set", "model.slices=2"], "slices cannot be combined with"),
-        (["--share", 2], "give a backbone with it"),
+        (["--share", 2], "also give a backbone"),
         (["--backbone", "resnet18", "--recursions", 2], "resnet18 cannot be made recursive"),
     ],
 )

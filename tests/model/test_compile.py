@@ -88,6 +88,7 @@ def test_without_a_compiler_auto_runs_uncompiled_and_reports_that_once(tiny, no_
     assert "C++ compiler" in reports[0]
 
 
+@pytest.mark.slow
 def test_without_a_compiler_on_is_an_error_that_says_what_to_do(tiny, no_compiler):
     model = build_model(tiny)
     compile_model(model)

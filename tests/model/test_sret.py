@@ -14,6 +14,7 @@ def image(spec, batch=2):
     return torch.randn(size, generator=generator)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BASE_PRESETS)
 @pytest.mark.parametrize("nll", ["per_pass", "per_block", "none"])
 @pytest.mark.parametrize("loop", ["internal", "external"])

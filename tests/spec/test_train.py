@@ -326,7 +326,7 @@ def test_fine_tuning_notes_once_what_it_does_not_load(tiny, tmp_path, capsys):
     for _ in range(2):
         trainer_of(tiny.with_values(num_classes=12), init=str(tmp_path / "first"))
     error = capsys.readouterr().err
-    assert error.count("first has 10 classes, and the model 12: its head is not taken") == 1
+    assert error.count("first has 10 classes, and the model 12: the head is not loaded") == 1
     assert error.count("\n") == 1
 
 

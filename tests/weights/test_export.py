@@ -71,6 +71,7 @@ def test_a_schedule_is_found_to_be_cycles():
     assert find_cycles("") == []
 
 
+@pytest.mark.slow
 def test_exporting_loads_no_fvcore_and_no_costs():
     code = (
         "import sret_cli.weights.export, sret_cli.weights.convert, sys; "
