@@ -27,6 +27,7 @@ from timm.models.xcit import Xcit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from sret_cli.cost.trace import known_costs
 from sret_cli.model.backbone import build_backbone
 from sret_cli.model.sret import build_model
 from sret_cli.report.card import model_card
@@ -195,7 +196,11 @@ def assert_same(one, other):
 def write_export(model, to, directory, origin=UNKNOWN_ORIGIN):
     """An export with its model card, as `sret export` writes it."""
     return export_model(
-        model, to, directory, origin, card=lambda export: model_card(model, to, export, origin)
+        model,
+        to,
+        directory,
+        origin,
+        card=lambda export: model_card(model.spec, known_costs(model), to, export, origin),
     )
 
 

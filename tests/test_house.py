@@ -54,7 +54,14 @@ def test_help_and_the_package_itself_load_no_heavy_package():
 
 def test_specs_counts_studies_and_reports_load_no_heavy_package():
     light = [n for n in modules() if folder(n) in ("runtime", "spec", "study", "commands")]
-    light += ["cost.count", "cost.budget", "cost.published", "report.tables", "report.write"]
+    light += [
+        "cost.count",
+        "cost.budget",
+        "cost.published",
+        "report.tables",
+        "report.write",
+        "report.card",
+    ]
     lines = [f"import sret_cli.{name.removesuffix('.__init__')}" for name in light]
     assert not loaded_by("\n".join(lines)) & HEAVY
 

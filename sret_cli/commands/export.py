@@ -81,6 +81,7 @@ def export(
     Without DIR it is the newest run, or with flags of the section Model an untrained model. The
     file holds shared weights once, at any depth.
     """
+    from sret_cli.cost.trace import known_costs
     from sret_cli.report.card import model_card
     from sret_cli.weights.export import check_export, export_model
 
@@ -89,7 +90,11 @@ def export(
     check_export(to, out)
     with stderr_console().status(f"exporting {origin.name} to {to}", spinner="line"):
         written = export_model(
-            model, to, out, origin, card=lambda written: model_card(model, to, written, origin)
+            model,
+            to,
+            out,
+            origin,
+            card=lambda written: model_card(model.spec, known_costs(model), to, written, origin),
         )
     if json_:
         return print_json({**vars(written), "file": str(written.file)})

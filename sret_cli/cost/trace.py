@@ -14,6 +14,7 @@ two and three.
 from collections import Counter
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from sret_cli.model.backbone import build_backbone
 from sret_cli.model.blocks import NLL, Block
 from sret_cli.model.kinds import build_any, count_layers
 from sret_cli.model.sret import Pool, Stem, parameter_count
+from sret_cli.runtime.errors import SretError
 from sret_cli.spec.backbone import BackboneSpec, Spec
 from sret_cli.spec.model import ModelSpec
 from sret_cli.spec.schedule import ends_shuffled
@@ -56,6 +58,19 @@ def profile(spec: Spec, full: bool = False) -> Profile:
     if full:
         return trace_full(spec)
     return trace_backbone(spec) if spec.is_timm else trace_costs(spec)
+
+
+def known_costs(model: Any) -> dict[str, int | None]:
+    """Layers, parameters and multiply-adds of a built model, by the names of their columns.
+
+    Layers are None for a timm model without repeated blocks. Multiply-adds are None if it has an
+    operator without a counting rule.
+    """
+    try:
+        macs: int | None = profile(model.spec).macs
+    except SretError:
+        macs = None
+    return {"layers": count_layers(model), "params": parameter_count(model), "macs": macs}
 
 
 def trace_costs(spec: ModelSpec) -> Profile:

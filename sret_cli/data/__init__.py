@@ -1,5 +1,5 @@
 """Labelled images to batches.
 
-Its central idea is that every sample is a function of (seed, epoch, index), whatever reads it and
-whoever asks. It knows no models, only the images that they take.
+Its central idea is that every sample is a function of (seed, epoch, index), on any
+process and after any interruption. It knows no models, only the images that they take.
 """
