@@ -103,8 +103,14 @@ def test_profile_without_arguments_shows_presets_next_to_published_figures(sret)
 def test_profile_of_one_model_adds_up_by_kind(sret):
     code, out, _ = sret("profile", "--preset", "nano")
     assert code == 0
-    for kind in ("stem", "projections", "attention products", "mlp", "nll", "head"):
-        assert kind in out
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
+    kinds = {row[0]: tuple(map(float, row[1:])) for row in cells if len(row) == 3}
+    assert list(kinds) == [
+        *("stem", "projections", "attention products", "mlp", "nll", "norms", "pools", "head")
+    ]
+    # The total is 8,121,216 multiply-adds; cells have three digits, shares one decimal.
+    assert sum(macs for macs, _ in kinds.values()) == pytest.approx(0.008121216, abs=2e-5)
+    assert sum(share for _, share in kinds.values()) == pytest.approx(100, abs=0.4)
 
 
 @pytest.mark.slow
