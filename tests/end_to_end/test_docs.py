@@ -5,6 +5,7 @@ A block of commands is run unless the line before it is a comment `<!-- not run:
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,11 +41,15 @@ PYTHON = [
 
 @pytest.fixture
 def workplace(folder, tmp_path):
-    """Photographs, the shipped studies, and the study of the README with one epoch for ten."""
+    """Photographs, the shipped studies, and the study of the README; studies train one epoch."""
     (tmp_path / "photos").mkdir()
     for split in ("train", "test"):
         (folder / split).rename(tmp_path / "photos" / split)
-    (tmp_path / "studies").symlink_to(ROOT / "studies")
+    shutil.copytree(ROOT / "studies", tmp_path / "studies")
+    quickstart = tmp_path / "studies" / "quickstart.toml"
+    text = quickstart.read_text()
+    assert "epochs = 8\n" in text
+    quickstart.write_text(text.replace("epochs = 8\n", "epochs = 1\nwarmup_epochs = 0\n"))
     (study,) = re.findall(r"```toml\n(.*?)```", PAGES[0].read_text(encoding="utf-8"), re.DOTALL)
     assert "epochs = 10 " in study
     (tmp_path / "my-study.toml").write_text(study.replace("epochs = 10 ", "epochs = 1 "))

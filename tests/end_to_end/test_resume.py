@@ -90,7 +90,7 @@ def test_a_signal_to_all_processes_of_a_run_loses_no_step(tmp_path):
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 143
     messages = [line for line in errors.splitlines() if ": step " not in line]  # without progress
-    assert len(messages) == 1 and messages[0].startswith("stopped: 0 of 1 runs are done")
+    assert len(messages) == 1 and messages[0].startswith("stopped: 0 of 1 runs finished")
     (metrics,) = tmp_path.glob("runs/train/*/metrics.jsonl")
     steps = [json.loads(line)["step"] for line in metrics.open() if "step" in json.loads(line)]
     assert read_checkpoint(metrics.parent / f"checkpoint-{steps[-1]}")["progress"]["step"] == len(
@@ -204,7 +204,7 @@ def test_a_killed_process_of_the_test_loader_ends_the_run_with_its_state_saved(
     plain = DataLoader.__iter__
 
     def lost(loader):
-        if loader.batch_sampler.seed is not None:
+        if loader.batch_sampler.plan.seed is not None:
             return plain(loader)
         loader.num_workers = 2
         raise error
