@@ -1,5 +1,5 @@
-"""Labelled images to batches.
+"""Turns labelled images into batches.
 
-Its central idea is that every sample is a function of (seed, epoch, index), whatever reads it and
-whoever asks. It knows no models, only the images that they take.
+Every sample is a function of (seed, epoch, index), whatever format the images have and however many
+processes load them. This folder knows nothing of models but the images that they take.
 """
