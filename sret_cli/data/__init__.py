@@ -1,5 +1,6 @@
-"""Labelled images to batches.
+"""Turns labelled images into batches.
 
-Its central idea is that every sample is a function of (seed, epoch, index), on any
-process and after any interruption. It knows no models, only the images that they take.
+Its central idea is that every sample is a function of (seed, epoch, index), whatever format the
+images have and however many processes load them. It knows nothing of models but the images that
+they take.
 """

@@ -1,4 +1,4 @@
-"""Files to images of 8 bits, and what of them cannot be read."""
+"""Decodes files to 8-bit images, and recognises those that cannot be read."""
 
 import os
 import struct
@@ -17,47 +17,52 @@ from timm.data.readers.img_extensions import get_img_extensions
 from sret_cli.runtime.errors import DATA, SretError
 from sret_cli.runtime.signals import Interrupted
 
-# What `pillow_decodes` lets through for files that cannot be decoded, or are absurdly large.
+# The errors of an image that cannot be decoded or exceeds Pillow's limit of pixels.
 UNREADABLE = (
-    *(OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, tarfile.TarError),
-    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    tarfile.TarError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
 )
-
-
 EXTENSIONS = (*get_img_extensions(), ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-
-
-PNG_DEPTH = 24  # the place of the bits of a sample in the header, PNG specification 11.2.1
+PNG_DEPTH = 24  # the byte of a PNG file that holds the bits per sample, PNG specification 11.2.1
 
 
 def unreadable_error(name: str, error: BaseException) -> SretError:
     """The user's error for an image that cannot be decoded."""
     reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else error
-    return SretError(f"cannot read {name}: {reason}; mend it", DATA)
+    return SretError(f"cannot read {name}: {reason}; fix or remove it", DATA)
 
 
-def decode_image(found: Any, mode: str) -> Image.Image:
-    """An open file, an image or an array as an image of 8 bits of that mode.
+def decode_image(data: Any, mode: str) -> Image.Image:
+    """Converts an open file, an image or an array to an 8-bit image of a Pillow mode.
 
     Raises:
         ValueError, OSError and others of `UNREADABLE`: it cannot be decoded, or has more pixels
-            than Pillow thinks sane.
+            than Pillow's limit.
     """
-    if isinstance(found, np.ndarray):
-        return Image.fromarray(found).convert(mode)
+    if isinstance(data, np.ndarray):
+        return Image.fromarray(data).convert(mode)
     with pillow_decodes():
-        if isinstance(found, Image.Image):
-            return to_eight_bits(found).convert(mode)
-        with found, Image.open(found) as image:
+        if isinstance(data, Image.Image):
+            return to_eight_bits(data).convert(mode)
+        with data, Image.open(data) as image:
             return to_eight_bits(image).convert(mode)
 
 
 @contextmanager
 def pillow_decodes() -> Iterator[None]:
-    """Where Pillow opens and decodes: damage of every kind is among `UNREADABLE`, as are bombs.
+    """Around code that decodes with Pillow: turns every error of an image into `UNREADABLE` ones.
+
+    Pillow's warning of too many pixels becomes an error.
 
     Raises:
-        ValueError: one of Pillow's decoders raised what it should not, as some do.
+        ValueError: a decoder of Pillow raised some other exception.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -65,15 +70,15 @@ def pillow_decodes() -> Iterator[None]:
             yield
         except (*UNREADABLE, MemoryError, Interrupted):
             raise
-        except Exception as error:  # a damaged file can fail its decoder in any way
+        except Exception as error:  # decoders of damaged files can raise anything
             raise ValueError(f"Pillow cannot decode it ({type(error).__name__}: {error})") from None
 
 
 def to_eight_bits(image: Image.Image) -> Image.Image:
-    """An image with 16 bits a pixel scaled to 8, where Pillow would clip; others as they are.
+    """Scales an image of 16 bits to 8, which Pillow would clip; returns others unchanged.
 
     Raises:
-        ValueError: its pixels have no known range.
+        ValueError: the range of its pixels is not known.
     """
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
@@ -82,21 +87,21 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
         raise ValueError(f"pixels of mode {image.mode} have no known range")
     if image.mode == "I" and pixels.max() < 256 and not _has_16_bits(image):
         raise ValueError(
-            f"pixels of mode I of at most {pixels.max()} have no known range; convert it to 8 or "
-            "16 bits"
+            f"pixels of mode I of at most {pixels.max()} have no known range; convert the image to "
+            "8 or 16 bits"
         )
     return Image.fromarray((pixels // 257).astype(np.uint8))
 
 
 def _has_16_bits(image: Image.Image) -> bool:
-    """Whether the file of an image of mode I, of 32 bits in memory, has 16 bits a pixel."""
+    """Whether an image of mode I (32 bits in memory) has 16 bits a pixel in its file."""
     if image.format == "TIFF":
         return bits_per_sample(image, b"") == 16
-    return image.format in ("PNG", "PPM")  # whose ranges Pillow knows, and makes 16 bits
+    return image.format in ("PNG", "PPM")  # whose pixels Pillow scales to 16 bits
 
 
 def bits_per_sample(image: Image.Image, data: bytes) -> int | None:
-    """The bits of a sample as the bytes of a PNG file say, or the tags of a TIFF; else None."""
+    """The bits per sample according to the header of a PNG or TIFF file; None for other files."""
     if image.format == "PNG":
         return data[PNG_DEPTH]
     if isinstance(image, TiffImageFile):
@@ -105,6 +110,6 @@ def bits_per_sample(image: Image.Image, data: bytes) -> int | None:
 
 
 def is_image(path: str) -> bool:
-    """Whether a file is named as the images are that are trained on."""
+    """Whether a file has an image's extension and is not hidden."""
     name = os.path.basename(path)
     return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")

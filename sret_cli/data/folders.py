@@ -1,4 +1,4 @@
-"""Where a folder of images keeps its splits and classes."""
+"""Finds the splits and classes in a folder of images."""
 
 import csv
 from pathlib import Path
@@ -10,15 +10,15 @@ from sret_cli.runtime.errors import DATA, SretError
 TEST_NAMES = ("test", "val", "validation", "valid")
 KAGGLE_IMAGENET = Path("ILSVRC", "Data", "CLS-LOC")
 KAGGLE_LABELS = "LOC_val_solution.csv"
-TAR_BLOCK = 512  # bytes, of which an archive ends with two or more that are zero
-COMPRESSED = b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"  # how such files begin
+TAR_BLOCK = 512  # bytes; an archive ends with two or more blocks of zeros
+COMPRESSED = b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"  # first bytes of such files
 
 
 def image_root(data_dir: Path) -> Path:
-    """The folder with `train/`: `data_dir`, or the one in ImageNet as Kaggle unpacks it.
+    """The folder with `train/`: `data_dir` itself, or `ILSVRC/Data/CLS-LOC` of Kaggle's ImageNet.
 
     Raises:
-        SretError: there is no such folder.
+        SretError: `data_dir` does not exist.
     """
     if not data_dir.is_dir():
         raise SretError(f"no folder {data_dir}; --data-dir names one with train/ and test/", DATA)
@@ -27,13 +27,13 @@ def image_root(data_dir: Path) -> Path:
 
 
 def find_test(root: Path) -> Path | None:
-    """The folder of test images in a root; of several, the first with a folder a class."""
+    """The folder of test images in a root; of several, the first that has folders of classes."""
     found = [root / name for name in TEST_NAMES if (root / name).is_dir()]
     return next((folder for folder in found if class_folders(folder)), found[0] if found else None)
 
 
 def class_folders(folder: Path) -> list[str]:
-    """The names of the folders in a folder, in the order of classes, without hidden ones."""
+    """The names of the classes: the folders in a folder that are not hidden, in timm's order."""
     names = (entry.name for entry in folder.iterdir() if entry.is_dir())
     return order_classes(name for name in names if not name.startswith("."))
 
@@ -42,7 +42,7 @@ def folder_classes(data_dir: Path) -> list[str]:
     """The class names of an image folder: the directories of its `train/`, in timm's order.
 
     Raises:
-        SretError: there is no such folder, it has no `train/`, or that has fewer than two classes.
+        SretError: the folder or its `train/` is missing, or there are fewer than two classes.
     """
     root = image_root(data_dir)
     train = root / "train"
@@ -58,7 +58,7 @@ def folder_classes(data_dir: Path) -> list[str]:
 
 
 def kaggle_labels(data_dir: Path) -> tuple[Path, dict[str, str]] | None:
-    """The flat `val/` of ImageNet as Kaggle unpacks it, and each image's class; None elsewhere."""
+    """The flat `val/` of Kaggle's ImageNet and the class of each image; None for other folders."""
     solution = data_dir / KAGGLE_LABELS
     if not solution.is_file() or not (data_dir / KAGGLE_IMAGENET / "val").is_dir():
         return None
@@ -70,23 +70,23 @@ def kaggle_labels(data_dir: Path) -> tuple[Path, dict[str, str]] | None:
 
 
 def refuse_cut(path: Path, start: int = 0, size: int | None = None) -> None:
-    """Makes sure that a tar file, or the one that lies in it from `start` on, has its end.
+    """Raises if a tar file, or the tar file inside it from byte `start` on, is cut short.
 
-    One that was cut between two members reads as a whole one with fewer. Compressed files know
-    their end themselves.
+    A file that was cut between two members would be read without an error. Compressed files are not
+    checked here, since decompression raises an error.
 
     Raises:
-        SretError: it has no block of zeros at its end, or cannot be read.
+        SretError: no block of zeros is at its end, or the file cannot be read.
     """
     try:
         with path.open("rb") as file:
             end = file.seek(0, 2) if size is None else start + size
-            whole = _has_tar_end(file, start, end)
+            is_complete = _has_tar_end(file, start, end)
     except OSError as error:
-        raise SretError(f"cannot read {path}: {error}; mend or remove it", DATA) from None
-    if not whole:
+        raise SretError(f"cannot read {path}: {error}; fix or remove it", DATA) from None
+    if not is_complete:
         raise SretError(
-            f"{path} is cut short: it has no end of archive; copy or write it again", DATA
+            f"{path} is cut short: the end of the archive is missing; copy or write it again", DATA
         )
 
 

@@ -1,4 +1,4 @@
-"""Labelled images in tar files and in the datasets of torchvision and Hugging Face, by timm."""
+"""Labelled images in tar files and in datasets of torchvision and Hugging Face, read by timm."""
 
 import json
 import os
@@ -26,16 +26,17 @@ def known_source(
     dataset: str, data_dir: str | None, training: bool, label_column: str | None = None
 ) -> Source:
     """The same images as `stored_source`, listed once for all runs of a study."""
+    # Cached by the arguments as they are passed: all callers pass them by position.
     return stored_source(dataset, data_dir, training, label_column)
 
 
 def stored_source(
     dataset: str, data_dir: str | None, training: bool, label_column: str | None = None
 ) -> Source:
-    """The training or test images of a dataset that is read from files, but not as a stream.
+    """The training or test images of a dataset that is read from files by index.
 
     Raises:
-        SretError: they are not there, or are not labelled images.
+        SretError: the images are missing, or have no labels.
     """
     if dataset == "folder":
         folder = Path(data_dir or "")
@@ -50,7 +51,7 @@ def named_source(
     """The training or test images of `tar`, `hfds`, `hfds/NAME` or `torch/NAME`.
 
     Raises:
-        SretError: they are not there, or are not labelled images.
+        SretError: the images are missing, or have no labels.
     """
     if dataset == "tar":
         return tar_source(Path(data_dir or ""), training)
@@ -60,36 +61,44 @@ def named_source(
 
 
 def tar_source(data_dir: Path, training: bool) -> Source:
-    """Images in `train.tar` or in the tars in `train/`, and so for test; a folder or tar a class.
+    """Images of `train.tar` with a folder a class, or of `train/` with a tar file a class.
+
+    Test images have the same layouts.
 
     Raises:
-        SretError: there is none, it cannot be read, is cut short, or has a class that `train` has
-            not.
+        SretError: no such file exists, or one cannot be read or is cut short; the test images have
+            a class that the training images do not have.
     """
-    found = _tar(data_dir, ("train",))
-    root = found if training else _tar(data_dir, TEST_NAMES)
+    train_root = _tar(data_dir, ("train",))
+    root = train_root if training else _tar(data_dir, TEST_NAMES)
     if root is None:
         names = "train.tar" if training else "test.tar or val.tar"
-        raise SretError(f"{data_dir} has no {names}, nor a folder of tar files of that name", DATA)
+        raise SretError(
+            f"{data_dir} has neither {names} nor a folder of tar files with that name", DATA
+        )
     try:
-        # A tar file that stayed open would be shared by all workers, with one position.
+        # All workers would read from the same position of a tar file that stays open.
         reader = ReaderImageInTar(str(root), cache_tarfiles=False)
     except (OSError, ValueError, AssertionError, tarfile.TarError) as error:
-        raise SretError(f"cannot read {root}: {error or 'no images in it'}", DATA) from None
+        raise SretError(f"cannot read {root}: {error or 'it has no images'}", DATA) from None
     _refuse_cut_tars(root, reader)
     classes = _without_hidden(root, reader)
-    if training or found is None:
+    if training or train_root is None:
         return Source(str(root), reader, classes)
     trained = tar_source(data_dir, True).classes
     others = [name for name in classes if name not in set(trained)]
     if others:
-        raise SretError(f"{root} has the class {others[0]!r}, which {found} has not", DATA)
+        raise SretError(
+            f"{root} has the class {others[0]!r}, which {train_root} does not have; remove its "
+            "images",
+            DATA,
+        )
     reader.targets = np.array([trained.index(name) for name in classes])[reader.targets]
     return Source(str(root), reader, trained)
 
 
 def _refuse_cut_tars(root: Path, reader: ReaderImageInTar) -> None:
-    """Makes sure that the tar files, and those in them that have images, have their ends."""
+    """Raises if a tar file, or one inside it that has images, is cut short."""
     for path in [root] if root.is_file() else sorted(root.glob("*.tar")):
         refuse_cut(path)
     inner = {(name, tar.offset_data, tar.size) for _, name, tar in reader.samples if tar}
@@ -98,11 +107,11 @@ def _refuse_cut_tars(root: Path, reader: ReaderImageInTar) -> None:
 
 
 def _without_hidden(root: Path, reader: ReaderImageInTar) -> tuple[str, ...]:
-    """Takes hidden files, such as macOS's `._1.jpg`, from a reader; the classes that are left."""
-    hidden = [Path(info.name).name.startswith(".") for info, _, _ in reader.samples]
-    shown = ~np.array(hidden)
+    """Removes hidden files, such as `._1.jpg` of macOS, from a reader; returns the classes left."""
+    is_hidden = [Path(info.name).name.startswith(".") for info, _, _ in reader.samples]
+    shown = ~np.array(is_hidden)
     if not shown.any():
-        raise SretError(f"cannot read {root}: no images in it but hidden ones", DATA)
+        raise SretError(f"cannot read {root}: all its images are hidden files", DATA)
     names = {number: str(name) for name, number in reader.class_name_to_idx.items()}
     targets = [names[int(number)] for number in reader.targets[shown]]
     classes = order_classes(targets)
@@ -122,26 +131,26 @@ def _tar(data_dir: Path, names: Sequence[str]) -> Path | None:
 
 
 def torchvision_source(dataset: str, root: str, training: bool) -> Source:
-    """Images of one of torchvision's datasets, which lie in `root`; nothing is downloaded.
+    """Images of a torchvision dataset in the folder `root`; nothing is downloaded.
 
     Raises:
-        SretError: they are not there, or timm does not know the name.
+        SretError: the files are missing, timm does not know the name, or there are no classes.
     """
     split = "train" if training else "validation"
     try:
-        found = create_dataset(dataset, root, split, download=False)
+        images = create_dataset(dataset, root, split, download=False)
     except (AssertionError, OSError, RuntimeError) as error:
-        reason = first_line(error, "timm cannot make it")
+        reason = first_line(error, "timm cannot read it")
         raise SretError(
             f"dataset = {dataset!r} in {root}: {reason.removesuffix('.')}; put its files there, "
             "as torchvision.datasets downloads them",
             DATA,
         ) from None
-    classes = getattr(found, "classes", None)
+    classes = getattr(images, "classes", None)  # which not every torchvision dataset has
     if not classes:
         raise SretError(f"dataset = {dataset!r} has no classes to train on", DATA)
     names = (", ".join(name) if isinstance(name, tuple) else str(name) for name in classes)
-    return Source(f"{dataset} {split}", TorchvisionImages(found), tuple(names))
+    return Source(f"{dataset} {split}", TorchvisionImages(images), tuple(names))
 
 
 def hugging_face_source(
@@ -149,13 +158,13 @@ def hugging_face_source(
 ) -> Source:
     """Images of a Hugging Face dataset: a folder of parquet files or of images, or a cached one.
 
-    `hfds` alone reads the folder `data_dir`; `hfds/NAME` a folder, or a dataset in the cache, which
-    `data_dir` then is. Nothing is downloaded, unless the environment has HF_HUB_OFFLINE=0. Classes
-    have the order of the column's `ClassLabel`; names in a column of text that of `order_classes`.
+    `hfds` reads the folder `data_dir`; `hfds/NAME` reads a folder, or a dataset in the cache, for
+    which `data_dir` then names the cache. Nothing is downloaded unless HF_HUB_OFFLINE=0 is set. A
+    `ClassLabel` gives the order of classes; `order_classes` sorts names in a column of text.
 
     Raises:
-        SretError: it is not there, has no columns of images and classes, or several of classes to
-            choose from, or a class that the split `train` has not.
+        SretError: the dataset is missing; it has no column of images or of classes, or several of
+            classes to choose from; a test image has a class that no training image has.
     """
     try:
         import datasets
@@ -171,8 +180,7 @@ def hugging_face_source(
     try:
         splits = datasets.load_dataset(name, cache_dir=root)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = first_line(error)
-        raise SretError(f"cannot read the dataset {name}: {reason}", DATA) from None
+        raise SretError(f"cannot read the dataset {name}: {first_line(error)}", DATA) from None
     for split in ("train",) if training else TEST_NAMES:
         if split not in splits:
             continue
@@ -180,7 +188,7 @@ def hugging_face_source(
         image, label = _image_column(name, features), _label_column(name, features, label_column)
         labels = splits[split].unique(label)
         if not training and set(labels) == {-1}:
-            continue  # as in ImageNet's own test images, whose classes are secret
+            continue  # as for the test images of ImageNet, whose classes are secret
         trained = None
         if not training and "train" in splits:
             trained = named_source(dataset, data_dir, True, label_column)
@@ -192,10 +200,17 @@ def hugging_face_source(
         else:
             of_files = _file_names(name, root, split, label, features[label])
             names, named = _numbered(where, labels, of_files, trained)
-        reader = ReaderHfds(name, root, split, numbers, input_key=image, target_key=label)
+        reader = ReaderHfds(
+            name,
+            root=root,
+            split=split,
+            class_map=numbers,
+            input_key=image,
+            target_key=label,
+        )
         return Source(f"{name} {split}", reader, names, named)
     wanted = "train" if training else "labelled " + ", ".join(TEST_NAMES)
-    raise SretError(f"{name} has no split {wanted}, but {', '.join(splits)}", DATA)
+    raise SretError(f"{name} has no split {wanted}; it has {', '.join(splits)}", DATA)
 
 
 def _image_column(name: str, features: Any) -> str:
@@ -240,8 +255,8 @@ def _label_column(name: str, features: Any, chosen: str | None) -> str:
 
 def _column_type(feature: Any) -> Literal["images", "classes", "numbers", "text", "other"]:
     """What a column of the package `datasets` holds; `classes` is its `ClassLabel`."""
-    # Told by names and by `dtype`, which lists and dictionaries of columns do not have: the package
-    # is optional, so this file does not import its types.
+    # By the name of the type and by `dtype`, which lists and dictionaries do not have: the package
+    # is optional, so its types cannot be imported here.
     name, dtype = type(feature).__name__, str(getattr(feature, "dtype", ""))
     if name == "Image":
         return "images"
@@ -253,14 +268,14 @@ def _column_type(feature: Any) -> Literal["images", "classes", "numbers", "text"
 
 
 def _names(where: str, labels: list[Any], trained: tuple[str, ...] | None) -> tuple[str, ...]:
-    """The classes of a column of text: those of the training images, where it is of others."""
+    """The classes of a column of text; for test images, those of the training images."""
     if None in labels:
         raise SretError(f"{where} has images without a class; remove them", DATA)
     others = order_classes(set(labels) - set(trained or labels))
     if others:
         raise SretError(
-            f"{where} holds the class {others[0]!r}, which the training images have not; remove "
-            "its images",
+            f"{where} holds the class {others[0]!r}, which the training images do not have; "
+            "remove its images",
             DATA,
         )
     return trained or tuple(order_classes(labels))
@@ -269,11 +284,11 @@ def _names(where: str, labels: list[Any], trained: tuple[str, ...] | None) -> tu
 def _numbered(
     where: str, labels: list[Any], names: tuple[str, ...] | None, trained: Source | None
 ) -> tuple[tuple[str, ...], bool]:
-    """The classes of a column of numbers, and whether they have names."""
+    """The classes of a column of numbers, and whether their names are known."""
     if not all(isinstance(label, int) and label >= 0 for label in labels):
         raise SretError(
-            f"{where} holds other than numbers of classes; remove those images, or choose another "
-            "column by train.label_column",
+            f"{where} holds values that are not numbers of classes; remove their images, or choose "
+            "another column by train.label_column",
             DATA,
         )
     named = names is not None
@@ -284,7 +299,7 @@ def _numbered(
     if highest >= len(names):
         raise SretError(
             f"{where} holds the class {highest}, and there are {len(names)} classes to train on, "
-            "from 0; remove its images",
+            "numbered from 0; remove its images",
             DATA,
         )
     return names, named
@@ -293,12 +308,13 @@ def _numbered(
 def _file_names(
     name: str, root: str | None, split: str, label: str, feature: Any
 ) -> tuple[str, ...] | None:
-    """The names of a `ClassLabel` as the parquet files of a split have them; None of other types.
+    """The class names that the parquet files of a split store; None if this is no `ClassLabel`.
 
-    The package datasets takes those of the first file for all, in whatever order others have them.
+    The package datasets uses the names of the first file for all files, even if others have another
+    order.
 
     Raises:
-        SretError: the files have them in several orders.
+        SretError: two files have different names or another order.
     """
     if _column_type(feature) != "classes":
         return None

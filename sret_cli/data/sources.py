@@ -1,4 +1,4 @@
-"""Labelled images by index, decoded strictly: folders, `digits` and random ones."""
+"""Labelled images by index: folders, `digits` and random images. Damaged images raise errors."""
 
 import os
 from collections.abc import Sequence
@@ -26,23 +26,23 @@ SYNTHETIC_IMAGES = 10_240, 1_024  # for training and for test
 
 
 class Images(Protocol):
-    """What timm's readers do: images and classes by index, and where an image comes from."""
+    """The interface of timm's readers: images and classes by index, and the files of images."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        """An open file, Pillow's image or an 8-bit array `[Y, X]` or `[Y, X, 3]`; its class."""
+        """An open file, a Pillow image or an 8-bit array `[Y, X]` or `[Y, X, 3]`; and its class."""
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str | None:
-        """The file's path, where it has one."""
+        """The path of the image's file, if it has one."""
 
 
 @dataclass(frozen=True)
 class Source:
     """Labelled images by index, and the names of the classes.
 
-    Images that have numbers of classes alone are not `named`: their classes are these numbers.
-    `numbers` has the number of each class of the images, where that is another than theirs.
+    If the data have only numbers of classes, `named` is False and `classes` holds the numbers as
+    text. `numbers`, if given, maps the numbers in the data to those of `classes`.
     """
 
     name: str
@@ -55,15 +55,15 @@ class Source:
         return len(self.images)
 
     def open(self, index: int, mode: str) -> tuple[Image.Image, int]:
-        """The image of that index, decoded, and its class.
+        """The decoded image of an index, and the number of its class.
 
         Raises:
-            SretError: it cannot be decoded, or is absurdly large; the message names it.
+            SretError: it cannot be decoded or has too many pixels; the message names it.
         """
         try:
-            found, target = self.images[index]
+            data, target = self.images[index]
             number = int(target)
-            return decode_image(found, mode), self.numbers[number] if self.numbers else number
+            return decode_image(data, mode), self.numbers[number] if self.numbers else number
         except UNREADABLE as error:
             raise unreadable_error(self.filename(index), error) from None
 
@@ -73,20 +73,20 @@ class Source:
         return ClassList(self.classes if self.named else None, f"the data {self.name}")
 
     def in_order(self, classes: tuple[str, ...]) -> "Source":
-        """The same images, whose classes have the numbers of the same names in another order."""
-        own = [self.classes[n] for n in self.numbers] if self.numbers else self.classes
+        """The same images with their classes numbered in another order of the same names."""
+        names = [self.classes[n] for n in self.numbers] if self.numbers else self.classes
         places = {name: place for place, name in enumerate(classes)}
-        return replace(self, classes=classes, numbers=tuple(places[name] for name in own))
+        return replace(self, classes=classes, numbers=tuple(places[name] for name in names))
 
     def filename(self, index: int) -> str:
-        """What an image is called in messages."""
-        found = self.images.filename(index, absolute=True) or f"image {index}"
-        return found if found.startswith(self.name) else f"{self.name}, {found}"
+        """The name of an image in messages."""
+        name = self.images.filename(index, absolute=True) or f"image {index}"
+        return name if name.startswith(self.name) else f"{self.name}, {name}"
 
 
 @dataclass(frozen=True)
 class Listed:
-    """Paths of files, or arrays, and their classes."""
+    """Paths of image files, or arrays, and their classes."""
 
     images: Sequence[str | np.ndarray]
     targets: Sequence[int]
@@ -99,7 +99,7 @@ class Listed:
         return open(image, "rb") if isinstance(image, str) else image, self.targets[index]
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str | None:
-        """The path of a file; arrays have none."""
+        """The path of a file; None for arrays."""
         image = self.images[index]
         return image if isinstance(image, str) else None
 
@@ -154,17 +154,17 @@ class TorchvisionImages:
         return self.dataset[index]
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str | None:
-        """None: its images are not all files."""
+        """None: not every torchvision dataset has a file for each image."""
         return None
 
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Random images and classes, each drawn from the seed and its index when it is asked for."""
+    """Random images and classes; each is drawn from the seed and its index when it is read."""
 
     count: int
     seed: int
-    shape: tuple[int, ...]  # Y, X and, of colour images, 3
+    shape: tuple[int, ...]  # [Y, X], or [Y, X, 3] for colour images
     classes: int
 
     def __len__(self) -> int:
@@ -176,16 +176,19 @@ class Synthetic:
         return pixels.reshape(self.shape), int(generator.integers(self.classes))
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str | None:
-        """None: there is no file."""
+        """None: the images have no files."""
         return None
 
 
 def synthetic(seed: int, img_size: int, channels: int, classes: int) -> tuple[Source, Source]:
-    """Random images that need no augmentation: 10,240 for training, 1,024 for test."""
+    """Random images without augmentation: 10,240 for training and 1,024 for test."""
     shape = (img_size, img_size) if channels == 1 else (img_size, img_size, channels)
     train, test = (Synthetic(count, seed, shape, classes) for count in SYNTHETIC_IMAGES)
     names = tuple(map(str, range(classes)))
-    return Source("synthetic", train, names, False), Source("synthetic", test, names, False)
+    return (
+        Source("synthetic", train, names, named=False),
+        Source("synthetic", test, names, named=False),
+    )
 
 
 def digits() -> tuple[Source, Source]:
@@ -209,9 +212,9 @@ def digits() -> tuple[Source, Source]:
 
 
 def train_folder(data_dir: Path, classes: tuple[str, ...] | None = None) -> Source:
-    """Images of `train/`, one folder a class, class by class in the order of `folder_classes`.
+    """Images of `train/`, which has a folder for each class, sorted by class.
 
-    `classes` are the same in another order, for those that were numbered otherwise.
+    `classes` gives the order of the classes if it is not that of `folder_classes`.
 
     Raises:
         SretError: the folder or a class has no images.
@@ -226,36 +229,40 @@ def train_folder(data_dir: Path, classes: tuple[str, ...] | None = None) -> Sour
 
 
 def test_folder(data_dir: Path, classes: tuple[str, ...] | None = None) -> Source:
-    """Images of `test/`, `val/` or `validation/`, one folder a class; of several, the first.
+    """Images of the first of `TEST_NAMES` that exists, which has a folder for each class.
 
-    The classes are the folders of `train/` where there is one, else those of the test images. A
-    folder may be empty: so a part of the classes keeps its numbers. ImageNet as Kaggle unpacks it
-    is known by its `LOC_val_solution.csv`. `classes` are as in `train_folder`.
+    The classes are the folders of `train/`, or of the test images if there is no `train/`. A class
+    may be missing or empty; the others keep their numbers. ImageNet from Kaggle is recognised by
+    its `LOC_val_solution.csv`. `classes` is as in `train_folder`.
 
     Raises:
-        SretError: the folder is missing or has no images, or a class that `train/` has not.
+        SretError: the folder is missing, has no images, or has a class that `train/` does not have.
     """
     root = image_root(data_dir)
     test = find_test(root)
     if test is None:
-        raise SretError(f"{root} has no test/ and no val/; put images to test on in one", DATA)
+        raise SretError(f"{root} has no test/ and no val/; put test images in one of them", DATA)
     trained: Sequence[str] | None = classes
     if trained is None and (root / "train").is_dir():
         trained = folder_classes(data_dir)
     flat = kaggle_labels(data_dir)
     if flat is not None and not class_folders(flat[0]):
-        return _labelled(*flat, tuple(trained or order_classes(flat[1].values())))
-    found = class_folders(test)
-    others = [name for name in found if trained is not None and name not in set(trained)]
+        folder, labels = flat
+        return _labelled(folder, labels, tuple(trained or order_classes(labels.values())))
+    names = class_folders(test)
+    others = [name for name in names if trained is not None and name not in set(trained)]
     if others:
-        raise SretError(f"{test} has the class {others[0]!r}, which train/ has not; add it", DATA)
-    return _images(test, tuple(trained or found))
+        raise SretError(
+            f"{test} has the class {others[0]!r}, which train/ does not have; add or remove it",
+            DATA,
+        )
+    return _images(test, tuple(trained or names))
 
 
 def _images(folder: Path, classes: tuple[str, ...]) -> Source:
     found = [(path, n) for n, name in enumerate(classes) for path in find_images(folder / name)]
     if not found:
-        raise SretError(f"no images in {folder}; put them in one folder a class", DATA)
+        raise SretError(f"no images in {folder}; put them in one folder for each class", DATA)
     return _listed(folder, found, classes)
 
 
@@ -265,7 +272,10 @@ def _labelled(folder: Path, labels: dict[str, str], classes: tuple[str, ...]) ->
     for path in find_images(folder):
         label = labels.get(Path(path).stem)
         if label not in numbers:
-            raise SretError(f"{path} has the class {label!r}, which is not one of train/", DATA)
+            raise SretError(
+                f"{path} has the class {label!r}, which is not a class of train/; add or remove it",
+                DATA,
+            )
         found.append((path, numbers[label]))
     return _listed(folder, found, classes)
 
@@ -276,14 +286,14 @@ def _listed(folder: Path, found: list[tuple[str, int]], classes: tuple[str, ...]
 
 
 def find_images(folder: Path) -> list[str]:
-    """The images in a class's folder and the folders in it, in their order; no hidden files."""
+    """The images in the folder of a class and in its subfolders, sorted; no hidden files."""
     return [path for path in find_files(folder) if is_image(path)]
 
 
 def find_files(folder: Path) -> list[str]:
-    """The paths of all files in a class's folder and the folders in it, in their order.
+    """The paths of all files in the folder of a class and in its subfolders, sorted.
 
-    Links to folders are followed, but none twice, nor one to a folder that the class lies in.
+    Links to folders are followed, but no folder is read twice, nor one that contains the class.
     """
     above = {*Path(os.path.abspath(folder)).parents, *Path(os.path.realpath(folder)).parents}
     found, seen = [], set(map(os.path.realpath, above))
@@ -295,5 +305,7 @@ def find_files(folder: Path) -> list[str]:
         seen.add(real)
         folders.sort(key=lambda name: (os.path.islink(os.path.join(where, name)), name))
         found += [os.path.join(where, name) for name in sorted(files)]
-    common = len(str(folder))  # what all begin with makes no difference, and takes most of the time
+    common = len(
+        str(folder)
+    )  # the common prefix does not change the order, and takes most of the time
     return sorted(found, key=lambda path: natural_key(path[common:]))

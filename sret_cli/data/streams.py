@@ -1,4 +1,4 @@
-"""WebDataset shards, read in a row: batches whose order depends on the ranks and the workers."""
+"""WebDataset shards, read in sequence; the order of batches depends on ranks and workers."""
 
 import io
 import json
@@ -29,9 +29,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Shards:
-    """Tar files, the samples in each, and how many classes there are, where that is known.
+    """Tar files, the number of samples in each, and the number of classes if it is known.
 
-    `names` are those of the classes, where the labels are names and not numbers.
+    `names` holds the names of the classes if the labels are names and not numbers.
     """
 
     paths: tuple[str, ...]
@@ -46,16 +46,16 @@ class Shards:
 
 @cache
 def find_shards(data_dir: str, training: bool, label_column: str | None = None) -> Shards:
-    """The shards of a folder whose names contain `train`, or `test`, `val`.
+    """The shards of a folder whose names contain `train`; for test images, one of `TEST_NAMES`.
 
-    Their samples are counted by reading all headers, unless an `_info.json` tells, as beside the
-    sets of timm; it does not tell the classes. Labels are the numbers in the files `.cls`; or, with
-    a `label_column`, what is in the files of that extension, else in that field of the files
-    `.json`: numbers or names. Names of test images are those of the training images.
+    Samples are counted by reading all headers, unless an `_info.json` has the counts, as in timm's
+    datasets; it does not have the classes. Labels are the numbers in the files `.cls`. With a
+    `label_column`, they are numbers or names, in the files of that extension or else in that field
+    of the files `.json`. Test images have the names of the training images.
 
     Raises:
-        SretError: there are none, or one cannot be read, is cut short or has no samples; test
-            images have a name that training images have not.
+        SretError: there are no shards, or one cannot be read, is cut short or has no samples; test
+            images have a class that the training images do not have.
     """
     try:
         import webdataset  # noqa: F401
@@ -70,48 +70,57 @@ def find_shards(data_dir: str, training: bool, label_column: str | None = None) 
             break
     else:
         wanted = " or ".join(f"*{name}*.tar" for name in names)
-        raise SretError(f"{data_dir} has no shards {wanted}; --data-dir names their folder", DATA)
+        raise SretError(
+            f"{data_dir} has no shards {wanted}; name their folder with --data-dir", DATA
+        )
     for path in paths:
         refuse_cut(path)
-    told = _told(Path(data_dir)) if label_column is None else {}
-    found: set[int | str] = set()
-    if all(path.name in told for path in paths):
-        counts = [told[path.name] for path in paths]
+    stored_counts = _stored_counts(Path(data_dir)) if label_column is None else {}
+    labels: set[int | str] = set()
+    if all(path.name in stored_counts for path in paths):
+        counts = [stored_counts[path.name] for path in paths]
     else:
-        counted = [_count(path, label_column) for path in paths]
-        counts, found = [samples for samples, _ in counted], set().union(*(f for _, f in counted))
+        counts = []
+        for path in paths:
+            samples, labels_of_shard = _count(path, label_column)
+            counts.append(samples)
+            labels |= labels_of_shard
     for path, samples in zip(paths, counts, strict=True):
-        if not samples:  # a worker that has this shard alone would have nothing to give
+        if not samples:  # a worker with only this shard would have nothing to return
             raise SretError(f"{path} has no samples: {_missing(label_column)}; remove it", DATA)
-    class_names = _names(data_dir, training, label_column, found)
-    numbers = [label for label in found if isinstance(label, int)]
+    class_names = _names(data_dir, training, label_column, labels)
+    numbers = [label for label in labels if isinstance(label, int)]
     classes = max(numbers) + 1 if numbers else None
-    classes = classes if class_names is None else len(class_names)
-    return Shards(tuple(map(str, paths)), tuple(counts), classes, class_names)
+    return Shards(
+        paths=tuple(map(str, paths)),
+        samples=tuple(counts),
+        classes=classes if class_names is None else len(class_names),
+        names=class_names,
+    )
 
 
 def _missing(label_column: str | None) -> str:
     if label_column is None:
-        return "no files .cls, which hold the numbers of classes (train.label_column names others)"
+        return "no files .cls with numbers of classes (train.label_column chooses other labels)"
     return f"neither files .{label_column} nor files .json with a field {label_column!r}"
 
 
 def _names(
-    data_dir: str, training: bool, label_column: str | None, found: set[int | str]
+    data_dir: str, training: bool, label_column: str | None, labels: set[int | str]
 ) -> tuple[str, ...] | None:
-    """The names of the classes, in their order, where labels are names."""
+    """The names of the classes in the order of their numbers; None if labels are numbers."""
     if label_column is None:
         return None
-    texts = {label for label in found if isinstance(label, str)}
+    texts = {label for label in labels if isinstance(label, str)}
     trained: tuple[str, ...] | None = None
     if not training and any(Path(data_dir).glob("*train*.tar")):
         trained = find_shards(data_dir, True, label_column).names
-    if (texts or trained) and len(texts) < len(found):
-        number = next(label for label in found if isinstance(label, int))
+    if (texts or trained) and len(texts) < len(labels):
+        number = next(label for label in labels if isinstance(label, int))
+        name = [*order_classes(texts), *(trained or ())][0]
         raise SretError(
-            f"{data_dir}: label_column = {label_column!r} has numbers ({number}) and names "
-            f"({(*order_classes(texts), *(trained or ()))[0]!r}) of classes; write all of them as "
-            "one of the two",
+            f"{data_dir}: label_column = {label_column!r} has both numbers ({number}) and names "
+            f"({name!r}) of classes; write only numbers or only names",
             DATA,
         )
     if not texts or trained is None:
@@ -119,26 +128,26 @@ def _names(
     others = order_classes(texts - set(trained))
     if others:
         raise SretError(
-            f"the test shards in {data_dir} have the class {others[0]!r}, which those to train on "
-            "have not; remove its images",
+            f"the test shards in {data_dir} have the class {others[0]!r}, which the training shards "
+            "do not have; remove its images",
             DATA,
         )
     return trained
 
 
-def _told(data_dir: Path) -> dict[str, int]:
-    """The samples of each shard, as `_info.json` tells."""
+def _stored_counts(data_dir: Path) -> dict[str, int]:
+    """The number of samples of each shard in `_info.json`."""
     path = data_dir / "_info.json"
     try:
         splits = json.loads(path.read_bytes())["splits"].values() if path.exists() else ()
         pairs = [zip(s["filenames"], s["shard_lengths"], strict=True) for s in splits]
         return {name: int(length) for pair in pairs for name, length in pair}
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise SretError(f"{path} does not tell filenames and shard_lengths; remove it") from None
+        raise SretError(f"{path} has no valid filenames and shard_lengths; remove it") from None
 
 
 def _count(path: Path, label_column: str | None) -> tuple[int, set[int | str]]:
-    """The samples of a shard and the labels among them."""
+    """The number of samples in a shard, and the set of their labels."""
     keys = ("cls",) if label_column is None else (label_column.lower(), "json")
     labels: dict[str, int | str] = {}
     try:
@@ -157,22 +166,22 @@ def _count(path: Path, label_column: str | None) -> tuple[int, set[int | str]]:
                 if label is not None:
                     labels[stem] = label
     except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-        raise SretError(f"cannot read {path}: {error}; mend or remove it", DATA) from None
+        raise SretError(f"cannot read {path}: {error}; fix or remove it", DATA) from None
     return len(labels), set(labels.values())
 
 
 def read_label(sample: dict[str, Any], label_column: str | None) -> int | str | None:
-    """The number or name of a sample's class, of what its files hold; None where it has none.
+    """The number or name of a sample's class, from the contents of its files; None without a label.
 
     Raises:
-        ValueError: the label is neither of the two.
+        ValueError: the label is neither a number nor a name.
     """
     extension = "cls" if label_column is None else label_column.lower()
     if extension in sample:
         text = sample[extension].decode().strip()
         if label_column is None and not text.removeprefix("-").isdecimal():
             raise ValueError(
-                f"a file .cls holds {text!r}, not the number of a class; if it is a name, set "
+                f"a file .cls holds {text!r}, not the number of a class; if this is a name, set "
                 'train.label_column = "cls"'
             )
         return int(text) if label_column is None or text.isdecimal() else text
@@ -180,7 +189,7 @@ def read_label(sample: dict[str, Any], label_column: str | None) -> int | str | 
     label = fields.get(label_column) if isinstance(fields, dict) else None
     if label is None or (isinstance(label, int | str) and not isinstance(label, bool)):
         return label
-    raise ValueError(f"its {label_column!r} is {label!r}, neither the number of a class nor a name")
+    raise ValueError(f"its {label_column!r} is {label!r}, not the number or the name of a class")
 
 
 class Stream(IterableDataset):
@@ -285,7 +294,7 @@ class Stream(IterableDataset):
         try:
             label = read_label(sample, self.label_column)
             if not extensions or label is None:
-                raise ValueError(f"it has no image, or {_missing(self.label_column)}")
+                raise ValueError(f"it has no image or {_missing(self.label_column)}")
             image = decode_image(io.BytesIO(sample[extensions[0]]), self.transform.mode)
             if isinstance(label, str) and label not in self.numbers:
                 raise ValueError(

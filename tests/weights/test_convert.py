@@ -208,7 +208,7 @@ def test_classes_of_test_images_are_those_of_train_where_there_is_one(images):
     assert source.classes == ("n00", "n01", "n02", "n03")
     assert source.images.targets == [1] * 4 + [2] * 4 + [3] * 4
     (images / "val" / "n99").mkdir()
-    with pytest.raises(SretError, match="has the class 'n99', which train/ has not"):
+    with pytest.raises(SretError, match="has the class 'n99', which train/ does not have"):
         read_test_folder(images)
 
 
