@@ -1,4 +1,4 @@
-"""What is wrong with a folder of images: every file decoded once, as training decodes it."""
+"""Finds what is wrong with a folder of images by decoding every file once, as training does."""
 
 import csv
 import hashlib
@@ -28,18 +28,17 @@ from sret_cli.runtime.errors import DATA, USAGE, SretError
 from sret_cli.runtime.files import write_atomically
 
 FILES_A_TASK = 16
-FAR_APART = 10  # times as many images of one class as of another
+FAR_APART = 10  # a class with this many times the images of another is reported
 ORIENTATION = 0x0112  # the tag, TIFF 6.0 and EXIF 2.3; 1 is upright
 
 
 @dataclass(frozen=True)
 class Checked:
-    """One line of the manifest: a file, and what it holds where it can be decoded.
+    """One line of the manifest: a file, and its contents if it can be decoded.
 
-    `bits` are those of a sample where a PNG or TIFF file says so; `pixels_sha256` is of the decoded
-    pixels as RGB: equal for copies in another format. `orientation` is that of EXIF, 1 to 8, where
-    Pillow leaves it to others to turn the image (it turns those in TIFF files itself); `warnings`
-    are Pillow's.
+    `bits` are the bits of a sample, if a PNG or TIFF file records them. `pixels_sha256` is the hash
+    of the decoded RGB pixels, which copies in other formats share. `orientation` is that of EXIF,
+    from 1 to 8, unless Pillow rotates the image itself (TIFF). `warnings` are Pillow's.
     """
 
     path: str
@@ -59,7 +58,7 @@ class Checked:
     warnings: str | None = None
 
     def oddities(self) -> list[str]:
-        """What about it may surprise: training converts such images to RGB or grey."""
+        """Unusual properties of the file; training converts such images to RGB or grey."""
         if self.mode is None:
             return []
         found = {
@@ -73,16 +72,16 @@ class Checked:
 
 
 COLUMNS = [field.name for field in fields(Checked)]
-COLUMNS_OF_FIRST_VERSION = 13  # later ones were added at the end
+COLUMNS_OF_FIRST_VERSION = 13  # later versions added columns at the end
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What a check found, over all files of a folder."""
+    """The results of a check of all files of a folder."""
 
     files: list[Checked]
-    class_folders: dict[str, list[str]]  # of each split, also of classes without images
-    ignored: dict[str, int]  # the files that training leaves out, by their extensions
+    class_folders: dict[str, list[str]]  # of each split, including classes without images
+    ignored: dict[str, int]  # files that training ignores, by extension
 
     @property
     def unreadable(self) -> list[Checked]:
@@ -90,7 +89,7 @@ class Findings:
         return [file for file in self.files if file.error is not None]
 
     def duplicates(self) -> list[list[str]]:
-        """Paths of the same bytes, or of the same pixels, in more than one split."""
+        """Paths of equal files, or of equal pixels, in more than one split."""
         found: dict[tuple[str, ...], None] = {}
         for key in ("sha256", "pixels_sha256"):
             same = defaultdict(list)
@@ -114,7 +113,7 @@ class Findings:
         return table
 
     def images_by_class(self) -> dict[str, dict[str, int]]:
-        """Images of each class in each split, also of classes that have none there."""
+        """Number of images of each class in each split, including classes without images."""
         names = sorted({name for own in self.class_folders.values() for name in own})
         counts = Counter((file.split, file.class_name) for file in self.files)
         return {
@@ -124,9 +123,9 @@ class Findings:
         }
 
     def imbalanced(self) -> dict[str, dict[str, list[Any]]]:
-        """Of splits whose classes are far apart, the largest and the smallest, as [name, images].
+        """The largest and smallest class of splits whose classes differ much, as [name, images].
 
-        Classes without images do not count: they are among the `missing_classes`.
+        Classes without images do not count; `missing_classes` has them.
         """
         found = {}
         for split, counts in self.images_by_class().items():
@@ -139,7 +138,7 @@ class Findings:
         return found
 
     def orientations(self) -> dict[str, list[str]]:
-        """The paths of images with EXIF orientations other than 1, by the orientation."""
+        """The paths of images with an EXIF orientation other than 1, by orientation."""
         found: dict[str, list[str]] = {}
         for file in sorted(self.files, key=lambda file: file.orientation or 1):
             if file.orientation is not None and file.orientation != 1:
@@ -147,7 +146,7 @@ class Findings:
         return found
 
     def missing_classes(self) -> dict[str, list[str]]:
-        """The classes that a split has no image of, and another, or a folder of it, has."""
+        """Classes without images in a split that has their folder, or that another split has."""
         classes: dict[str, set[str]] = {
             key: set() for key, own in self.class_folders.items() if own
         }
@@ -158,7 +157,7 @@ class Findings:
         return {split: sorted(every - own) for split, own in classes.items() if every - own}
 
     def odd(self) -> dict[str, list[str]]:
-        """The paths of files of odd kinds."""
+        """The paths of unusual files, by kind."""
         found = defaultdict(list)
         for file in self.files:
             for kind in file.oddities():
@@ -185,13 +184,13 @@ class Findings:
 def check_folder(
     data_dir: Path, workers: int | None, on_step: Callable[[int, int, str], None]
 ) -> Findings:
-    """Decodes every image of a folder once, in as many processes as there are cores.
+    """Decodes every image of a folder once, by default with one process for each core.
 
-    The splits are `train/`, `test/`, `val/` and `validation/`, as far as they are there; without
-    any, the folder is one split. A class is a folder in a split.
+    The splits are those of `train/`, `test/`, `val/` and `validation/` that exist; without any, the
+    folder is one split. A class is a folder in a split.
 
     Raises:
-        SretError: there is no such folder, or no image in it.
+        SretError: the folder does not exist, or has no image.
     """
     root = image_root(data_dir)
     names = [name for name in ("train", *TEST_NAMES) if (root / name).is_dir()]
@@ -216,7 +215,7 @@ def check_folder(
 
 
 def _files(root: Path, split: str) -> list[Checked]:
-    """The files of a split, unread: those in its folders of classes, and those beside them."""
+    """The files of a split, unread: those in class folders, and those next to the folders."""
     folder = root / split
     found = [
         Checked(path, split, name)
@@ -228,12 +227,12 @@ def _files(root: Path, split: str) -> list[Checked]:
 
 
 def _kind(path: Path) -> str:
-    """What files that training leaves out are counted as."""
+    """The kind under which a file that training ignores is counted."""
     return "hidden" if path.name.startswith(".") else path.suffix.lower() or "no extension"
 
 
 def check_file(job: Checked) -> Checked:
-    """The line of the manifest of a file."""
+    """The manifest line of a file."""
     try:
         data = Path(job.path).read_bytes()
     except OSError as error:
@@ -251,7 +250,7 @@ def check_file(job: Checked) -> Checked:
 
 
 def _decoded(data: bytes) -> dict[str, Any]:
-    """What an image's file holds."""
+    """The contents of an image file."""
     pixels = decode_image(io.BytesIO(data), "RGB")
     with pillow_decodes(), Image.open(io.BytesIO(data)) as image:
         return {
@@ -268,10 +267,10 @@ def _decoded(data: bytes) -> dict[str, Any]:
 
 
 def orientation(data: bytes) -> int | None:
-    """The orientation that EXIF data of an image says it has, from 1 to 8; None if it says none.
+    """The EXIF orientation of an image, from 1 to 8, or None.
 
-    None as well for TIFF files, which Pillow turns as it decodes them, and for damaged EXIF data,
-    which keep no image from being trained on.
+    None also for TIFF files, which Pillow rotates itself, and for damaged EXIF data, with which an
+    image can still be trained on.
     """
     try:
         with pillow_decodes(), Image.open(io.BytesIO(data)) as image:
@@ -284,10 +283,10 @@ def orientation(data: bytes) -> int | None:
 
 
 def refuse_to_overwrite(path: Path) -> None:
-    """Makes sure that a file that is there is a manifest, which another one replaces.
+    """Raises if a file exists that is not a manifest and so must not be replaced.
 
     Raises:
-        SretError: it is something else, or cannot be read.
+        SretError: the file is something else, or cannot be read.
     """
     try:
         with open(path, "rb") as file:
@@ -307,14 +306,14 @@ def refuse_to_overwrite(path: Path) -> None:
 
 
 def write_manifest(findings: Findings, path: Path) -> None:
-    """Writes one line a file, as CSV, atomically.
+    """Writes the manifest atomically as CSV, with one line for each file.
 
     Raises:
-        SretError: it cannot be written.
+        SretError: the manifest cannot be written.
     """
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(map(asdict, findings.files))
-    # Names of files need not be UTF-8; their bytes stay as they are.
+    # File names need not be UTF-8; their bytes are kept.
     write_atomically(path, text.getvalue().encode(errors="surrogateescape"))

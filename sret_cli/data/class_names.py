@@ -1,4 +1,4 @@
-"""The names of classes: their order, and the comparison of two lists of them by name."""
+"""The names of classes: their order, and the comparison of two lists by name."""
 
 import re
 from collections import Counter
@@ -12,11 +12,10 @@ DIGITS = tuple(map(str, range(10)))  # the classes of `digits`
 
 
 class ClassList(NamedTuple):
-    """The names of the classes that data or a model number from 0, in that order.
+    """The names of the classes of data or of a model, in the order of their numbers from 0.
 
-    `names` is None where only the numbers are known. `owner` is what messages call the data or the
-    model, `remedy` what a user can do about other classes than these, and `code` the exit code of
-    an error about it.
+    `names` is None if only the numbers are known. Messages call the data or the model `owner`, and
+    advise `remedy` to a user with other classes; `code` is the exit code of such an error.
     """
 
     names: tuple[str, ...] | None
@@ -26,30 +25,30 @@ class ClassList(NamedTuple):
 
 
 def natural_key(name: str) -> list[str | int]:
-    """Sorts numbers in names by their value, and capital letters as small ones.
+    """A sort key that compares numbers in names by value, and ignores upper and lower case.
 
-    As timm's `timm.utils.natural_key`, which cannot be had without torch.
+    It equals `timm.utils.natural_key`, which cannot be imported without torch.
     """
     parts = re.split(r"(\d+)", name.lower())
     return [int(part) if place % 2 else part for place, part in enumerate(parts)]
 
 
 def order_classes(names: Iterable[str]) -> list[str]:
-    """Names of classes in the order in which timm numbers them, whatever keeps the images.
+    """Names of classes in the order in which timm numbers them, for any kind of dataset.
 
-    Names that differ in capital letters alone, which timm leaves in any order, have one, too.
+    Names that differ only in upper and lower case are sorted too; timm leaves their order open.
     """
     return sorted(set(names), key=lambda name: (natural_key(name), name))
 
 
 def match_classes(ours: ClassList, theirs: ClassList) -> tuple[int, ...] | None:
-    """The place of each of our classes in their list; None where both lists are the same.
+    """The place of each of our classes in their list; None if both lists are the same.
 
-    A list in another order is reported once. Where one of the two has no names, the numbers of
-    both are taken as the same, and that is reported.
+    Another order is reported once. If one of the lists has no names, their numbers are taken as
+    equal, and that is reported.
 
     Raises:
-        SretError: the lists do not have the same names; the message has the first that differ.
+        SretError: the lists have different names; the message has the first difference.
     """
     if ours.names is None or theirs.names is None:
         unnamed = theirs if theirs.names is None else ours
@@ -91,15 +90,15 @@ def _refuse_other_names(ours: ClassList, theirs: ClassList) -> None:
 
 
 def all_outputs(order: Sequence[int], outputs: int) -> list[int]:
-    """An order of classes with the outputs that a model has beyond them, which stay in place."""
+    """An order of classes, extended by a model's further outputs in their places."""
     return [*order, *range(len(order), outputs)]
 
 
 def config_classes(config: Any) -> tuple[str, ...] | None:
     """The classes of the model that a `config.json` describes, in the order of its outputs.
 
-    None where their names are not known: the model was not trained here, or on data that have
-    numbers of classes alone.
+    None if their names are not known, because the model was not trained here, or its data number
+    their classes only.
     """
     config = config if isinstance(config, Mapping) else {}
     train = config.get("train")
@@ -107,7 +106,7 @@ def config_classes(config: Any) -> tuple[str, ...] | None:
     if train.get("dataset") == "digits":
         return DIGITS
     if has_numbered_classes(str(train.get("dataset")), train.get("label_column")):
-        return None  # configs of earlier versions list the numbers as names
+        return None  # configs of earlier versions list numbers as names
     names = config.get("classes")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return None

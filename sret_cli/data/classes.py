@@ -1,4 +1,4 @@
-"""How many classes the data of a training have."""
+"""The number of classes in the data of a training."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ DIGITS_CLASSES = 10
 
 
 def dataset_classes(train: TrainSpec) -> int | None:
-    """How many classes a run's data has; None where it has as many as the model.
+    """The number of classes in a run's data; None if the model's number decides.
 
     Raises:
-        SretError: the data are missing or hold fewer than two classes.
+        SretError: the data do not exist or have fewer than two classes.
     """
     if train.dataset == "synthetic":
         return None

@@ -1,7 +1,7 @@
-"""What Pillow warns of while it decodes, as notes that name the image.
+"""Turns Pillow's warnings into notes that name the image.
 
-Images are decoded in other processes, whose output would land in the middle of a bar of progress:
-the warnings come back with the sample, and the process that trains tells them.
+Images are decoded in other processes, whose output would break the progress bar. So the warnings
+are returned with the sample, and the process that trains shows them.
 """
 
 import os
@@ -15,27 +15,27 @@ import PIL
 
 from sret_cli.runtime.errors import show_note
 
-SHOWN_IMAGES = 10  # of which warnings are told, in a process
+SHOWN_IMAGES = 10  # warnings are shown for this many images in a process
 PILLOW = os.path.dirname(PIL.__file__) + os.sep
 
 
 @dataclass(frozen=True)
 class Noted:
-    """What was made of an image, and what Pillow warned of meanwhile, as lines with its name."""
+    """The result for an image, and Pillow's warnings about it as lines with its name."""
 
     made: Any
     warnings: tuple[str, ...]
 
 
-_told: set[str] = set()
+_shown: set[str] = set()
 _left_to_python: dict[Any, Any] = {}
 
 
 @contextmanager
 def pillow_warnings() -> Iterator[list[str]]:
-    """Hands out a list that has, at the end, what Pillow warned of within: each text once.
+    """Yields a list that holds Pillow's warnings when the context ends, each text once.
 
-    Warnings of other packages are left to Python.
+    Warnings of other packages are handled by Python as usual.
     """
     texts: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
@@ -56,23 +56,23 @@ def pillow_warnings() -> Iterator[list[str]]:
 
 
 def noted(make: Callable[[], Any], name: Callable[[], str]) -> Any:
-    """What `make` makes of an image of that name; `Noted` where Pillow warned of something."""
+    """The result of `make` for the image of a name, as `Noted` if Pillow warned."""
     with pillow_warnings() as texts:
         made = make()
     return Noted(made, tuple(f"{name()}: {text}" for text in texts)) if texts else made
 
 
 def without_notes(batch: list[Any]) -> tuple[list[Any], list[str]]:
-    """What was made of images, and all warnings among them."""
+    """The results for the images of a batch, and all warnings about them."""
     texts = [text for sample in batch if isinstance(sample, Noted) for text in sample.warnings]
     return [sample.made if isinstance(sample, Noted) else sample for sample in batch], texts
 
 
-def tell_warnings(texts: list[str]) -> None:
-    """Tells what Pillow warned of, each text once, and of so many images in a process."""
+def show_warnings(texts: list[str]) -> None:
+    """Shows Pillow's warnings, each text once, for up to `SHOWN_IMAGES` images in a process."""
     for text in texts:
-        if text not in _told and len(_told) <= SHOWN_IMAGES:
-            _told.add(text)
-            if len(_told) > SHOWN_IMAGES:
-                text = "more images have such faults; `sret data check DIR` lists all of a folder"
+        if text not in _shown and len(_shown) <= SHOWN_IMAGES:
+            _shown.add(text)
+            if len(_shown) > SHOWN_IMAGES:
+                text = "more images have such faults; `sret data check DIR` lists them all"
             show_note(text)

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from sret_cli.data.augment import Pixels, as_byte_values
 from sret_cli.data.class_names import ClassList
-from sret_cli.data.image_notes import tell_warnings
+from sret_cli.data.image_notes import show_warnings
 from sret_cli.data.order import Batches
 from sret_cli.data.samples import Samples, collate
 from sret_cli.data.sources import Source
@@ -83,7 +83,7 @@ class Loader:
         """
         self.batches.epoch, self.batches.start = epoch, start
         for images, targets, errors, warnings in load_batches(self.loader):
-            tell_warnings(warnings)
+            show_warnings(warnings)
             if errors and (self.on_bad_image == "stop" or not len(targets)):
                 # The traceback would keep the old loader's workers alive, and ending them would
                 # then take 10 seconds. A new error avoids a reference cycle with its traceback.

@@ -1,10 +1,11 @@
-"""Soft labels on disk: of each image some crops, and what a teacher says of each.
+"""Soft labels on disk: some crops of each image, and the teacher's answer for each crop.
 
-A directory holds `labels.bin`, records of one size, crop by crop and within a crop image by image,
-so that an epoch reads one part of the file; and `labels.json`, written last, which says how they
-were made, of which images, and the SHA-256 of the records. A record is the box of a crop in pixels
-of the image, whether it is flipped, and the classes and probabilities (fp16) of the teacher's best
-guesses. Fast Knowledge Distillation: Shen and Xing, ECCV 2022, arXiv 2112.01528.
+A directory holds `labels.bin` and `labels.json`. `labels.bin` has records of one size, ordered by
+crop and then by image, so that an epoch reads one part of the file. `labels.json` is written last;
+it says how the labels were made and of which images, with the SHA-256 of the records. A record is
+the box of a crop in pixels of the image, whether it is flipped, and the classes and probabilities
+(fp16) of the teacher's best guesses. Source: Fast Knowledge Distillation: Shen and Xing, ECCV 2022,
+arXiv 2112.01528.
 """
 
 import random
@@ -31,14 +32,14 @@ from sret_cli.spec.strict import Count, Fraction, Strict, as_tuples
 from sret_cli.spec.train import TrainSpec
 
 LABELS_FILE, HEADER_FILE, PROGRESS_FILE = "labels.bin", "labels.json", "labels.part.json"
-MAX_SIDE = MAX_CLASSES = 65_535  # of a box and of the classes, in 16 bits
+MAX_SIDE = MAX_CLASSES = 65_535  # boxes and classes are stored in 16 bits
 RATIO = (3 / 4, 4 / 3)  # of the sides of a crop, as in timm's training transform
 
 
 class LabelsSpec(Strict):
-    """How soft labels were made and of which images, as `labels.json` has it.
+    """How soft labels were made and of which images, as in `labels.json`.
 
-    `classes` are the names of the classes whose numbers the labels have, where they are known.
+    `classes` are the names of the classes, in the order of the numbers in the labels, if known.
 
     Raises:
         SretError: a value is of the wrong type or out of range.
@@ -83,12 +84,12 @@ class LabelsSpec(Strict):
         )
 
     def size_bytes(self, images: int | None = None) -> int:
-        """The size of the records of so many images, of its own unless told."""
+        """The size of the records for a number of images; by default for all images."""
         return (self.images if images is None else images) * self.crops * self.record.itemsize
 
 
 class Crop(NamedTuple):
-    """A part of an image, in its pixels, that is flipped or not."""
+    """A part of an image, in pixels, flipped or not."""
 
     top: int
     left: int
@@ -97,14 +98,14 @@ class Crop(NamedTuple):
     flip: bool
 
     def cut(self, image: Image.Image, spec: LabelsSpec) -> Tensor:
-        """The pixels `[C, Y, X]`, 8 bits: what teacher and student see are bitwise the same."""
+        """The pixels `[C, Y, X]` in 8 bits, bitwise the same for teacher and student."""
         size, mode = (spec.img_size, spec.img_size), str_to_interp_mode(spec.interpolation)
         image = functional.resized_crop(image, *self[:4], size, mode)
         return functional.pil_to_tensor(functional.hflip(image) if self.flip else image)
 
 
 def draw_crop(image: Image.Image, spec: LabelsSpec, index: int, number: int) -> Crop:
-    """The crop of that number of an image, from the seed, by timm's rule."""
+    """The crop with a number of an image, drawn by timm's rule from the seed."""
     with temporarily_seeded(f"{spec.seed} {index} crop {number}"):
         top, left, height, width = RandomResizedCropAndInterpolation.get_params(
             image, spec.scale, RATIO
@@ -116,7 +117,7 @@ class StoredLabels:
     """The soft labels in a directory.
 
     Raises:
-        SretError: there are none, they are not finished, or they are damaged.
+        SretError: the labels do not exist, are not finished, or are damaged.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -135,15 +136,15 @@ class StoredLabels:
 
     @cached_property
     def records(self) -> np.ndarray:
-        """All records `[crops, images]`, mapped into memory where they are first used."""
+        """All records `[crops, images]`, mapped into memory on first use."""
         shape = (self.spec.crops, self.spec.images)
         return np.memmap(self.path, self.spec.record, "r", shape=shape)
 
     def refuse_other(self, train: TrainSpec, model: Spec, source: Source) -> None:
-        """Makes sure that the labels are of images as a run takes them.
+        """Raises if the labels do not belong to the images of a run.
 
         Raises:
-            SretError: they are not; the message names the value that differs.
+            SretError: a value differs; the message names it.
         """
         ours = {f"model.{k}": getattr(model, k) for k in ("num_classes", "in_chans", "img_size")}
         names = ("scale", "hflip", "interpolation", "distill_temperature")
@@ -153,7 +154,8 @@ class StoredLabels:
             if stored != value:
                 raise SretError(
                     f"the labels in {self.directory} were made with {key} = {stored}, and the run "
-                    f"has {value}; set {key} = {stored}, or write others by `sret distill-labels`",
+                    f"has {value}; set {key} = {stored}, or write new labels with "
+                    "`sret distill-labels`",
                     DATA,
                 )
         if self.spec.classes is not None and source.named:
@@ -166,7 +168,7 @@ class StoredLabels:
                 )
 
     def sample(self, source: Source, index: int, number: int) -> tuple[Tensor, Tensor]:
-        """An image's crop of that number, which starts over after the last, and what is said of it.
+        """The crop of an image with a number (modulo the number of crops), and its soft label.
 
         Returns:
             The pixels `[C, Y, X]`, 8 bits, and `[2, top_k]`: classes and their probabilities.
@@ -190,16 +192,16 @@ class StoredLabels:
 
 
 def label_list(directory: Path, classes: tuple[str, ...]) -> ClassList:
-    """The classes of the labels in a directory, to be compared with those of images."""
+    """The classes of the labels in a directory, for comparison with the classes of images."""
     return ClassList(
-        classes, f"the labels in {directory}", "write labels of these by `sret distill-labels`"
+        classes, f"the labels in {directory}", "write labels of these with `sret distill-labels`"
     )
 
 
 def stored_classes(directory: Path, train: TrainSpec) -> ClassList | None:
-    """The classes of the labels in a directory, finished or not; None where it does not say them.
+    """The classes of the labels in a directory, finished or not; None if they are not recorded.
 
-    Of a folder, labels without names were written when its classes had the order of plain text.
+    Labels of a folder without recorded names use the alphabetical order of an earlier version.
     """
     paths = [directory / name for name in (HEADER_FILE, PROGRESS_FILE)]
     path = next((path for path in paths if path.is_file()), None)
@@ -218,12 +220,12 @@ def read_labels_spec(directory: Path) -> LabelsSpec:
     """How the labels in a directory were made.
 
     Raises:
-        SretError: there are none, or what is there says nothing of the kind.
+        SretError: the labels do not exist, or their header cannot be read.
     """
     path = directory / HEADER_FILE
     if not path.is_file():
         started = (directory / LABELS_FILE).is_file()
-        what = "are not finished: go on with" if started else "are not there: write them by"
+        what = "are not finished: resume" if started else "do not exist: run"
         raise SretError(f"the labels in {directory} {what} `sret distill-labels`", DATA)
     try:
         return LabelsSpec(**read_json(path))
@@ -237,8 +239,8 @@ def read_labels_spec(directory: Path) -> LabelsSpec:
 def spread_probabilities(best: Tensor, num_classes: int) -> Tensor:
     """Probabilities of all classes `[B, num_classes]` from those of the best `[B, 2, top_k]`.
 
-    What is left to one is spread evenly over the other classes (Shen and Xing's marginal
-    smoothing).
+    The remaining probability is spread evenly over the other classes (marginal smoothing of Shen
+    and Xing).
     """
     classes, top = best[:, 0].long(), best[:, 1]
     rest = (1 - top.sum(1, keepdim=True)).clamp(min=0) / max(num_classes - top.shape[1], 1)

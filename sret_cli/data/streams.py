@@ -128,8 +128,8 @@ def _names(
     others = order_classes(texts - set(trained))
     if others:
         raise SretError(
-            f"the test shards in {data_dir} have the class {others[0]!r}, which the training shards "
-            "do not have; remove its images",
+            f"the test shards in {data_dir} have the class {others[0]!r}, which the training "
+            "shards do not have; remove its images",
             DATA,
         )
     return trained

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sret_cli.data.augment import MODES, Pixels, as_byte_values
 from sret_cli.data.fingerprint import Images, write_fingerprints
-from sret_cli.data.image_notes import Noted, noted, tell_warnings, without_notes
+from sret_cli.data.image_notes import Noted, noted, show_warnings, without_notes
 from sret_cli.data.loader import load_batches
 from sret_cli.data.loaders import find_source
 from sret_cli.data.soft_labels import (
@@ -220,7 +220,7 @@ def _batches(
     )
     for batch in load_batches(loader):
         crops, warnings = without_notes(batch)
-        tell_warnings(warnings)
+        show_warnings(warnings)
         yield crops
 
 

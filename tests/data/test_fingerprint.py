@@ -419,7 +419,7 @@ def test_a_model_is_measured_though_its_labels_are_not_there_and_not_kept(sret, 
     )
     code, out, err = sret("profile", "later.toml", "--json")
     assert (code, rows_of(out)[0]["run_id"]) == (0, None)
-    assert "nano: measured and not kept: the labels in labels are not there" in err
+    assert "nano: measured and not kept: the labels in labels do not exist" in err
     assert not Path("runs").exists()
     assert sret("build", "later.toml")[0] == 0
     assert sret("train", "later.toml")[0] == 4

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sret_cli.data import image_notes
-from sret_cli.data.image_notes import noted, pillow_warnings, tell_warnings, without_notes
+from sret_cli.data.image_notes import noted, pillow_warnings, show_warnings, without_notes
 from sret_cli.data.loaders import load_data
 from sret_cli.runtime.errors import notes_shown_by
 from sret_cli.spec.presets import PRESETS
@@ -22,7 +22,7 @@ TRANSPARENT = (
 
 @pytest.fixture(autouse=True)
 def nothing_told(monkeypatch):
-    monkeypatch.setattr(image_notes, "_told", set())
+    monkeypatch.setattr(image_notes, "_shown", set())
 
 
 def write_transparent(path):
@@ -71,13 +71,11 @@ def test_warnings_of_shards_name_the_shard_and_the_sample(tmp_path, capfd):
 
 def test_of_many_images_ten_are_named_and_then_it_is_said_where_to_find_the_others(capsys):
     for number in range(99):
-        tell_warnings([f"{number}.png: odd", f"{number}.png: odd"])
+        show_warnings([f"{number}.png: odd", f"{number}.png: odd"])
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "sret: 0.png: odd"
     assert said[9] == "sret: 9.png: odd"
-    assert said[10:] == [
-        "sret: more images have such faults; `sret data check DIR` lists all of a folder"
-    ]
+    assert said[10:] == ["sret: more images have such faults; `sret data check DIR` lists them all"]
 
 
 def test_warnings_of_other_packages_are_left_to_python():

@@ -163,7 +163,7 @@ def test_labels_of_shards_that_are_no_numbers_say_what_to_do(tmp_path):
         load_data(data_spec("wds", tmp_path, label_column="breed"), NANO)
     write_shard(tmp_path / "train-0.tar", a={"cls": "cat"}, b={"cls": "7"})
     find_shards.cache_clear()
-    with pytest.raises(SretError, match=r"has numbers \(7\) and names \('cat'\) of classes"):
+    with pytest.raises(SretError, match=r"has both numbers \(7\) and names \('cat'\) of classes"):
         load_data(data_spec("wds", tmp_path, label_column="cls"), NANO)
 
 

@@ -221,7 +221,7 @@ def test_writing_goes_on_where_it_was_interrupted(folder, pets, teacher, labels)
     with pytest.raises(KeyboardInterrupt):
         write(folder, pets, teacher, "other", on_step=interrupt)
     other = teacher.parent / "other"
-    with pytest.raises(SretError, match="are not finished: go on with `sret distill-labels`"):
+    with pytest.raises(SretError, match="are not finished: resume `sret distill-labels`"):
         StoredLabels(other)
     with pytest.raises(SretError, match="has labels with seed = 0, not 1; choose another"):
         write(folder, pets, teacher, "other", seed=1)
@@ -345,7 +345,7 @@ def test_labels_that_are_damaged_or_missing_are_refused(folder, pets, labels):
     (labels / "labels.json").write_text("[1]")
     refused(5, "is damaged or of another version")
     shutil.rmtree(labels)
-    refused(4, "are not there: write them by `sret distill-labels`")
+    refused(4, "do not exist: run `sret distill-labels`")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -43,7 +43,7 @@ def test_a_folder_of_tar_files_has_a_class_a_file(tmp_path):
 
 
 def test_tar_files_that_cannot_be_used_say_why(tmp_path):
-    with pytest.raises(SretError, match="has no train.tar"):
+    with pytest.raises(SretError, match="has neither train.tar"):
         load_data(data_spec("tar", tmp_path), NANO)
     (tmp_path / "train.tar").write_bytes(b"no tar")
     with pytest.raises(SretError, match="cannot read .*train.tar"):
