@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 from sret_cli.spec.model import ModelSpec
-from sret_cli.spec.schedule import ends_shuffled
+from sret_cli.spec.passes import ends_shuffled
 
 FLOAT_BYTES, INDEX_BYTES = 4, 8  # fp32, and the int64 of labels and permutations
 

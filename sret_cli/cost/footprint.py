@@ -21,7 +21,7 @@ from sret_cli.model.sret import SReT
 from sret_cli.model.stage import Stage, one_pass
 from sret_cli.runtime.device import autocast
 from sret_cli.spec.model import ModelSpec
-from sret_cli.spec.schedule import Pass, ends_shuffled
+from sret_cli.spec.passes import Pass, ends_shuffled
 
 RUN_BYTES = 16 * 2**20  # on a CPU, parts of at most this size are run: milliseconds each
 

@@ -29,7 +29,7 @@ from sret_cli.model.sret import Pool, Stem, parameter_count
 from sret_cli.runtime.errors import SretError
 from sret_cli.spec.backbone import BackboneSpec, Spec
 from sret_cli.spec.model import ModelSpec
-from sret_cli.spec.schedule import ends_shuffled
+from sret_cli.spec.passes import ends_shuffled
 
 _traced: dict[tuple, Counts] = {}
 

@@ -11,7 +11,7 @@ from sret_cli.model.blocks import NLL, Block
 from sret_cli.model.recompute import recompute
 from sret_cli.runtime.errors import SretError
 from sret_cli.spec.model import ModelSpec
-from sret_cli.spec.schedule import Pass, ends_shuffled
+from sret_cli.spec.passes import Pass, ends_shuffled
 
 SHUFFLE_SEED = 0  # of the permutations in evaluation
 

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from sret_cli.runtime.errors import SretError
 from sret_cli.spec.depth import MAX_LAYERS, divisors, recursions_for
-from sret_cli.spec.schedule import Pass
+from sret_cli.spec.passes import Pass
 from sret_cli.spec.strict import Count, Rate, Strict, as_tuples, without_none
 
 PER_STAGE = ("embed_dims", "num_heads", "blocks", "recursions", "slices", "recursive_slices")

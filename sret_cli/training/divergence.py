@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sret_cli.data.loaders import Loader
+from sret_cli.data.prepare import Loader
 from sret_cli.runtime.errors import SOME_FAILED, SretError
 from sret_cli.runtime.files import write_json
 from sret_cli.spec.run import Row

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sret_cli.data.class_names import ClassList, config_classes
 from sret_cli.data.loader import Loader
-from sret_cli.data.loaders import load_test_data
+from sret_cli.data.prepare import load_test_data
 from sret_cli.model.compile import is_compiled
 from sret_cli.model.kinds import count_layers, set_recursions
 from sret_cli.model.sret import parameter_count

@@ -16,7 +16,7 @@ from sret_cli.data.augment import MODES, Pixels, as_byte_values
 from sret_cli.data.fingerprint import Images, write_fingerprints
 from sret_cli.data.image_notes import Noted, noted, show_warnings, without_notes
 from sret_cli.data.loader import load_batches
-from sret_cli.data.loaders import find_source
+from sret_cli.data.prepare import find_source
 from sret_cli.data.soft_labels import (
     HEADER_FILE,
     LABELS_FILE,

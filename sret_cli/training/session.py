@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sret_cli.data.fingerprint import Fingerprint, write_fingerprints
 from sret_cli.data.loader import Loader
-from sret_cli.data.loaders import load_data
+from sret_cli.data.prepare import load_data
 from sret_cli.runtime.device import (
     choose_device,
     device_name,

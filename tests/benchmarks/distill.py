@@ -20,7 +20,7 @@ from loading import write_photographs
 from safetensors.torch import save_file
 
 from sret_cli.data.classes import dataset_classes
-from sret_cli.data.loaders import load_data
+from sret_cli.data.prepare import load_data
 from sret_cli.runtime.device import choose_device
 from sret_cli.spec.options import RunOptions
 from sret_cli.spec.presets import PRESETS

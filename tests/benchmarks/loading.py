@@ -23,7 +23,7 @@ from sklearn.datasets import load_sample_images
 from timm.data import create_dataset, create_loader
 from torch import Tensor
 
-from sret_cli.data.loaders import load_data
+from sret_cli.data.prepare import load_data
 from sret_cli.spec.presets import PRESETS
 from sret_cli.spec.train import TrainSpec
 

@@ -11,7 +11,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 from sret_cli.data.augment import Pixels
 from sret_cli.data.class_names import ClassList, config_classes, match_classes, order_classes
-from sret_cli.data.loaders import load_data
+from sret_cli.data.prepare import load_data
 from sret_cli.data.readers import known_source
 from sret_cli.model.sret import build_model
 from sret_cli.runtime.errors import SretError, show_note_once

@@ -9,7 +9,7 @@ from PIL import Image
 
 from sret_cli.data import image_notes
 from sret_cli.data.image_notes import noted, pillow_warnings, show_warnings, without_notes
-from sret_cli.data.loaders import load_data
+from sret_cli.data.prepare import load_data
 from sret_cli.runtime.errors import notes_shown_by
 from sret_cli.spec.presets import PRESETS
 from sret_cli.spec.train import TrainSpec

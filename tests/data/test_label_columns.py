@@ -4,7 +4,7 @@ import tarfile
 import pytest
 from helpers import NANO, add, data_spec, levels, png
 
-from sret_cli.data.loaders import load_data
+from sret_cli.data.prepare import load_data
 from sret_cli.data.streams import find_shards
 from sret_cli.model.sret import build_model
 from sret_cli.runtime.errors import SretError

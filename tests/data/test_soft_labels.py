@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from sret_cli.data.augment import temporarily_seeded
-from sret_cli.data.loaders import find_source, load_data
+from sret_cli.data.prepare import find_source, load_data
 from sret_cli.data.soft_labels import LabelsSpec, StoredLabels, draw_crop, spread_probabilities
 from sret_cli.model.sret import build_model
 from sret_cli.runtime.errors import SretError

@@ -12,7 +12,7 @@ from PIL import Image
 from sret_cli.data.check import Checked, check_file
 from sret_cli.data.decode import decode_image, pillow_decodes
 from sret_cli.data.folders import folder_classes
-from sret_cli.data.loaders import load_data, load_test_data
+from sret_cli.data.prepare import load_data, load_test_data
 from sret_cli.data.sources import Listed, Source
 from sret_cli.data.streams import find_shards
 from sret_cli.runtime.errors import SretError, show_note_once

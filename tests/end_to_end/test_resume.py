@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from sret_cli.data.loaders import load_data
+from sret_cli.data.prepare import load_data
 from sret_cli.runtime import signals as interrupt
 from sret_cli.runtime.errors import SretError
 from sret_cli.runtime.lock import Busy, locked_directory

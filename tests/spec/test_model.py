@@ -2,8 +2,8 @@ import pytest
 
 from sret_cli.runtime.errors import SretError
 from sret_cli.spec.model import ModelSpec
+from sret_cli.spec.passes import Pass
 from sret_cli.spec.presets import PRESETS, preset
-from sret_cli.spec.schedule import Pass
 from sret_cli.spec.train import TrainSpec
 
 DEEP = PRESETS["deep"]

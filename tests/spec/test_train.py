@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sret_cli.data.loader import Loader
-from sret_cli.data.loaders import load_data
+from sret_cli.data.prepare import load_data
 from sret_cli.model.kinds import build_any
 from sret_cli.runtime.errors import SretError, show_note_once
 from sret_cli.spec.backbone import BackboneSpec

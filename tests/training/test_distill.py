@@ -5,7 +5,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from sret_cli.data.loaders import load_data
+from sret_cli.data.prepare import load_data
 from sret_cli.model.sret import build_model
 from sret_cli.runtime.errors import SretError
 from sret_cli.spec.run import Run

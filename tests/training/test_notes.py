@@ -1,6 +1,6 @@
 import pytest
 
-from sret_cli.data.loaders import load_data
+from sret_cli.data.prepare import load_data
 from sret_cli.runtime.errors import show_note_once
 from sret_cli.spec.train import TrainSpec
 from sret_cli.training.notes import training_notes

@@ -165,7 +165,7 @@ def test_a_model_is_evaluated_at_another_image_size(images, tmp_path):
 
 
 def test_images_are_resized_and_cropped_as_imagenets_are(images):
-    from sret_cli.data.loaders import load_test_data
+    from sret_cli.data.prepare import load_test_data
     from sret_cli.spec.presets import PRESETS
     from sret_cli.spec.train import TrainSpec
 

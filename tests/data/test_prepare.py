@@ -8,8 +8,8 @@ from PIL import Image
 from sret_cli.data.augment import Erasing, temporarily_seeded
 from sret_cli.data.decode import to_eight_bits
 from sret_cli.data.loader import load_batches
-from sret_cli.data.loaders import load_data
 from sret_cli.data.order import Batches, BatchPlan
+from sret_cli.data.prepare import load_data
 from sret_cli.data.sources import digits
 from sret_cli.data.sources import test_folder as read_test_folder
 from sret_cli.data.sources import train_folder as read_train_folder
