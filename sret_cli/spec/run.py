@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,12 @@ from sret_cli.spec.contents import Contents, are_known, without_places
 from sret_cli.spec.train import TrainSpec
 
 Table = dict[str, Any]
+SHARED, BASELINE = "shared", "baseline"  # roles; the others are `twin_role(kind)`
+
+
+def twin_role(kind: str) -> str:
+    """The role of a twin of a kind: "twin layers"."""
+    return f"twin {kind}"
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,9 @@ class Run:
     `continues` is the id of a run with fewer epochs that this one continues. The first epochs had
     another schedule, so this is a different run from one with all epochs from the start. `contents`
     are the sums of what the run reads (`identify.Identifier` computes them); None: not yet known.
+    `role` says what a run is for in a study: "shared" (the question), "twin layers", "twin params",
+    "twin macs" (controls without sharing) or "baseline" (an unchanged timm model). `twin_of` are
+    the runs that a twin is the control of. Neither is part of the run's id.
     """
 
     study: str
@@ -30,6 +39,17 @@ class Run:
     train: TrainSpec | None = None
     continues: str | None = None
     contents: Contents | None = field(default=None, compare=False)
+    role: str = field(default=SHARED, compare=False)
+    twin_of: "tuple[Run, ...]" = field(default=(), compare=False)
+
+    @property
+    def twin_of_ids(self) -> str:
+        """The ids of the runs that this one is a twin of, with spaces between.
+
+        They read the same images as the twin.
+        """
+        assert self.is_identified
+        return " ".join(replace(run, contents=self.contents).run_id for run in self.twin_of)
 
     @property
     def is_identified(self) -> bool:

@@ -17,7 +17,7 @@ from typing import NoReturn
 from sret_cli.cost.budget import TWIN_KINDS, twin_spec
 from sret_cli.runtime.errors import USAGE, SretError, nearest_choice
 from sret_cli.spec.model import ModelSpec
-from sret_cli.spec.run import HANDLING, Run, Table, put
+from sret_cli.spec.run import HANDLING, Run, Table, put, twin_role
 from sret_cli.spec.strict import Strict
 from sret_cli.spec.train import TrainSpec
 from sret_cli.study.paths import check_path, place_paths
@@ -215,9 +215,10 @@ def _refuse_same(first: Run, second: Run, first_point: str, second_point: str) -
 def with_twins(runs: list[Run], kinds: list[str]) -> list[Run]:
     """The runs, followed by their twins of some kinds; a twin that is already a run is not added.
 
-    timm models have no twins.
+    A twin of several runs is one run, and knows all of them. timm models have no twins.
     """
-    found, control, added = {_canonical(run) for run in runs}, cache(twin_spec), []
+    control, known = cache(twin_spec), {_canonical(run) for run in runs}
+    twins: dict[str, Run] = {}
     for run, kind in product(runs, kinds):
         if run.model.is_timm:
             continue
@@ -225,8 +226,10 @@ def with_twins(runs: list[Run], kinds: list[str]) -> list[Run]:
             model = control(run.model, kind)
         except SretError as error:
             raise SretError(f"twins: {kind!r} of {run.name!r}: {error}", error.code) from None
-        made = replace(run, name=f"{run.name} twin {kind}", model=model)
-        if _canonical(made) not in found:
-            found.add(_canonical(made))
-            added.append(made)
-    return [*runs, *added]
+        role = twin_role(kind)
+        twin = replace(run, name=f"{run.name} {role}", model=model, role=role)
+        key = _canonical(twin)
+        if key not in known:
+            twin = twins.get(key, twin)
+            twins[key] = replace(twin, twin_of=(*twin.twin_of, run))
+    return [*runs, *twins.values()]

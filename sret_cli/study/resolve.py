@@ -20,7 +20,7 @@ from sret_cli.spec.contents import Contents, are_known
 from sret_cli.spec.model import ModelSpec
 from sret_cli.spec.presets import preset
 from sret_cli.spec.quantity import parse_quantity
-from sret_cli.spec.run import CONFIG_FILE, Run, Table
+from sret_cli.spec.run import BASELINE, CONFIG_FILE, SHARED, Run, Table, twin_role
 from sret_cli.spec.train import TrainSpec, model_fields, read_train
 
 MODEL_KEYS = ("preset", "layers", "params", "macs", "twin", *ModelSpec.model_fields)
@@ -59,8 +59,12 @@ def resolve_run(study: str, model: Table, train: Table | None, name: str | None 
             f"num_classes = {spec.num_classes} is fewer than the {classes} classes of the data; "
             "leave it out to take the data's"
         )
-    twinned = f" twin {model['twin']}" if "twin" in model else ""
-    return Run(study, name or f"{chosen}{twinned}", spec, train_spec)
+    role = SHARED
+    if spec.is_timm and spec.untouched:
+        role = BASELINE
+    elif "twin" in model:
+        role, chosen = twin_role(model["twin"]), f"{chosen} {twin_role(model['twin'])}"
+    return Run(study, name or str(chosen), spec, train_spec, role=role)
 
 
 def resolve_model(table: Table) -> Spec:

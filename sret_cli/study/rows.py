@@ -152,7 +152,8 @@ def git_commit() -> str | None:
 def planned_row(run: Run) -> Row:
     """The part of a run's row that is known before it runs; measurements are null."""
     run_id = run.run_id if run.is_identified else None
-    row: Row = {"study": run.study, "run_id": run_id, "name": run.name}
+    row: Row = {"study": run.study, "run_id": run_id, "name": run.name, "role": run.role}
+    row["twin_of"] = (run.twin_of_ids or None) if run.is_identified else None
     row |= flat("model", run.spec()["model"])
     if run.train is not None:
         row |= {f"train.{k}": v for k, v in run.spec()["train"].items()}
