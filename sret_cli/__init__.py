@@ -7,10 +7,10 @@ if TYPE_CHECKING:
     from sret_cli.cost.count import count as count
     from sret_cli.cost.trace import profile as profile
     from sret_cli.model.sret import build_model as build_model
+    from sret_cli.report.frame import read_rows as read_rows
     from sret_cli.spec.model import ModelSpec as ModelSpec
     from sret_cli.spec.presets import PRESETS as PRESETS
     from sret_cli.spec.train import TrainSpec as TrainSpec
-    from sret_cli.study.rows import read_rows as read_rows
     from sret_cli.training.evaluate import evaluate_run as evaluate_run
     from sret_cli.training.session import train as train
     from sret_cli.weights.convert import load_reference as load_reference
@@ -28,7 +28,7 @@ PUBLIC = {
     "profile": "cost.trace:profile",
     "train": "training.session:train",
     "evaluate": "training.evaluate:evaluate_run",
-    "read_rows": "study.rows:read_rows",
+    "read_rows": "report.frame:read_rows",
 }
 
 

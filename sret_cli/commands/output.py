@@ -89,11 +89,11 @@ def run_or_newest(directory: Path | None, runs: Path) -> Path:
 
 def print_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
     """Prints some columns of rows as a table, or all columns as JSON."""
-    from sret_cli.report.tables import table_cells, terminal_table
+    from sret_cli.report.tables import caption, table_cells, terminal_table
 
     if as_json:
         return print_json(rows)
-    Output().print(terminal_table(*table_cells(rows, columns)))
+    Output().print(terminal_table(*table_cells(rows, columns), note=caption(rows)))
 
 
 def check_csv_path(path: Path, header: str) -> None:

@@ -181,5 +181,5 @@ def run(
         make_directory(out)
     outcome = run_study(found, runs, options, stderr_console())
     where = runs / found.name
-    write_report(where, found.report, out or where / "report", json_)
+    write_report(where, outcome.rows, found.report, out or where / "report", json_)
     exit_if_failed(outcome.failed)

@@ -1,12 +1,7 @@
 """How people read rows: headings, units, and groups of runs that differ in their seed."""
 
 import math
-import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-from sret_cli.spec.run import Row
-from sret_cli.study.axes import format_value
 
 FLOPS_NOTE = "FLOPs: one multiply-add counts as one."
 
@@ -19,14 +14,25 @@ class Column:
     divisor: float
     decimals: int
 
-    def text(self, value: float, deviation: float = 0.0) -> str:
-        """The value in the column's unit, with its deviation unless that is 0."""
+    def text(self, value: float, half_width: float | None = None) -> str:
+        """The value in the column's unit, with the half-width of its interval if it has one."""
         shown, decimals = value / self.divisor, self.decimals
         if decimals > 1 and 0 < abs(shown) < 0.1:  # three significant digits
             decimals = 2 - math.floor(math.log10(abs(shown)))
-        spread = f" ± {deviation / self.divisor:,.{decimals}f}" if deviation else ""
-        return f"{shown:,.{decimals}f}{spread}"
+        text = f"{shown:,.{decimals}f}"
+        if half_width is None:
+            return text
+        return f"{text} ± {half_width / self.divisor:,.{decimals}f}"
 
+
+# What seeds measure differently; all other columns follow from the spec or count things.
+VARYING = (
+    *("forward_seconds", "step_seconds", "inference_images_per_second"),
+    *("training_images_per_second", "images_per_second", "train_seconds"),
+    *("final_loss", "test_loss", "top1_percent", "top5_percent", "best_top1_percent"),
+    *("mean_class_top1_percent", "ema_test_loss", "ema_top1_percent", "ema_top5_percent"),
+)
+ACCURACIES = ("top1_percent", "top5_percent", "ema_top1_percent", "ema_top5_percent")
 
 COLUMNS = {
     "recursions": Column("Recursions", 1, 0),
@@ -74,33 +80,6 @@ COLUMNS = {
 
 def heading(column: str) -> str:
     """The heading of a column, or the label of an axis."""
-    if column == "name":
-        return "Model"
+    if column in ("name", "role"):
+        return "Model" if column == "name" else "Role"
     return COLUMNS[column].heading if column in COLUMNS else column.partition(".")[2] or column
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ only in their seed."""
-
-    fields: dict[str, str]
-    rows: list[Row]
-
-    def values(self, column: str) -> list[float]:
-        """The values of the runs that measured this column."""
-        return [row[column] for row in self.rows if row.get(column) is not None]
-
-
-def group_seeds(rows: Sequence[Row], fields: Sequence[str]) -> list[Group]:
-    """Groups of rows with equal values in `fields` and equal layers, in the order of the rows."""
-    groups: dict[tuple, Group] = {}
-    for row in rows:
-        shown = {key: format_value(row.get(key)) for key in fields}
-        key = (*shown.values(), row["layers"])
-        groups.setdefault(key, Group(shown, [])).rows.append(row)
-    return list(groups.values())
-
-
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation, which is 0 for one value."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0

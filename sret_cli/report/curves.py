@@ -25,7 +25,7 @@ def write_training_figure(run_directory: Path, directory: Path) -> list[Path]:
     with series_style():
         figure = Figure(figsize=(9, 3.4), layout="constrained")
         loss, accuracy = figure.subplots(1, 2)
-        per_epoch = len(steps) / len(epochs)
+        per_epoch = sum(line["epoch"] == epochs[0]["epoch"] for line in steps)
         at = [line["step"] / per_epoch for line in steps]
         loss.plot(at, [s["loss"] for s in steps], color=COLORS[0], alpha=0.35, label="each step")
         ends = [line["epoch"] for line in epochs]

@@ -3,14 +3,19 @@
 import csv
 import io
 import json
+import re
+import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from sret_cli.report.columns import COLUMNS, FLOPS_NOTE, group_seeds, heading, mean_and_deviation
-from sret_cli.spec.run import Row
-from sret_cli.study.axes import varying_fields
+from sret_cli.cost.budget import TWIN_KINDS
+from sret_cli.report.columns import ACCURACIES, COLUMNS, FLOPS_NOTE, VARYING, heading
+from sret_cli.report.groups import SEED, Group, group_seeds, role_of
+from sret_cli.report.intervals import CAPTIONS, spread, wilson
+from sret_cli.spec.run import BASELINE, SHARED, Row, twin_role
+from sret_cli.study.axes import format_value, varying_fields
 
 if TYPE_CHECKING:
     from sret_cli.cost.breakdown import Profile
@@ -44,42 +49,106 @@ CLASS_COLUMNS = (
 )
 
 
-def table_cells(rows: Sequence[Row], columns: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+def table_cells(
+    rows: Sequence[Row], columns: Sequence[str], interval: str = "ci95"
+) -> tuple[list[str], list[list[str]]]:
     """Headings and lines of a table; runs that differ only in their seed are one line.
 
-    Such a line has means, with the sample standard deviation behind ±. A value that was not
-    measured is a dash.
+    Such a line has means with their intervals over seeds, and under "Seeds" the number of runs with
+    results. An accuracy of a single seed has the interval of its test images in brackets. A value
+    that was not measured is a dash; failed runs are named under "Failed" and count for nothing.
+
+    Args:
+        rows: what runs measured.
+        columns: what to show of it, if any row has it.
+        interval: one of `intervals.KINDS`.
     """
-    fields = varying_fields(rows)
-    fields = fields if "name" in fields else ["name", *fields]
+    groups = in_blocks(group_seeds(rows))
+    fields = table_fields([group.first for group in groups])
     columns = [c for c in columns if any(row.get(c) is not None for row in rows)]
-    seeds = any(len(g.rows) > 1 for g in group_seeds(rows, fields))
+    seeds = any(len(group.rows) > 1 for group in groups)
     failed = any(row.get("error") for row in rows)
-    headings = [heading(f) for f in fields] + ["Runs"] * seeds
-    headings += [COLUMNS[c].heading for c in columns] + ["Error"] * failed
+    headings = [heading(f) for f in fields] + ["Seeds"] * seeds
+    headings += [COLUMNS[c].heading for c in columns] + ["Failed"] * failed
     lines = []
-    for member in group_seeds(rows, fields):
-        line = list(member.fields.values()) + [str(len(member.rows))] * seeds
-        for column in columns:
-            values = member.values(column)
-            if not values:
-                line.append("–")
-                continue
-            mean, deviation = mean_and_deviation(values)
-            line.append(COLUMNS[column].text(mean, deviation))
-            spread = member.values(f"{column}_iqr")
-            if len(spread) == 1:
-                line[-1] += f" (IQR {COLUMNS[column].text(spread[0])})"
-        if failed:
-            line.append("; ".join(row["error"] for row in member.rows if row.get("error")) or "–")
-        lines.append(line)
+    for group in groups:
+        line = [field_text(group.first, field) for field in fields]
+        line += [str(sum(not row.get("error") for row in group.rows))] * seeds
+        line += [_cell(group, column, interval) for column in columns]
+        lines.append(line + [_failures(group)] * failed)
     return headings, lines
 
 
-def terminal_table(headings: list[str], lines: list[list[str]], title: str = "") -> Table:
-    """A table for the terminal: numbers align to the right, the FLOPs convention is under it."""
-    note = FLOPS_NOTE if any("FLOPs" in heading for heading in headings) else None
-    table = Table(title=title or None, caption=note, caption_justify="left", title_justify="left")
+def in_blocks(groups: Sequence[Group]) -> list[Group]:
+    """Groups of one role next to each other: shared models first, then twins, then baselines."""
+    order = (SHARED, *map(twin_role, TWIN_KINDS), BASELINE)
+    return sorted(groups, key=lambda group: order.index(role_of(group.first)))
+
+
+def table_fields(rows: Sequence[Row]) -> list[str]:
+    """The fields that tell the lines of a table apart: name, role, and settings that vary."""
+    fields = varying_fields(rows)
+    return fields if "name" in fields else ["name", *fields]
+
+
+def field_text(row: Row, field: str) -> str:
+    """The value of a field of a row, as tables and legends show it."""
+    return role_of(row) if field == "role" else format_value(row.get(field))
+
+
+def _cell(group: Group, column: str, interval: str) -> str:
+    values = group.values(column)
+    if not values:
+        return "–"
+    found = COLUMNS[column]
+    if column not in VARYING:
+        return found.text(statistics.fmean(values))
+    mean, half_width, n = spread(values, interval)
+    text = found.text(mean, half_width)
+    if n == 1:
+        (quartiles,) = group.values(f"{column}_iqr") or (None,)
+        images = next((row.get("test_images") for row in group.rows if row.get(column)), None)
+        if quartiles is not None:
+            text += f" (IQR {found.text(quartiles)})"
+        elif column in ACCURACIES and images and interval == "ci95":
+            low, high = wilson(mean, images)
+            text += f" [{found.text(low)}, {found.text(high)}]"
+    return text
+
+
+def _failures(group: Group) -> str:
+    failed = [row for row in group.rows if row.get("error")]
+    texts = [
+        f"seed {row[SEED]}: {row['error']}" if len(group.rows) > 1 else str(row["error"])
+        for row in failed
+    ]
+    return "; ".join(texts) or "–"
+
+
+def caption(rows: Sequence[Row], interval: str = "ci95") -> str:
+    """What the numbers of a table with measurements mean: intervals, and how many seeds."""
+    groups = group_seeds([row for row in rows if row.get("top1_percent") is not None])
+    counts = sorted({len(group.rows) for group in groups})
+    notes = []
+    if counts and counts[-1] > 1:
+        seeds = "–".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+        notes.append(f"{CAPTIONS[interval]}, {seeds} seeds")
+    if counts and counts[0] == 1 and interval == "ci95":
+        notes.append("[…]: 95 % interval of one run's test images (Wilson)")
+    return "; ".join(notes)
+
+
+def terminal_table(
+    headings: list[str], lines: list[list[str]], title: str = "", note: str = ""
+) -> Table:
+    """A table for the terminal: numbers align to the right, notes and conventions are under it."""
+    notes = [FLOPS_NOTE] * any("FLOPs" in heading for heading in headings) + [note] * bool(note)
+    table = Table(
+        title=title or None,
+        caption="\n".join(notes) or None,
+        caption_justify="left",
+        title_justify="left",
+    )
     for index, text in enumerate(headings):
         numeric = all(_is_number(line[index]) for line in lines)
         table.add_column(
@@ -102,12 +171,19 @@ def _is_number(text: str) -> bool:
     return text == "–" or text[:1].isdigit() or text[:1] == "-"
 
 
-def markdown_table(headings: list[str], lines: list[list[str]]) -> str:
+def markdown_table(headings: list[str], lines: list[list[str]], note: str = "") -> str:
     """The table in Markdown, with the FLOPs convention under it."""
     numeric = [all(_is_number(line[i]) for line in lines) for i in range(len(headings))]
     rows = [headings, ["---:" if right else "---" for right in numeric], *lines]
-    text = "".join("| " + " | ".join(c.replace("|", "\\|") for c in r) + " |\n" for r in rows)
-    return text + (f"\n{FLOPS_NOTE}\n" if any("FLOPs" in h for h in headings) else "")
+    text = "".join("| " + " | ".join(markdown_text(c) for c in r) + " |\n" for r in rows)
+    notes = [FLOPS_NOTE] * any("FLOPs" in h for h in headings) + [note] * bool(note)
+    return text + "".join(f"\n{line}\n" for line in notes)
+
+
+def markdown_text(text: str) -> str:
+    """Text for a cell of a Markdown table: one line, without characters that have a meaning."""
+    line = " ".join(text.split())
+    return re.sub(r"([\\\\|<>*_`])", r"\\\1", line)
 
 
 def csv_text(rows: Sequence[Row]) -> str:

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sret_cli.report.tables import RUN_TABLE, csv_text, markdown_table, table_cells
+from sret_cli.report.comparisons import COMPARISON_NOTE, compare, comparison_cells
+from sret_cli.report.tables import RUN_TABLE, caption, csv_text, markdown_table, table_cells
 from sret_cli.runtime.files import make_directory, write_atomically
 from sret_cli.spec.run import Row
 from sret_cli.study.file import ReportSpec
@@ -12,13 +13,21 @@ COST = ("params", "macs", "peak_memory_bytes", "activation_bytes")
 
 
 def write_report(rows: Sequence[Row], spec: ReportSpec, directory: Path) -> list[Path]:
-    """Writes table.md, table.csv and each figure that has measured values; returns the files."""
+    """Writes the tables, and each figure that has measured values; returns the files.
+
+    `table.csv` has all rows and columns, unrounded. `comparisons.md` is written if a shared model
+    and one of its controls have results.
+    """
     from sret_cli.report.figures import can_plot, plot_rows, save_figure
 
     make_directory(directory)
     files = [directory / "table.md", directory / "table.csv"]
-    write_atomically(files[0], markdown_table(*table_cells(rows, RUN_TABLE)))
+    write_atomically(files[0], markdown_table(*table_cells(rows, RUN_TABLE), caption(rows)))
     write_atomically(files[1], csv_text(rows))
+    if comparisons := compare(rows):
+        files.append(directory / "comparisons.md")
+        table = markdown_table(*comparison_cells(comparisons, "**{}**"), COMPARISON_NOTE)
+        write_atomically(files[-1], table)
     figures = {"accuracy": ["top1_percent"], "cost": _cost_columns(rows)}
     shown = {column for columns in figures.values() for column in columns}
     figures |= {column: [column] for column in spec.y if column not in shown}

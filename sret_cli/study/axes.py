@@ -8,12 +8,18 @@ from sret_cli.spec.run import Row
 
 
 def format_value(value: Any) -> str:
-    """The value of a spec field as short text: a tuple as 8-4-1, None as a dash."""
+    """The value of a spec field as short text: a tuple as 8-4-1, None as a dash.
+
+    Different numbers have different texts: a number is only rounded if nothing is lost.
+    """
     if value is None:
         return "–"
     if isinstance(value, list | tuple):
         return "-".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+    return str(value)
 
 
 def varying_fields(rows: Sequence[Row]) -> list[str]:

@@ -88,17 +88,6 @@ def read_rows(path: str | Path) -> list[Row]:
 
     Raises:
         SretError: the directory does not exist, or a row in it is damaged.
-
-    Examples:
-        >>> from pathlib import Path
-        >>> from sret_cli import read_rows
-        >>> from sret_cli.runtime.files import write_json
-        >>> run = Path("runs/depth/0123456789")
-        >>> run.mkdir(parents=True)
-        >>> row = {"study": "depth", "run_id": run.name, "started_at": "2026-01-01", "layers": 8}
-        >>> write_json(run / "row.json", row)
-        >>> [row["layers"] for row in read_rows("runs")]
-        [8]
     """
     path = Path(path)
     return list(_rows_by_directory(path).values())

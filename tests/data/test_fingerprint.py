@@ -16,7 +16,7 @@ from sret_cli.data import readers
 from sret_cli.data.fingerprint import Images
 from sret_cli.data.sources import Source, TorchvisionImages, train_folder
 from sret_cli.model.sret import build_model
-from sret_cli.report.columns import group_seeds
+from sret_cli.report.groups import group_seeds
 from sret_cli.runtime.errors import SretError
 from sret_cli.runtime.progress import Progress
 from sret_cli.spec.contents import Contents
@@ -172,10 +172,7 @@ def test_other_images_at_the_same_place_are_another_run_and_it_is_said(sret, ima
         f"runs/train/{first['run_id']} has the same settings, but other images: "
         f"{second['run_id']} is a new run and shares nothing with it"
     )
-    assert [len(g.rows) for g in group_seeds([first, second], varying_fields([first, second]))] == [
-        1,
-        1,
-    ]
+    assert [len(group.rows) for group in group_seeds([first, second])] == [1, 1]
     assert sret("train", "--data-dir", images, *FLAGS)[2].count("shares nothing") == 0
 
 

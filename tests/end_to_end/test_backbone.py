@@ -281,7 +281,9 @@ def test_a_study_of_both_kinds_is_one_table(sret, tmp_path):
     )
     code, out, _ = sret("run", "s.toml")
     assert code == 0
-    lines = [line for line in out.splitlines() if "│" in line]
+    runs, comparisons = out.split("Shared models against their controls")
+    assert comparisons.count("baseline") == 2
+    lines = [line for line in runs.splitlines() if "│" in line]
     assert [line.split("│")[1].strip() for line in lines] == ["nano", "recursive", "xcit_small"]
     assert [line.split("│")[2].strip() for line in lines] == ["8", "8", "4"]
     assert sret("eval")[0] == 0

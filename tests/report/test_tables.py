@@ -28,12 +28,12 @@ def rows(**values):
     return made
 
 
-def test_seeds_are_one_line_with_mean_and_deviation():
+def test_seeds_are_one_line_with_the_interval_of_their_mean():
     headings, lines = table_cells(rows(), ("layers", "macs", "top1_percent", "step_seconds"))
-    assert headings == ["Model", "Runs", "Layers", "FLOPs (G)", "Top-1 (%)"]
+    assert headings == ["Model", "Seeds", "Layers", "FLOPs (G)", "Top-1 (%)"]
     assert lines == [
-        ["nano", "2", "4", "0.00400", "91.00 ± 1.41"],
-        ["nano", "2", "32", "0.0320", "94.00"],
+        ["nano", "2", "4", "0.00400", "91.00 ± 12.71"],  # t = 12.71, deviation / sqrt(2) = 1
+        ["nano", "2", "32", "0.0320", "94.00 ± 0.00"],
     ]
 
 
@@ -42,9 +42,9 @@ def test_a_value_that_was_not_measured_is_a_dash_and_a_failed_run_says_why():
     made[0] |= {"top1_percent": None, "error": "out of memory"}
     made[1] |= {"top1_percent": None}
     headings, lines = table_cells(made, ("layers", "top1_percent"))
-    assert headings[-1] == "Error"
-    assert lines[0] == ["nano", "2", "4", "–", "out of memory"]
-    assert lines[1] == ["nano", "2", "32", "94.00", "–"]
+    assert headings == ["Model", "Seeds", "Layers", "Top-1 (%)", "Failed"]
+    assert lines[0] == ["nano", "1", "4", "–", "seed 0: out of memory"]
+    assert lines[1] == ["nano", "2", "32", "94.00 ± 0.00", "–"]
 
 
 def test_fields_that_vary_are_columns_unless_they_follow_from_another():
@@ -61,12 +61,13 @@ def test_fields_that_vary_are_columns_unless_they_follow_from_another():
 @pytest.mark.parametrize(
     ("column", "value", "deviation", "text"),
     [
-        ("params", 14_657_700, 0, "14.66"),
-        ("macs", 166_367_070_720, 0, "166.367"),
-        ("macs", 4_574_208, 0, "0.00457"),
-        ("layers", 1000, 0, "1,000"),
+        ("params", 14_657_700, None, "14.66"),
+        ("macs", 166_367_070_720, None, "166.367"),
+        ("macs", 4_574_208, None, "0.00457"),
+        ("layers", 1000, None, "1,000"),
         ("top1_percent", 98.0555, 0.39, "98.06 ± 0.39"),
-        ("step_seconds", 0.0507, 0, "50.7"),
+        ("step_seconds", 0.0507, None, "50.7"),
+        ("top1_percent", 98.0555, 0.0, "98.06 ± 0.00"),
     ],
 )
 def test_values_are_shown_in_their_unit(column, value, deviation, text):
@@ -85,7 +86,7 @@ def test_csv_keeps_every_row_and_every_digit():
 def test_markdown_is_a_table_with_the_convention_under_it():
     text = markdown_table(*table_cells(rows(), ("layers", "macs")))
     assert text.splitlines() == [
-        "| Model | Runs | Layers | FLOPs (G) |",
+        "| Model | Seeds | Layers | FLOPs (G) |",
         "| --- | ---: | ---: | ---: |",
         "| nano | 2 | 4 | 0.00400 |",
         "| nano | 2 | 32 | 0.0320 |",
@@ -122,15 +123,34 @@ def test_figures_have_units_markers_for_runs_and_a_band_for_seeds():
         c for c in accuracy.collections if isinstance(c, matplotlib.collections.PolyCollection)
     ]
     assert len(bands) == 1
-    assert accuracy.get_legend() is None
+    assert figure.legends == []
+    assert figure.get_supxlabel() == (
+        "FLOPs: one multiply-add counts as one. Band: 95 % confidence interval of the mean over "
+        "seeds (Student's t)."
+    )
+    low, high = accuracy.get_ylim()
+    assert 0 <= low < high <= 100
 
 
 def test_runs_that_differ_in_more_than_depth_are_series_with_a_legend():
     made = rows() + rows(**{"model.nll": "none"})
     figure = plot_rows(made, "layers", ["top1_percent"])
-    (axes,) = figure.axes
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["per_block", "none"]
-    assert axes.get_legend().get_title().get_text() == "nll"
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["per_block", "none"]
+    assert legend.get_title().get_text() == "nll"
+
+
+def test_twins_are_one_series_over_the_depths_of_the_models_that_they_control():
+    tables = {"model": {"preset": "nano"}, "train": {}, "twins": ["layers"]}
+    tables["grid"] = {"model.recursions": [2, 4], "train.seed": [0, 1]}
+    made = [planned_row(run) for run in study_from_tables("depth", tables).runs]
+    for row in made:
+        row |= {"top1_percent": 90.0 + row["train.seed"]}
+    figure = plot_rows(made, "layers", ["top1_percent"])
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["shared", "twin layers"]
+    lines = [line.get_xdata().tolist() for line in figure.axes[0].get_lines()]
+    assert [line for line in lines if line] == [[8, 16], [8, 16]]
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path):
@@ -149,3 +169,16 @@ def test_a_run_has_a_figure_of_its_training(tmp_path):
     )
     files = write_training_figure(tmp_path, tmp_path / "report")
     assert [f.name for f in files] == ["training.png", "training.svg"]
+
+
+def test_steps_of_an_unfinished_epoch_lie_after_the_finished_ones(tmp_path, monkeypatch):
+    step = '{{"step": {0}, "epoch": {1}, "loss": 2.0, "lr": 0.1}}\n'
+    epoch = '{"epoch": 1, "train_loss": 1.75, "test_loss": 1.4, "top1_percent": 50.0}\n'
+    lines = [step.format(1, 1), step.format(2, 1), epoch, step.format(3, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    drawn = []
+    monkeypatch.setattr(
+        "sret_cli.report.curves.save_figure", lambda figure, stem: drawn.append(figure) or []
+    )
+    write_training_figure(tmp_path, tmp_path)
+    assert drawn[0].axes[0].get_lines()[0].get_xdata().tolist() == [0.5, 1.0, 1.5]

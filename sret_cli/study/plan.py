@@ -1,0 +1,72 @@
+"""Which rows belong to the runs of a study file, and which of its runs have none."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sret_cli.runtime.errors import DATA, SretError
+from sret_cli.spec.run import HANDLING, Row
+from sret_cli.study.axes import run_labels
+from sret_cli.study.file import load_study
+from sret_cli.study.rows import PLACES, planned_row
+
+IGNORED = {*PLACES, *(f"train.{field}" for field in HANDLING)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rows of a study file's runs, other rows of the same study, and runs without a row.
+
+    Attributes:
+        rows: rows of the file's runs, with the role that the file gives them.
+        others: rows of runs that the file does not have (any more).
+        missing: labels of the file's runs that have no row.
+    """
+
+    rows: list[Row]
+    others: list[Row]
+    missing: list[str]
+
+
+def match_rows(path: Path, rows: Sequence[Row]) -> Plan:
+    """Matches rows with the runs of a study file by their settings; data need not exist.
+
+    A run is matched whatever images it read. If the data of the study do not exist, its runs are
+    not known, and all rows are taken.
+
+    Raises:
+        SretError: the study file is not valid.
+    """
+    try:
+        study = load_study(path)
+    except SretError as error:
+        if error.code == DATA:
+            return Plan(list(rows), [], [])
+        raise
+    runs = [replace(run, contents=None) for run in study.runs]
+    planned = [planned_row(run) for run in runs]
+    by_key = dict(zip(map(_key, planned), runs, strict=True))
+    ids: dict[str, str] = {_key(row): row["run_id"] for row in rows}
+    found, others = [], []
+    for row in rows:
+        run = by_key.get(_key(row))
+        if run is None:
+            others.append(row)
+            continue
+        sources = [_key(planned_row(replace(source, contents=None))) for source in run.twin_of]
+        twin_of = " ".join(ids[key] for key in sources if key in ids) or None
+        found.append({**row, "role": run.role, "twin_of": twin_of})
+    done = {_key(row) for row in found}
+    labels = run_labels(planned)
+    missing = [label for label, row in zip(labels, planned, strict=True) if _key(row) not in done]
+    return Plan(found, others, missing)
+
+
+def _key(row: Row) -> str:
+    settings = {
+        key: value
+        for key, value in row.items()
+        if key.startswith(("model.", "train.")) and key not in IGNORED
+    }
+    return json.dumps([settings, row.get("continues")], sort_keys=True, default=list)
