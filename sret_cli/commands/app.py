@@ -1,5 +1,6 @@
 """The `sret` program: its commands, and how errors become messages and exit codes."""
 
+import errno
 import os
 import signal
 import sys
@@ -23,7 +24,7 @@ from sret_cli.commands.output import Output, PipeClosed
 from sret_cli.commands.profile import profile
 from sret_cli.commands.report import report_command
 from sret_cli.commands.train import run, train
-from sret_cli.runtime.errors import USAGE, SretError, as_loader_lost, as_out_of_memory
+from sret_cli.runtime.errors import RESOURCES, USAGE, SretError, as_loader_lost, as_out_of_memory
 from sret_cli.runtime.signals import EXIT_CODES
 from sret_cli.runtime.signs import prepare_streams
 from sret_cli.training.rank_error import wait_until_reported
@@ -92,9 +93,19 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             raise
         code = _fail(found, str(found), found.code, debug)
     except (PipeClosed, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         code = 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _drop_stdout()
+        code = _fail(error, "no room left on the disk for the output; free some", RESOURCES, debug)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _drop_stdout() -> None:
+    """Drops what is left to write, so that Python does not fail at it when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def expand_bare_compile(arguments: list[str]) -> list[str]:

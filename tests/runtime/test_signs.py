@@ -106,3 +106,12 @@ def test_a_closed_stream_is_no_error(tmp_path, closed):
         capture_output=True,
     )
     assert (done.returncode, b"Traceback" in done.stderr) == (0, False)
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_a_full_disk_under_the_output_is_one_line(tmp_path, flags):
+    command = [sys.executable, "-m", "sret_cli", "profile", "--preset", "nano", *flags]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE)
+    message = b"sret: no room left on the disk for the output; free some\n"
+    assert (done.returncode, done.stderr) == (7, message)
