@@ -26,7 +26,7 @@ SYNTHETIC_IMAGES = 10_240, 1_024  # for training and for test
 
 
 class Images(Protocol):
-    """The interface of timm's readers: images and classes by index, and the files of images."""
+    """The interface of a timm reader: images and classes by index, and the files of images."""
 
     def __len__(self) -> int: ...
 
