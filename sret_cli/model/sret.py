@@ -239,7 +239,7 @@ class SReT(nn.Module):
         """Sets how often later calls run each block; None is the number of the spec.
 
         Raises:
-            SretError: NLLs or coefficients are per pass, and the model has none for this number of recursions;
+            SretError: NLLs or coefficients are per pass, and too few for these recursions;
                 or the spec has an explicit `order`.
         """
         spec = self.spec

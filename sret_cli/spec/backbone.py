@@ -77,7 +77,7 @@ class BackboneSpec(Strict):
     backbone: str
     """Name of a timm model, such as `vit_tiny_patch16_224`; given instead of `preset`."""
     img_size: Annotated[int, Field(ge=1, le=16_384)]
-    """Height and width of the images, in pixels; if not given, the size in timm's configuration of the model."""
+    """Height and width of the images, in pixels; if not given, the timm model's default."""
     in_chans: Count = 3
     """Channels of the images; 1 or 3 to train."""
     num_classes: Annotated[int, Field(ge=0)] = 1000
