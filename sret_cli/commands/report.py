@@ -36,8 +36,9 @@ def report_command(
     json_: Json = False,
 ) -> None:
     """Print a table of what runs measured, and write it as Markdown and CSV with figures."""
-    from sret_cli.study.file import ReportSpec, load_report
+    from sret_cli.study.file import load_report
     from sret_cli.study.rows import read_rows
+    from sret_cli.study.view import ReportSpec
 
     if path is not None and path.suffix == ".toml" and not path.is_dir():
         where = runs / path.stem

@@ -7,7 +7,7 @@ from sret_cli.report.comparisons import COMPARISON_NOTE, compare, comparison_cel
 from sret_cli.report.tables import RUN_TABLE, caption, csv_text, markdown_table, table_cells
 from sret_cli.runtime.files import make_directory, write_atomically
 from sret_cli.spec.run import Row
-from sret_cli.study.file import ReportSpec
+from sret_cli.study.view import ReportSpec
 
 COST = ("params", "macs", "peak_memory_bytes", "activation_bytes")
 

@@ -106,6 +106,18 @@ def nearest_choice(word: str, choices: list[str]) -> str:
     return f"did you mean {match[0]!r}?" if match else f"choose from {', '.join(choices)}"
 
 
+def nearest_choices(word: str, choices: Sequence[str], count: int = 5) -> str:
+    """Suggests the choices nearest to a word, at most `count`; for names of which there are many.
+
+    Choices that contain the word, or that begin like it, come before those that are merely alike.
+    """
+    begin = [choice for choice in choices if word[:3] and word[:3] in choice]
+    near = list(dict.fromkeys((*get_close_matches(word, begin, n=count, cutoff=0.3), *begin)))
+    near = [choice for choice in near if choice.startswith(word[:3]) or word in choice]
+    near = list(dict.fromkeys((*near, *get_close_matches(word, choices, cutoff=0.5))))[:count]
+    return f"did you mean {' or '.join(near)}?" if near else "`--json` shows the names"
+
+
 def print_note(text: str) -> None:
     """Prints a line on stderr."""
     print(f"sret: {text}", file=sys.stderr, flush=True)

@@ -16,61 +16,20 @@ from typing import NoReturn
 
 from sret_cli.cost.budget import TWIN_KINDS, twin_spec
 from sret_cli.runtime.errors import USAGE, SretError, nearest_choice
-from sret_cli.spec.model import ModelSpec
 from sret_cli.spec.run import HANDLING, Run, Table, put, twin_role
-from sret_cli.spec.strict import Strict
-from sret_cli.spec.train import TrainSpec
 from sret_cli.study.paths import check_path, place_paths
 from sret_cli.study.points import (
-    is_timm_argument,
     named_list,
     places,
     points,
     shown,
     written,
 )
-from sret_cli.study.resolve import BACKBONE_KEYS, resolve_run
-from sret_cli.study.rows import MEASUREMENTS
+from sret_cli.study.resolve import resolve_run
+from sret_cli.study.view import ReportSpec
 
 TABLES = ("model", "train", "grid", "zip", "runs", "twins", "baselines", "report")
 RESERVED = ("train", "profile", "report")
-
-
-NUMBERS = [
-    f"{table}.{name}"
-    for table, cls in (("model", ModelSpec), ("train", TrainSpec))
-    for name, field_info in cls.model_fields.items()
-    if field_info.annotation in (int, float)
-]
-
-
-class ReportSpec(Strict):
-    """The columns of rows that the figures of a study show."""
-
-    x: str = "layers"
-    """Column along the x axis of the figures."""
-    y: tuple[str, ...] = ("top1_percent", "macs")
-    """Columns along the y axes, one figure each."""
-
-    @classmethod
-    def of(cls, table: Table) -> "ReportSpec":
-        """The spec of a `[report]` table; its columns must exist and be numbers."""
-        table = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
-        spec = cls(**table)
-        fields = [f"model.{f}" for f in dict.fromkeys((*ModelSpec.model_fields, *BACKBONE_KEYS))]
-        fields += [f"train.{f}" for f in TrainSpec.model_fields]
-        for column in (spec.x, *spec.y):
-            if is_timm_argument(column):
-                continue
-            if column not in (*MEASUREMENTS, *fields):
-                hint = nearest_choice(column, [*MEASUREMENTS, *fields])
-                raise SretError(f"[report] unknown column {column!r}; {hint}")
-            if column not in (*NUMBERS, *MEASUREMENTS):
-                raise SretError(
-                    f"[report] {column} is not a single number for each run and cannot be an axis; "
-                    "use layers, or another measurement"
-                )
-        return spec
 
 
 @dataclass(frozen=True)

@@ -18,25 +18,28 @@ from sret_cli.spec.backbone import Arguments, BackboneSpec
 from sret_cli.spec.model import PER_STAGE, ModelSpec
 from sret_cli.spec.strict import Strict
 from sret_cli.spec.train import TrainSpec
-from sret_cli.study.file import ReportSpec
+from sret_cli.study.view import FigureSpec, ReportSpec
 
 NOTHING = "–"  # where a key has no default
 START = "<!-- keys: `python -m sret_cli.study.keys docs/studies.md` writes what follows -->"
 END = "<!-- end of keys -->"
 
-STUDY, MODEL, BACKBONE, TRAIN, REPORT = (
+STUDY, MODEL, BACKBONE, TRAIN, REPORT, FIGURES = (
     "A study file",
     "[model]",
     "[model] with a backbone",
     "[train]",
     "[report]",
+    "[[report.figures]]",
 )
 NOTES = {
     STUDY: "Tables and lists of a file; at least one of those other than [report].",
     MODEL: "Defaults are those of the preset `deep`; another preset brings its own.",
     BACKBONE: "Keys of [model] for a timm model.",
     TRAIN: "Defaults suit `nano` on `digits`; a recipe brings its own.",
-    REPORT: "Columns are measurements, such as `top1_percent`, or numbers of a spec: `train.lr`.",
+    REPORT: "Columns are measurements, such as `top1_percent`, or fields of a spec: `train.lr`, or "
+    "`lr` for short. `sret report` has these keys as flags.",
+    FIGURES: "Each entry is one figure.",
 }
 WORDS = {
     int: ("whole number", "whole numbers"),
@@ -85,7 +88,7 @@ STRUCTURE = (
         'Values by key, such as "train.lr" = 1e-3, and a `name` for the runs. Each entry is '
         "combined with every point of [grid] and [zip].",
     ),
-    Key(STUDY, "[report]", "table", NOTHING, "What the figures show."),
+    Key(STUDY, "[report]", "table", NOTHING, "What the tables and figures show."),
 )
 # Keys of [model] that are not fields of a spec, since each sets several fields.
 SHORTHANDS = (
@@ -130,6 +133,7 @@ def study_keys() -> list[Key]:
         *spec_keys(BACKBONE, BackboneSpec),
         *spec_keys(TRAIN, TrainSpec),
         *spec_keys(REPORT, ReportSpec),
+        *spec_keys(FIGURES, FigureSpec),
     ]
 
 
@@ -158,6 +162,8 @@ def type_words(annotation: Any, constraints: Sequence[Any] = (), plural: bool = 
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation == Arguments:
         return "table"
+    if annotation is FigureSpec:
+        return "tables" if plural else "table"
     if origin is Annotated:
         inner, *infos = arguments
         bounds = [bound for info in infos for bound in info.metadata]

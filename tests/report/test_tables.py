@@ -10,8 +10,9 @@ from sret_cli.report.figures import plot_rows, save_figure
 from sret_cli.report.tables import csv_text, markdown_table, table_cells
 from sret_cli.report.write import write_report
 from sret_cli.study.axes import varying_fields
-from sret_cli.study.file import ReportSpec, study_from_tables
+from sret_cli.study.file import study_from_tables
 from sret_cli.study.rows import planned_row
+from sret_cli.study.view import ReportSpec
 
 
 def rows(**values):

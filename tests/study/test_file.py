@@ -185,7 +185,7 @@ def test_slices_fit_the_image_size_that_comes_with_them():
         ("[grid]\nmodel.recursions = [1]\n", "write it in quotes"),
         ('[grid]\n"model.recursions" = 4\n', "give a list of values"),
         ('[zip]\n"train.seed" = [1, 2]\n"train.lr" = [1e-3]\n', "must have the same length"),
-        ('[model]\n[report]\ny = ["top1"]\n', "unknown column 'top1'; did you mean 'top"),
+        ('[model]\n[report]\ny = ["top2"]\n', r"\[report\] no column 'top2'; did you mean top1 or top5"),
         ("model = 3\n", r"write model as \[model\]"),
         ('twins = "layers"\n', "twins = 'layers': give a list of layers, params, macs"),
         ('twins = ["layer"]\n', "twins: unknown kind 'layer'; did you mean 'layers'"),
@@ -203,7 +203,7 @@ def test_slices_fit_the_image_size_that_comes_with_them():
         ("runs = []\n", "runs is an empty list"),
         ("[runs]\n", r"write runs as \[\[runs\]\]"),
         ('[[runs]]\nname = "a"\n[[runs]]\nname = "b"\n', "'a' and 'b' are the same run"),
-        ('[model]\n[report]\nx = "model.recursions"\n', "is not a single number for each run"),
+        ('[model]\n[report]\nx = "model.shuffle"\n', "is not a single number for each run"),
         ("[model]\nimg_size = 8\n", "the stem leaves one token of a 8-px image; use img_size 9"),
         ("[train]\nmin_lr = 1.0\n", "min_lr = 1 is above lr"),
         (

@@ -6,9 +6,10 @@ import pytest
 from sret_cli.spec.backbone import BackboneSpec
 from sret_cli.spec.model import ModelSpec
 from sret_cli.spec.train import TrainSpec
-from sret_cli.study.file import TABLES, ReportSpec, load_study
+from sret_cli.study.file import TABLES, load_study
 from sret_cli.study.keys import BACKBONE, MODEL, REPORT, STUDY, TRAIN, study_keys, with_reference
 from sret_cli.study.resolve import MODEL_KEYS
+from sret_cli.study.view import ReportSpec
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "studies.md"
 
