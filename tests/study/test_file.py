@@ -185,7 +185,7 @@ def test_slices_fit_the_image_size_that_comes_with_them():
         ("[grid]\nmodel.recursions = [1]\n", "write it in quotes"),
         ('[grid]\n"model.recursions" = 4\n', "give a list of values"),
         ('[zip]\n"train.seed" = [1, 2]\n"train.lr" = [1e-3]\n', "must have the same length"),
-        ('[model]\n[report]\ny = ["top2"]\n', r"\[report\] no column 'top2'; did you mean top1 or top5"),
+        ('[model]\n[report]\ny = ["top2"]\n', r"\[report\] no column 'top2'; did you mean top"),
         ("model = 3\n", r"write model as \[model\]"),
         ('twins = "layers"\n', "twins = 'layers': give a list of layers, params, macs"),
         ('twins = ["layer"]\n', "twins: unknown kind 'layer'; did you mean 'layers'"),
