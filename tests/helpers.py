@@ -31,10 +31,13 @@ from sret_cli.cost.trace import known_costs
 from sret_cli.model.backbone import build_backbone
 from sret_cli.model.sret import build_model
 from sret_cli.report.card import model_card
+from sret_cli.runtime.files import write_json
 from sret_cli.spec.backbone import BackboneSpec
 from sret_cli.spec.model import ModelSpec
 from sret_cli.spec.presets import PRESETS
 from sret_cli.spec.train import TrainSpec
+from sret_cli.study.file import study_from_tables
+from sret_cli.study.rows import planned_row
 from sret_cli.weights.export import UNKNOWN_ORIGIN, export_model
 from sret_cli.weights.reference import to_reference
 
@@ -252,3 +255,30 @@ def write_tar(path, classes):
 def stop_at(step):
     """Sends this process a signal as soon as a step is done."""
     return lambda done, total, text: done == step and os.kill(os.getpid(), signal.SIGTERM)
+
+
+def study_rows(tops=(), **tables):
+    """Planned rows of a study of `nano` on digits, with their costs, and top-1 in their order.
+
+    Args:
+        tops: top-1 of the first runs, in percent; the others were not trained.
+        tables: tables of the study file, such as grid and twins.
+    """
+    tables = {"model": {"preset": "nano"}, "train": {}, **tables}
+    rows = [planned_row(run) for run in study_from_tables("depth", tables).runs]
+    for number, row in enumerate(rows):
+        depth = row["layers"] or 4
+        row |= {"params": 331_842, "macs": 10**6 * depth, "activation_bytes": 1000}
+        row |= {"started_at": f"2026-01-01T00:00:{number:02}", "status": "done"}
+    for row, top1 in zip(rows, tops, strict=False):
+        row |= {"top1_percent": top1, "test_loss": 0.5, "test_images": 360}
+    return rows
+
+
+def write_rows(rows, runs):
+    """Writes rows into run directories under `runs`, as training does; returns the directories."""
+    directories = [runs / row["study"] / row["run_id"] for row in rows]
+    for row, directory in zip(rows, directories, strict=True):
+        directory.mkdir(parents=True)
+        write_json(directory / "row.json", row)
+    return directories

@@ -47,3 +47,18 @@ def studies(incomplete: str) -> list[str]:
 
 DEVICES = choices("auto", "cpu", "cuda")
 PRECISIONS = choices("fp32", "bf16")
+
+
+def columns(incomplete: str) -> list[str]:
+    """Completes the names of columns, after the last comma."""
+    from sret_cli.study.where import known_columns
+
+    before, comma, last = incomplete.rpartition(",")
+    names = [name.partition(".")[2] or name for name in known_columns()]
+    return [f"{before}{comma}{name}" for name in choices(*names)(last.removeprefix("-"))]
+
+
+def conditions(incomplete: str) -> list[str]:
+    """Completes the name of a column at the end of a condition."""
+    before, space, last = incomplete.rpartition(" ")
+    return [f"{before}{space}{name}" for name in columns(last)] if last else []

@@ -25,8 +25,9 @@ from sret_cli.commands.completion import (
 MODEL = "Model"
 DATA = "Data"
 TRAINING = "Training"
+REPORT = "What is shown"
 WHERE = "Where and how"
-PANELS = (MODEL, DATA, TRAINING, WHERE)
+PANELS = (MODEL, DATA, TRAINING, REPORT, WHERE)
 
 StudyFile = Annotated[
     Path | None,

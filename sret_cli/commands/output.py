@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -12,6 +12,9 @@ from rich.text import Text
 from sret_cli.runtime.errors import USAGE, SretError
 from sret_cli.runtime.processes import is_leader
 from sret_cli.runtime.signs import fit_to_encoding
+
+if TYPE_CHECKING:
+    from sret_cli.report.table import ReportTable
 
 LEAST_WIDTH = 20  # of tables: in less room for the frame, rich leaves the numbers out
 WIDTH_OF_FILES = 200  # of tables that do not go to a terminal
@@ -89,11 +92,19 @@ def run_or_newest(directory: Path | None, runs: Path) -> Path:
 
 def print_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
     """Prints some columns of rows as a table, or all columns as JSON."""
-    from sret_cli.report.tables import caption, table_cells, terminal_table
+    from sret_cli.report.summary import summarise
 
     if as_json:
         return print_json(rows)
-    Output().print(terminal_table(*table_cells(rows, columns), note=caption(rows)))
+    print_table(summarise(rows, columns=columns))
+
+
+def print_table(table: "ReportTable") -> None:
+    """Prints a table on stdout, as wide as the terminal."""
+    from sret_cli.report.terminal import fitted_table
+
+    output = Output()
+    output.print(fitted_table(table, output.width))
 
 
 def check_csv_path(path: Path, header: str) -> None:

@@ -51,7 +51,7 @@ from sret_cli.commands.flags import (
     Workers,
 )
 from sret_cli.commands.output import exit_if_failed, print_rows, stderr_console
-from sret_cli.commands.report import write_report
+from sret_cli.commands.report import report_study
 from sret_cli.runtime.errors import USAGE, SretError
 
 MAY_CHANGE = ("epochs", "on_bad_image", "dataset", "data_dir")  # flags that go with --resume
@@ -180,6 +180,6 @@ def run(
     if out is not None:
         make_directory(out)
     outcome = run_study(found, runs, options, stderr_console())
-    where = runs / found.name
-    write_report(where, outcome.rows, found.report, out or where / "report", json_)
+    if outcome.rows:
+        report_study(found, outcome.rows, runs, out, json_)
     exit_if_failed(outcome.failed)

@@ -2,21 +2,25 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sret_cli.report.columns import COLUMNS
+from sret_cli.report.columns import COLUMNS, heading
 from sret_cli.report.groups import SEED, Group, group_seeds, role_of, setting
-from sret_cli.report.intervals import Spread, spread
-from sret_cli.report.tables import field_text, table_fields
+from sret_cli.report.intervals import CAPTIONS, Spread, spread
+from sret_cli.report.summary import ROLES, field_text, field_value, identity_fields, order
+from sret_cli.report.table import NOTHING, Cell, ReportTable
 from sret_cli.spec.run import BASELINE, SHARED, Row
 
 HEADINGS = (
     *("Against", "Layers", "Their layers", "Seeds"),
     *("Δ top-1 (points)", "Δ test loss", "Params ratio", "FLOPs ratio"),
 )
-COMPARISON_NOTE = (
-    "Differences are shared minus control, seed by seed; ±: 95 % confidence interval of their mean "
-    "(Student's t). Bold: the interval excludes 0."
+COLUMN_NAMES = (
+    *("against", "layers", "control_layers", "seeds"),
+    *("top1_percent_difference", "test_loss_difference", "params_ratio", "macs_ratio"),
 )
+DIFFERENCES = "Differences are shared minus control, seed by seed"
+BOLD = "Bold: the interval excludes 0."
 
 
 @dataclass(frozen=True)
@@ -68,31 +72,74 @@ def compare(rows: Sequence[Row], interval: str = "ci95") -> list[Comparison]:
     ]
 
 
-def comparison_cells(
-    comparisons: Sequence[Comparison], bold: str = "{}"
-) -> tuple[list[str], list[list[str]]]:
-    """Headings and lines of the table of comparisons.
-
-    Args:
-        comparisons: what to show.
-        bold: a template such as "**{}**" for differences whose interval excludes 0.
-    """
-    fields = table_fields([c.shared.first for c in comparisons])
+def comparison_table(comparisons: Sequence[Comparison], interval: str = "ci95") -> ReportTable:
+    """The table of comparisons; differences whose interval excludes 0 are bold."""
+    fields = identity_fields([c.shared.first for c in comparisons])
     fields = [field for field in fields if field not in ("role", "layers")]
     lines = []
-    for c in comparisons:
-        line = [field_text(c.shared.first, field) for field in fields]
-        line += [role_of(c.control.first), *(_layers(g.first) for g in (c.shared, c.control))]
-        line.append(str(c.top1.n))
-        for column, found in (("top1_percent", c.top1), ("test_loss", c.loss)):
-            text = COLUMNS[column].text(found.mean, found.half_width)
-            text = text if text.startswith("-") else f"+{text}"
-            line.append(bold.format(text) if excludes_zero(found) else text)
-        line += ["–" if r is None else f"{r:.2f}" for r in (c.params_ratio, c.macs_ratio)]
-        lines.append(line)
-    return ["Model" if f == "name" else f.partition(".")[2] or f for f in fields] + [
-        *HEADINGS
-    ], lines
+    for c in sorted(comparisons, key=lambda c: _place(c, fields)):
+        line = [Cell(field_text(c.shared.first, f), field_value(c.shared.first, f)) for f in fields]
+        line.append(_control_cell(c.control))
+        line += [_layers_cell(group) for group in (c.shared, c.control)]
+        line.append(Cell(str(c.top1.n), c.top1.n))
+        line += [_difference_cell(c.top1, "top1_percent"), _difference_cell(c.loss, "test_loss")]
+        line += [_ratio_cell(ratio) for ratio in (c.params_ratio, c.macs_ratio)]
+        lines.append(tuple(line))
+    controls = [line[len(fields)].text for line in lines]
+    table = ReportTable(
+        title="Shared models against their controls",
+        columns=(*fields, *COLUMN_NAMES),
+        headings=(*map(heading, fields), *HEADINGS),
+        lines=tuple(lines),
+        notes=(f"{DIFFERENCES}; {CAPTIONS[interval]}. {BOLD}",),
+        blocks=tuple(i for i in range(1, len(lines)) if controls[i] != controls[i - 1]),
+        identity=len(fields) + 3,
+    )
+    theirs = table.columns.index("control_layers")
+    if all(line[theirs].value in (None, line[theirs - 1].value) for line in lines):
+        table = table.without([theirs])
+    for column in ("params_ratio", "macs_ratio"):  # the same in all lines: into the note
+        index = table.columns.index(column)
+        texts = {line[index].text for line in table.lines}
+        if len(table.lines) > 1 and len(texts) == 1:
+            table = table.without([index], f"{table.headings[index]}: {texts.pop()}")
+    return table
+
+
+def _place(found: Comparison, fields: Sequence[str]) -> tuple[Any, ...]:
+    """What comparisons are sorted by: kind of control, then the fields of the shared model."""
+    control, shared = found.control.first, found.shared.first
+    values = [order(field_value(shared, field)) for field in (*fields, "layers")]
+    name = str(control.get("name")) if role_of(control) == BASELINE else ""
+    return ROLES.index(role_of(control)), name, values, order(control.get("layers"))
+
+
+def _control_cell(control: Group) -> Cell:
+    """The role of a control, or its name if it is a baseline."""
+    role = role_of(control.first)
+    if role == BASELINE:
+        role = str(control.first.get("name") or role)
+    return Cell(role, role)
+
+
+def _difference_cell(found: Spread, column: str) -> Cell:
+    text = COLUMNS[column].text(found.mean, found.half_width)
+    return Cell(
+        text=text if text.startswith("-") else f"+{text}",
+        value=found.mean,
+        half_width=found.half_width,
+        n=found.n,
+        bold=excludes_zero(found),
+    )
+
+
+def _ratio_cell(ratio: float | None) -> Cell:
+    return Cell(NOTHING) if ratio is None else Cell(f"{ratio:.2f}", ratio)
+
+
+def _layers_cell(group: Group) -> Cell:
+    layers = group.first.get("layers")
+    return Cell(NOTHING) if layers is None else Cell(f"{layers:,}", layers)
 
 
 def excludes_zero(found: Spread) -> bool:
@@ -122,7 +169,3 @@ def _difference(pairs: Sequence[tuple[Row, Row]], column: str, interval: str) ->
 def _ratio(pair: tuple[Row, Row], column: str) -> float | None:
     ours, theirs = (row.get(column) for row in pair)
     return ours / theirs if ours and theirs else None
-
-
-def _layers(row: Row) -> str:
-    return "–" if row.get("layers") is None else f"{row['layers']:,}"

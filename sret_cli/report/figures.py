@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from sret_cli.report.columns import ACCURACIES, COLUMNS, FLOPS_NOTE, VARYING, heading
 from sret_cli.report.groups import Group, group_seeds, series_fields, series_key
 from sret_cli.report.intervals import BANDS, spread
-from sret_cli.report.tables import field_text
+from sret_cli.report.summary import field_text
 from sret_cli.runtime.files import write_atomically
 from sret_cli.spec.run import Row
 

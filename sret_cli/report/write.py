@@ -1,43 +1,118 @@
-"""The report of a study as files: tables and figures."""
+"""A report as files: tables, figures, and one page with all of it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sret_cli.report.comparisons import COMPARISON_NOTE, compare, comparison_cells
-from sret_cli.report.tables import RUN_TABLE, caption, csv_text, markdown_table, table_cells
-from sret_cli.runtime.files import make_directory, write_atomically
+from sret_cli.report.answers import answers
+from sret_cli.report.changes import changes_table
+from sret_cli.report.collect import Collection
+from sret_cli.report.comparisons import compare, comparison_table
+from sret_cli.report.formats import csv_text, json_text, latex, markdown
+from sret_cli.report.metrics import read_metrics
+from sret_cli.report.summary import summarise
+from sret_cli.report.table import ReportTable
+from sret_cli.runtime.errors import SretError
+from sret_cli.runtime.files import make_directory, read_json, write_atomically
 from sret_cli.spec.run import Row
-from sret_cli.study.view import ReportSpec
-
-COST = ("params", "macs", "peak_memory_bytes", "activation_bytes")
 
 
-def write_report(rows: Sequence[Row], spec: ReportSpec, directory: Path) -> list[Path]:
-    """Writes the tables, and each figure that has measured values; returns the files.
+@dataclass(frozen=True)
+class Report:
+    """The tables of a report by the stems of their files, and its sentences."""
 
-    `table.csv` has all rows and columns, unrounded. `comparisons.md` is written if a shared model
-    and one of its controls have results.
+    collection: Collection
+    tables: dict[str, ReportTable]
+    answers: Sequence[str]
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows that the report shows."""
+        return list(self.collection.rows.values())
+
+
+def make_report(collection: Collection) -> Report:
+    """The tables of a collection: of all settings, of pairs, and of runs that two sources share."""
+    rows, spec = list(collection.rows.values()), collection.spec
+    tables = {"table": summarise(rows, spec, title=collection.title)}
+    comparisons = compare(rows, spec.interval)
+    if comparisons:
+        tables["comparisons"] = comparison_table(comparisons, spec.interval)
+    if len(collection.sources) == 2:
+        kept = [
+            [row for place, row in source.rows.items() if place in collection.rows]
+            for source in collection.sources
+        ]
+        labels = collection.sources[0].label, collection.sources[1].label
+        changes = changes_table(kept[0], kept[1], labels)
+        tables |= {"changes": changes} if changes else {}
+    return Report(collection, tables, answers(rows, comparisons, len(collection.missing)))
+
+
+def write_report(report: Report, directory: Path) -> list[Path]:
+    """Writes tables, figures and the page of a report; returns the files.
+
+    `table.csv` has all rows and columns, unrounded.
     """
-    from sret_cli.report.figures import can_plot, plot_rows, save_figure
+    from sret_cli.report.curves import write_training_figure
+    from sret_cli.report.figures import draw_figures, save_figure, svg_text
+    from sret_cli.report.page import PageContent, PageFigure, PageRun, PageTable, write_page
 
     make_directory(directory)
-    files = [directory / "table.md", directory / "table.csv"]
-    write_atomically(files[0], markdown_table(*table_cells(rows, RUN_TABLE), caption(rows)))
-    write_atomically(files[1], csv_text(rows))
-    if comparisons := compare(rows):
-        files.append(directory / "comparisons.md")
-        table = markdown_table(*comparison_cells(comparisons, "**{}**"), COMPARISON_NOTE)
-        write_atomically(files[-1], table)
-    figures = {"accuracy": ["top1_percent"], "cost": _cost_columns(rows)}
-    shown = {column for columns in figures.values() for column in columns}
-    figures |= {column: [column] for column in spec.y if column not in shown}
-    for name, columns in figures.items():
-        measured = [c for c in columns if any(can_plot(row, spec.x, c) for row in rows)]
-        if measured:
-            files += save_figure(plot_rows(rows, spec.x, measured), directory / name)
+    files = [directory / "table.csv"]
+    write_atomically(files[0], csv_text(report.rows))
+    for stem, table in report.tables.items():
+        label = f"tab:{stem}" if stem != "table" else "tab:results"
+        texts = {"md": markdown(table), "tex": latex(table, label), "json": json_text(table)}
+        for suffix, text in texts.items():
+            files.append(directory / f"{stem}.{suffix}")
+            write_atomically(files[-1], text)
+    collection = report.collection
+    metrics = {row["run_id"]: read_metrics(place) for place, row in collection.rows.items()}
+    pictures = []
+    for drawn in draw_figures(report.rows, collection.spec, metrics, links=True):
+        files += save_figure(drawn.figure, directory / drawn.name)
+        pictures.append(PageFigure(drawn.title, drawn.caption, svg_text(drawn.figure)))
+    if len(collection.rows) == 1:
+        files += write_training_figure(next(iter(collection.rows)), directory)
+    content = PageContent(
+        title=collection.title,
+        question=collection.question,
+        answers=report.answers,
+        figures=pictures,
+        tables=[
+            PageTable(
+                title=table.title,
+                headings=table.headings,
+                lines=table.texts(),
+                note=" ".join(table.notes),
+                sort_values=[[_sort_value(cell.value) for cell in line] for line in table.lines],
+            )
+            for table in report.tables.values()
+        ],
+        runs=[
+            PageRun(row, _config(place), metrics[row["run_id"]])
+            for place, row in collection.rows.items()
+        ],
+        missing=collection.missing,
+        notes=collection.notes,
+    )
+    files.append(directory / "report.html")
+    write_page(content, files[-1])
     return files
 
 
-def _cost_columns(rows: Sequence[Row]) -> list[str]:
-    measured = any(row.get("peak_memory_bytes") is not None for row in rows)
-    return [c for c in COST if c != ("activation_bytes" if measured else "peak_memory_bytes")]
+def _sort_value(value: Any) -> float | str | None:
+    if isinstance(value, tuple):
+        return float(value[0]) if value and isinstance(value[0], int | float) else str(value)
+    return value
+
+
+def _config(directory: Path) -> dict[str, Any] | None:
+    """The config of a run, or None if it cannot be read."""
+    try:
+        config = read_json(directory / "config.json")
+    except SretError:
+        return None
+    return config if isinstance(config, dict) else None

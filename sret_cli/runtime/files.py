@@ -148,7 +148,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except OSError as error:
         raise SretError(f"cannot read {path}: {error.strerror}", DATA) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise SretError(f"{path} is not JSON; remove it and run again", DATA) from None
 
 

@@ -32,3 +32,9 @@ def prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=REPLACE)
+
+
+def in_one_line(text: str) -> str:
+    """The text in one line: no control characters, and single spaces for all white space."""
+    printable = "".join(sign if sign.isprintable() or sign.isspace() else "\ufffd" for sign in text)
+    return " ".join(printable.split())

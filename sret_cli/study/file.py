@@ -34,12 +34,21 @@ RESERVED = ("train", "profile", "report")
 
 @dataclass(frozen=True)
 class Study:
-    """A named list of runs and how to report them; `folder` is that of the study file, or None."""
+    """A named list of runs and how to report them.
+
+    Attributes:
+        name: name of the study.
+        runs: its runs, twins and baselines last.
+        report: what its report shows.
+        folder: folder of the study file, or None.
+        question: the comment that heads the study file.
+    """
 
     name: str
     runs: tuple[Run, ...]
     report: ReportSpec = field(default_factory=ReportSpec)
     folder: Path | None = None
+    question: str = ""
 
 
 def load_study(path: Path, train: Table | None = None) -> Study:
@@ -54,7 +63,8 @@ def load_study(path: Path, train: Table | None = None) -> Study:
             f"{path}: runs/{path.stem} is used by sret itself; give the study another name"
         )
     try:
-        return study_from_tables(path.stem, tables, path.parent, train or {})
+        study = study_from_tables(path.stem, tables, path.parent, train or {})
+        return replace(study, question=study_question(path))
     except SretError as error:
         raise SretError(f"{path}: {error}", error.code) from None
 
@@ -66,6 +76,16 @@ def load_report(path: Path) -> ReportSpec:
         return ReportSpec.of(tables.get("report", {}))
     except SretError as error:
         raise SretError(f"{path}: {error}", error.code) from None
+
+
+def study_question(path: Path) -> str:
+    """The comment that heads a study file: its question, without the marks of a comment."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").removeprefix(" "))
+    return "\n".join(lines).strip()
 
 
 def read_study(path: Path) -> Table:

@@ -6,8 +6,10 @@ unit in the name, and provenance. No file is shared between runs, so any number 
 work on one study, and a lock keeps two from the same run.
 """
 
+import math
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,7 @@ MEASUREMENTS = (
     "bad_images",
     "world_size",
 )
+TEXTS = ("measured_device", "measured_device_name", "measured_precision", "measured_compile")
 OUTCOME = ("status", "error")  # of the training, and the reason if it failed
 PLACES = {f"train.{place}" for place in CONTENTS_OF}
 
@@ -76,9 +79,21 @@ def read_row(directory: Path) -> Row | None:
     if not path.exists():
         return None
     row = read_json(path)
-    if not isinstance(row, dict) or not {"study", "run_id", "started_at", "layers"} <= row.keys():
+    if not isinstance(row, dict) or not _is_row(row):
         raise SretError(f"{path} is not a row; remove it and run again", DATA)
     return {**dict.fromkeys((*MEASUREMENTS, *OUTCOME)), **row}
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    """Whether a table from a file has what every row has, each of the right kind."""
+    if not {"study", "run_id", "started_at", "layers"} <= row.keys():
+        return False
+    texts = all(isinstance(row[key], str) for key in ("study", "run_id", "started_at"))
+    numbers = [row.get(column) for column in MEASUREMENTS if column not in TEXTS]
+    return texts and all(
+        value is None or isinstance(value, int | float) and math.isfinite(value)
+        for value in numbers
+    )
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -89,18 +104,37 @@ def read_rows(path: str | Path) -> list[Row]:
     Raises:
         SretError: the directory does not exist, or a row in it is damaged.
     """
-    path = Path(path)
-    return list(_rows_by_directory(path).values())
+    return list(rows_by_directory(Path(path)).values())
 
 
-def _rows_by_directory(path: Path) -> dict[Path, Row]:
+def rows_by_directory(
+    path: Path, on_damaged: Callable[[SretError], None] | None = None
+) -> dict[Path, Row]:
+    """The rows under a directory, as `read_rows` sorts them, by the directories of their runs.
+
+    Args:
+        path: a run directory, a study's, or the root of all.
+        on_damaged: called with the error of each damaged row, which is left out then.
+
+    Raises:
+        SretError: the directory does not exist, or a row is damaged and `on_damaged` is None.
+    """
     if not path.is_dir():
         raise SretError(
             f"no directory {path}; run a study first, or name the directory of its runs", DATA
         )
     directories = [f.parent for d in ("", "*/", "*/*/") for f in path.glob(f"{d}row.json")]
-    found = {directory: read_row(directory) for directory in directories}
-    rows = {directory: row for directory, row in found.items() if row is not None}
+    rows: dict[Path, Row] = {}
+    for directory in directories:
+        try:
+            row = read_row(directory)
+        except SretError as error:
+            if on_damaged is None:
+                raise
+            on_damaged(error)
+            continue
+        if row is not None:
+            rows[directory] = row
     order = ("study", "started_at", "run_id")
     return dict(sorted(rows.items(), key=lambda item: [item[1][key] for key in order]))
 
@@ -111,7 +145,7 @@ def newest_run(root: Path) -> Path:
     Raises:
         SretError: no run under it was trained.
     """
-    rows = {d: row for d, row in _rows_by_directory(root).items() if row["final_loss"] is not None}
+    rows = {d: row for d, row in rows_by_directory(root).items() if row["final_loss"] is not None}
     if not rows:
         raise SretError(f"no trained runs in {root}; train one with `sret train`", DATA)
     return max(rows, key=lambda directory: rows[directory]["started_at"])

@@ -1,6 +1,6 @@
 import pytest
 
-from sret_cli.report.comparisons import compare, comparison_cells
+from sret_cli.report.comparisons import compare, comparison_table
 from sret_cli.study.file import study_from_tables
 from sret_cli.study.rows import planned_row
 
@@ -40,12 +40,11 @@ def test_differences_are_taken_seed_by_seed_with_their_interval():
     assert found.top1.half_width == pytest.approx(2.484137711719546)  # as of 1, 2, 3
     assert found.loss == (0.0, 0.0, 3)
     assert (found.params_ratio, found.macs_ratio) == (0.5, 1.0)
-    headings, lines = comparison_cells([found], "**{}**")
-    assert dict(zip(headings, lines[0], strict=True)) == {
+    table = comparison_table([found])
+    assert dict(zip(table.headings, table.texts()[0], strict=True)) == {
         "Model": "nano",
         "Against": "twin layers",
         "Layers": "8",
-        "Their layers": "8",
         "Seeds": "3",
         "Δ top-1 (points)": "+2.00 ± 2.48",
         "Δ test loss": "+0.000 ± 0.000",
@@ -58,10 +57,10 @@ def test_a_difference_is_bold_only_where_its_interval_excludes_zero():
     made = rows()
     for row in made:
         row["top1_percent"] = 90.0 + row["train.seed"] + 5 * (row["role"] == "shared")
-    _, ((*_, top1, _, _, _),) = comparison_cells(compare(made), "**{}**")
-    assert top1 == "**+5.00 ± 0.00**"
-    _, ((*_, top1, _, _, _),) = comparison_cells(compare(made[:1] + made[3:4]), "**{}**")
-    assert top1 == "+5.00"  # one seed shows nothing
+    ((*_, top1, _, _, _),) = comparison_table(compare(made)).lines
+    assert (top1.text, top1.bold) == ("+5.00 ± 0.00", True)
+    ((*_, top1, _, _, _),) = comparison_table(compare(made[:1] + made[3:4])).lines
+    assert (top1.text, top1.bold) == ("+5.00", False)  # one seed shows nothing
 
 
 def test_failed_runs_and_runs_of_another_seed_are_in_no_pair():

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sret_cli.report.groups import group_seeds, role_of, series_fields, setting
-from sret_cli.report.tables import table_cells
+from sret_cli.report.summary import summarise
 from sret_cli.runtime.errors import SretError
 from sret_cli.study.file import study_from_tables
 from sret_cli.study.rows import planned_row
@@ -19,8 +19,7 @@ def rows_of(**grid):
 def test_values_that_look_alike_when_they_are_rounded_are_different_settings():
     rows = rows_of(train__model_ema_decay=[0.9999999, 0.99999999])
     assert [len(group.rows) for group in group_seeds(rows)] == [1, 1]
-    _, lines = table_cells(rows, ("layers",))
-    assert [line[1] for line in lines] == ["0.9999999", "0.99999999"]
+    assert [line[0].text for line in summarise(rows).lines] == ["0.9999999", "0.99999999"]
 
 
 def test_two_runs_with_one_seed_are_never_seeds_of_each_other():

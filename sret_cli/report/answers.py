@@ -1,0 +1,85 @@
+"""The answer of a study in numbers: a few sentences from its rows."""
+
+from collections.abc import Sequence
+
+from sret_cli.report.columns import COLUMNS
+from sret_cli.report.comparisons import Comparison, excludes_zero
+from sret_cli.report.groups import Group, group_seeds, role_of
+from sret_cli.report.intervals import spread
+from sret_cli.report.summary import ROLES, field_text, identity_fields
+from sret_cli.spec.run import BASELINE, Row
+
+
+def answers(rows: Sequence[Row], comparisons: Sequence[Comparison], missing: int) -> list[str]:
+    """Sentences about rows: how many runs, the best of each role, and the paired differences."""
+    failed = sum(bool(row.get("error")) for row in rows)
+    total = len(rows) + missing
+    parts = [f"{len(rows) - failed} of {total} runs are done"]
+    parts += [f"{failed} failed"] * bool(failed) + [f"{missing} have no row yet"] * bool(missing)
+    return [f"{'; '.join(parts)}.", *_best(rows), *_differences(comparisons)]
+
+
+def _best(rows: Sequence[Row]) -> list[str]:
+    """The setting with the highest mean accuracy of each role."""
+    groups = [g for g in group_seeds(rows) if g.values("top1_percent")]
+    fields = [f for f in identity_fields([g.first for g in groups]) if f != "role"]
+    sentences = []
+    for role in ROLES:
+        members = [g for g in groups if role_of(g.first) == role]
+        if members:
+            best = max(members, key=lambda g: spread(g.values("top1_percent")).mean)
+            sentences.append(f"Best {role}: {_setting(best, fields)}: {_accuracy(best)}.")
+    return sentences
+
+
+def _setting(group: Group, fields: Sequence[str]) -> str:
+    from sret_cli.report.columns import heading
+
+    return ", ".join(
+        field_text(group.first, f)
+        if f in ("name", "study")
+        else f"{heading(f)} {field_text(group.first, f)}"
+        for f in fields
+    )
+
+
+def _accuracy(group: Group) -> str:
+    mean, half_width, n = spread(group.values("top1_percent"))
+    text = f"{COLUMNS['top1_percent'].text(mean, half_width)} % top-1"
+    text += f" ({n} seeds)" if n > 1 else " (one seed)"
+    costs = [
+        f"{COLUMNS[c].text(group.first[c])} {unit}"
+        for c, unit in (("params", "M parameters"), ("macs", "G FLOPs"))
+        if group.first.get(c) is not None
+    ]
+    return ", ".join([text, *costs])
+
+
+def _differences(comparisons: Sequence[Comparison]) -> list[str]:
+    """For each kind of control, the paired difference of the deepest shared model."""
+    sentences = []
+    for role in ROLES[1:]:
+        found = [c for c in comparisons if role_of(c.control.first) == role]
+        if not found:
+            continue
+        deepest = max(found, key=lambda c: c.shared.first.get("layers") or 0)
+        sure = sum(excludes_zero(c.top1) for c in found)
+        text = COLUMNS["top1_percent"].text(deepest.top1.mean, deepest.top1.half_width)
+        sign = "" if text.startswith("-") else "+"
+        against = deepest.control.first.get("name") if role == BASELINE else role
+        ratios = [
+            f"{ratio:.2f} of its {what}"
+            for ratio, what in (
+                (deepest.params_ratio, "parameters"),
+                (deepest.macs_ratio, "FLOPs"),
+            )
+            if ratio is not None
+        ]
+        layers = deepest.shared.first.get("layers")
+        at = f" at {layers:,} layers" if layers else ""
+        sentences.append(
+            f"Shared minus {against}{at}: {sign}{text} points of top-1"
+            f"{', with ' * bool(ratios)}{' and '.join(ratios)}. The interval excludes 0 in "
+            f"{sure} of {len(found)} comparisons."
+        )
+    return sentences
