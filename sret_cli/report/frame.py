@@ -14,8 +14,9 @@ def read_rows(path: str | Path) -> "pd.DataFrame":
     """What runs measured: one record a run, sorted by study and by the time of the start.
 
     Columns are those of `row.json`: all fields (`model.…`, `train.…`), measurements with their unit
-    in the name, `role`, and `twin_of` (the ids of the runs that a twin is the control of). What was
-    not measured is missing; lists such as `model.recursions` are tuples.
+    in the name, `role`, `twin_of` (the ids of the runs that a twin is the control of), and
+    `continues` (the id of the run that it trains longer). What was not measured is missing; lists
+    such as `model.recursions` are tuples.
 
     Args:
         path: a run, a study's directory such as `runs/depth`, or the directory of all runs.
@@ -37,7 +38,8 @@ def read_rows(path: str | Path) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    rows = [{**row, "role": role_of(row)} for row in read_row_list(path)]
+    always = {"twin_of": None, "continues": None}
+    rows = [{**always, **row, "role": role_of(row)} for row in read_row_list(path)]
     return pd.DataFrame(
         [{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows]
     )
