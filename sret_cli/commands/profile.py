@@ -166,7 +166,7 @@ def measurement_options(flags: dict[str, Any]) -> Any:
 def profile_study(context: typer.Context, options: Any) -> None:
     """Measures the runs of a study file, writes their rows and prints them."""
     from sret_cli.report.tables import COST_TABLE, PARITY_TABLE
-    from sret_cli.study.engine import run_study
+    from sret_cli.study.work import run_study
 
     flags = context.params
     found = study_from(context, trains=False)

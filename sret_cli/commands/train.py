@@ -110,7 +110,7 @@ def train(
     A run that was interrupted resumes from its newest checkpoint.
     """
     from sret_cli.report.tables import RUN_TABLE
-    from sret_cli.study.engine import run_study
+    from sret_cli.study.work import run_study
 
     options = training_options(context)
     if resume is None:
@@ -173,7 +173,7 @@ def run(
 ) -> None:
     """Profile, train and report a study in one go; finished runs are not repeated."""
     from sret_cli.runtime.files import make_directory
-    from sret_cli.study.engine import run_study
+    from sret_cli.study.work import run_study
 
     options = training_options(context)
     found = study_from(context, trains=True)
