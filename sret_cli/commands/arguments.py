@@ -1,6 +1,7 @@
 """From a command's flags to specs: the study, the options and the settings that were given."""
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +10,12 @@ import typer
 from sret_cli.commands.flags import MODEL_FLAGS, TRAIN_FLAGS
 from sret_cli.commands.output import stderr_console
 from sret_cli.runtime.errors import USAGE, SretError
+from sret_cli.runtime.files import utc_now
 
 # Specs and studies need pydantic, which `sret --help` does without.
 if TYPE_CHECKING:
     from sret_cli.spec.options import RunOptions
+    from sret_cli.study.engines import EngineOptions
     from sret_cli.study.file import Study
 
 Table = dict[str, Any]
@@ -136,7 +139,61 @@ def training_options(context: typer.Context) -> "RunOptions":
         checkpoint_minutes=flags["checkpoint_minutes"],
         tensorboard=flags["tensorboard"],
         shard=flags["shard"],
+        retry=retry_kinds(flags["retry"]),
+        began_at=utc_now(),
+        fail_fast=flags["fail_fast"],
     )
+
+
+def retry_kinds(given: list[str] | None) -> tuple[str, ...]:
+    """The kinds of runs that --retry names.
+
+    Raises:
+        SretError: there is no such kind.
+    """
+    kinds = tuple(kind for text in given or () for kind in text.split(","))
+    for kind in kinds:
+        if kind not in ("failed", "lost"):
+            raise SretError(f"--retry {kind}: choose failed or lost", USAGE)
+    return kinds
+
+
+def engine_options(context: typer.Context) -> "EngineOptions":
+    """Who does the runs: the `EngineOptions` of a command's flags.
+
+    Raises:
+        SretError: --jobs is neither a number nor "auto".
+    """
+    from sret_cli.study.engines import EngineOptions
+
+    flags = context.params
+    jobs = flags["jobs"]
+    if jobs != "auto" and not (jobs.isdecimal() and int(jobs) > 0):
+        raise SretError(f"--jobs {jobs}: give a number of runs at a time, or auto", USAGE)
+    return EngineOptions(
+        jobs=None if jobs == "auto" else int(jobs),
+        gpus_per_run=flags["gpus_per_run"],
+        runs_per_gpu=flags["runs_per_gpu"],
+        retries=flags["retries"],
+    )
+
+
+def only_runs(study: "Study", condition: str | None) -> "Study":
+    """The study with the runs that meet a condition.
+
+    Raises:
+        SretError: the condition is none, or no run meets it.
+    """
+    from sret_cli.study.rows import planned_row
+    from sret_cli.study.where import parse_condition
+
+    if condition is None:
+        return study
+    holds = parse_condition(condition).holds
+    runs = tuple(run for run in study.runs if holds(planned_row(run)))
+    if not runs:
+        raise SretError(f"none of {len(study.runs)} runs meets {condition!r}", USAGE)
+    return replace(study, runs=runs)
 
 
 def check_device(name: str | None) -> None:

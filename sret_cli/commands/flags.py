@@ -26,8 +26,9 @@ MODEL = "Model"
 DATA = "Data"
 TRAINING = "Training"
 REPORT = "What is shown"
+RUNNING = "Many runs"
 WHERE = "Where and how"
-PANELS = (MODEL, DATA, TRAINING, REPORT, WHERE)
+PANELS = (MODEL, DATA, TRAINING, REPORT, RUNNING, WHERE)
 
 StudyFile = Annotated[
     Path | None,
@@ -217,6 +218,47 @@ Shard = Annotated[
     typer.Option(
         "--shard", help="Shard the weights over the processes (FSDP).", rich_help_panel=WHERE
     ),
+]
+Jobs = Annotated[
+    str,
+    typer.Option(
+        metavar="<N|auto>",
+        help="Runs at a time, each in a process of its own; auto: what is fastest here.",
+        rich_help_panel=RUNNING,
+    ),
+]
+GpusPerRun = Annotated[
+    int,
+    typer.Option(min=1, help="GPUs that train one run together.", rich_help_panel=RUNNING),
+]
+RunsPerGpu = Annotated[
+    int, typer.Option(min=1, help="Runs that share a GPU.", rich_help_panel=RUNNING)
+]
+Retries = Annotated[
+    int,
+    typer.Option(
+        min=0, help="How often a run goes on after its process died.", rich_help_panel=RUNNING
+    ),
+]
+Retry = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="<failed|lost>",
+        help="Do runs again that failed or were lost before.",
+        rich_help_panel=RUNNING,
+    ),
+]
+Only = Annotated[
+    str | None,
+    typer.Option(
+        metavar="<condition>",
+        help="Do these runs only: 'model.recursions == 4'.",
+        rich_help_panel=RUNNING,
+    ),
+]
+FailFast = Annotated[
+    bool,
+    typer.Option("--fail-fast", help="Stop at the first run that fails.", rich_help_panel=RUNNING),
 ]
 Runs = Annotated[Path, typer.Option(help="Directory of all runs.", rich_help_panel=WHERE)]
 ReportOut = Annotated[

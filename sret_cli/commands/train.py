@@ -6,7 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from sret_cli.commands.arguments import flags_given, parse_setting, study_from, training_options
+from sret_cli.commands.arguments import (
+    engine_options,
+    flags_given,
+    only_runs,
+    parse_setting,
+    study_from,
+    training_options,
+)
 from sret_cli.commands.flags import (
     MODEL_FLAGS,
     TRAIN_FLAGS,
@@ -20,8 +27,11 @@ from sret_cli.commands.flags import (
     Dataset,
     Device,
     Epochs,
+    FailFast,
     GpuMemory,
+    GpusPerRun,
     ImgSize,
+    Jobs,
     Json,
     LaterSlices,
     Layers,
@@ -30,6 +40,7 @@ from sret_cli.commands.flags import (
     Nll,
     NumClasses,
     OnBadImage,
+    Only,
     Params,
     Precision,
     Preset,
@@ -37,7 +48,10 @@ from sret_cli.commands.flags import (
     Recompute,
     Recursions,
     ReportOut,
+    Retries,
+    Retry,
     Runs,
+    RunsPerGpu,
     Seed,
     Set,
     Shard,
@@ -103,6 +117,13 @@ def train(
     checkpoint_minutes: CheckpointMinutes = 10.0,
     tensorboard: Tensorboard = False,
     shard: Shard = False,
+    jobs: Jobs = "1",
+    gpus_per_run: GpusPerRun = 1,
+    runs_per_gpu: RunsPerGpu = 1,
+    retries: Retries = 2,
+    retry: Retry = None,
+    only: Only = None,
+    fail_fast: FailFast = False,
     json_: Json = False,
 ) -> None:
     """Train the missing runs of a study, or one model: by default `nano` on `digits`.
@@ -110,7 +131,7 @@ def train(
     A run that was interrupted resumes from its newest checkpoint.
     """
     from sret_cli.report.tables import RUN_TABLE
-    from sret_cli.study.work import run_study
+    from sret_cli.study.engines import do_study
 
     options = training_options(context)
     if resume is None:
@@ -119,7 +140,8 @@ def train(
         found, runs = resumed_study(context, resume), Path(os.path.abspath(resume)).parent.parent
     if all(run.train is None for run in found.runs):
         raise SretError(f"{study} trains nothing: it has no [train]; use `sret profile`")
-    outcome = run_study(found, runs, options, stderr_console())
+    found = only_runs(found, only)
+    outcome = do_study(found, runs, options, engine_options(context), stderr_console())
     print_rows(outcome.rows, RUN_TABLE, json_)
     if len(outcome.rows) == 1:
         row = outcome.rows[0]
@@ -169,17 +191,25 @@ def run(
     checkpoint_minutes: CheckpointMinutes = 10.0,
     tensorboard: Tensorboard = False,
     shard: Shard = False,
+    jobs: Jobs = "1",
+    gpus_per_run: GpusPerRun = 1,
+    runs_per_gpu: RunsPerGpu = 1,
+    retries: Retries = 2,
+    retry: Retry = None,
+    only: Only = None,
+    fail_fast: FailFast = False,
     json_: Json = False,
 ) -> None:
     """Profile, train and report a study in one go; finished runs are not repeated."""
     from sret_cli.runtime.files import make_directory
-    from sret_cli.study.work import run_study
+    from sret_cli.study.engines import do_study
 
     options = training_options(context)
     found = study_from(context, trains=True)
     if out is not None:
         make_directory(out)
-    outcome = run_study(found, runs, options, stderr_console())
+    found = only_runs(found, only)
+    outcome = do_study(found, runs, options, engine_options(context), stderr_console())
     if outcome.rows:
         report_study(found, outcome.rows, runs, out, json_)
     exit_if_failed(outcome.failed)

@@ -5,11 +5,13 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sret_cli.runtime.errors import USAGE, SretError
 from sret_cli.runtime.files import make_directory, read_json, utc_now, write_json
 
 LOCK_FILE, HOLDER_FILE = ".lock", ".lock.json"
+LAUNCH = "SRET_LAUNCH"  # variable with the id of the command that started this process
 
 
 class Busy(SretError):
@@ -35,6 +37,7 @@ def locked_directory(directory: Path) -> Iterator[None]:
     try:
         if lock.lock_counter == 1:
             mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": utc_now()}
+            mine |= {"launch": os.environ[LAUNCH]} if LAUNCH in os.environ else {}
             write_json(directory / HOLDER_FILE, mine)
             for stale in directory.glob(
                 ".*.tmp"
@@ -47,9 +50,18 @@ def locked_directory(directory: Path) -> Iterator[None]:
         lock.release()
 
 
-def _holder(directory: Path) -> str:
+def holder_of(directory: Path) -> dict[str, Any] | None:
+    """Process, machine and launch that hold a directory, or that held it when they died."""
     try:
         holder = read_json(directory / HOLDER_FILE)
+    except SretError:
+        return None
+    return holder if isinstance(holder, dict) else None
+
+
+def _holder(directory: Path) -> str:
+    try:
+        holder = holder_of(directory) or {}
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (SretError, KeyError, TypeError):
+    except KeyError:
         return "another process"

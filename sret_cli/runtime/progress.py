@@ -79,7 +79,7 @@ class Display:
 
     def __init__(self, console: Console, title: str, total: int) -> None:
         self.console = console
-        self.label, self.pace = title, Pace()
+        self.label, self.pace, self.finished = title, Pace(), 0
         self.line_at = time.monotonic() + SECONDS_A_LINE
         self.bars = bars.Progress(
             ShortText("{task.description}"),
@@ -131,7 +131,12 @@ class Display:
             self.bars.update(self.overall, visible=True)
             yield Progress(partial(self._move, self.overall), self.note)
 
+    def tell(self, text: str) -> None:
+        """Shows a text at the end of the bar of all runs."""
+        self.bars.update(self.overall, text=text)
+
     def finish(self, line: str) -> None:
         """Counts a run as finished, and prints one line about it."""
+        self.finished += 1
         self.bars.advance(self.overall)
         self.note(line)

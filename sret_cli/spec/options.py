@@ -19,6 +19,9 @@ class RunOptions:
         precision: fp32 or bf16, for what is timed.
         compiles: the mode of `compile_model` for what is timed: off, on or auto.
         full_trace: whether costs are traced over every pass instead of each distinct one.
+        retry: which runs of earlier commands are done again: "failed", "lost".
+        began_at: when the command began, in UTC; only runs from before it are done again.
+        fail_fast: whether the first run that fails ends the command.
     """
 
     device: str = "auto"
@@ -32,3 +35,6 @@ class RunOptions:
     precision: str = "fp32"
     compiles: str = "off"
     full_trace: bool = False
+    retry: tuple[str, ...] = ()
+    began_at: str = ""
+    fail_fast: bool = False

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sret_cli.cost.published import published_columns
-from sret_cli.runtime.errors import RESOURCES, SOME_FAILED, SretError, as_out_of_memory, show_note
+from sret_cli.runtime.errors import (
+    RESOURCES,
+    SOME_FAILED,
+    SPEC,
+    SretError,
+    as_out_of_memory,
+    show_note,
+)
 from sret_cli.runtime.files import read_json, write_json
 from sret_cli.runtime.progress import Progress
 from sret_cli.spec.options import RunOptions
@@ -19,6 +26,7 @@ from sret_cli.training.config import refuse_other_config, write_config
 if TYPE_CHECKING:
     from sret_cli.cost.breakdown import Profile
 
+LOST = "lost"  # status of a run whose process died too often
 MEASURED_IMAGES = 8  # of one step, for models that are only measured
 
 
@@ -138,7 +146,7 @@ def execute_run(
                 row |= team.train(run, directory, progress)
                 row["status"] = "done"
     except SretError as error:
-        own_reason = error.code in (SOME_FAILED, RESOURCES) and error.status != "disk_full"
+        own_reason = error.code in (SPEC, SOME_FAILED, RESOURCES) and error.status != "disk_full"
         if own_reason:
             row |= {"status": error.status, "error": str(error)}
             write_json(directory / "row.json", row)
@@ -147,7 +155,12 @@ def execute_run(
 
 
 def missing_measurements(row: Row, run: Run, options: RunOptions, trains: bool) -> list[str]:
-    """What a row lacks: some of "cost", "speed" and "training", in the order of their execution."""
+    """What a row lacks: some of "cost", "speed" and "training", in the order of their execution.
+
+    A run that failed lacks nothing, unless the options say that it is tried again.
+    """
+    if row["error"] and not is_tried_again(row, options):
+        return []
     missing = ["cost"] if row["macs"] is None else []
     if options.measure_batch_size is not None and (
         row["forward_seconds"] is None
@@ -160,6 +173,12 @@ def missing_measurements(row: Row, run: Run, options: RunOptions, trains: bool) 
     if trains and run.train is not None and row["final_loss"] is None:
         missing.append("training")
     return missing
+
+
+def is_tried_again(row: Row, options: RunOptions) -> bool:
+    """Whether a run that failed before this command began is done again."""
+    kind = LOST if row["status"] == LOST else "failed"
+    return kind in options.retry and row["started_at"] < options.began_at
 
 
 def measure_cost(run: Run, options: RunOptions) -> Row:

@@ -1,7 +1,12 @@
-"""Does the runs of a study one after another on this machine, and skips what is done."""
+"""Does the runs of a study that are not done and that nobody else does.
+
+The run directory is the truth: a run is done if it has a row, and somebody does it if its directory
+is locked. So any number of processes and machines that see the same directory can work on a study.
+"""
 
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,19 +14,25 @@ from typing import Any
 
 from rich.console import Console
 
-from sret_cli.runtime.errors import SretError
+from sret_cli.runtime.errors import SOME_FAILED, SretError
 from sret_cli.runtime.files import read_json
 from sret_cli.runtime.lock import Busy, locked_directory
 from sret_cli.runtime.progress import Display
+from sret_cli.spec.backbone import BackboneSpec
 from sret_cli.spec.contents import Contents
 from sret_cli.spec.options import RunOptions
 from sret_cli.spec.run import CONFIG_FILE, Row, Run
 from sret_cli.study.axes import run_labels
+from sret_cli.study.deaths import died_unrecorded, forget_deaths
 from sret_cli.study.dispatch import Team
 from sret_cli.study.execute import execute_run, missing_measurements, profile_run
 from sret_cli.study.file import Study
+from sret_cli.study.live import LiveFile
 from sret_cli.study.paths import PATH_FIELDS, check_path
 from sret_cli.study.rows import planned_row, provenance, read_row, same_settings
+
+RETRY = "--retry failed"
+POLL_SECONDS = 1.0  # between two looks at runs that other processes do
 
 
 @dataclass
@@ -39,8 +50,9 @@ def run_study(
     """Profiles and, if asked, trains each run of a study, and writes their rows.
 
     A run that fails for a reason of its own (diverged, out of memory) becomes a row with `error`,
-    and the study continues. Of several processes that torchrun or Slurm started, rank 0 does this;
-    the others only take part in its trainings, and exit from here.
+    and the study continues. A run that another process does is waited for, and its row is taken.
+    Of several processes that torchrun or Slurm started, rank 0 does this; the others only take
+    part in its trainings, and exit from here.
 
     Raises:
         SretError: the data, the device or the root cannot be used, which would fail every run; or
@@ -50,11 +62,11 @@ def run_study(
     if team is not None and not team.is_leader:
         team.follow()
     with nullcontext() if team is None else team.leading():
-        return _StudyEngine(study, root, options, console, team).run()
+        return StudyWork(study, root, options, console, team).run()
 
 
-class _StudyEngine:
-    """One pass over the runs of a study; `team` is None if nothing is trained."""
+class StudyWork:
+    """The work on the runs of a study; `team` is None if nothing is trained."""
 
     def __init__(
         self, study: Study, root: Path, options: RunOptions, console: Console, team: Team | None
@@ -67,63 +79,109 @@ class _StudyEngine:
     def run(self) -> Outcome:
         """Does all runs that are not done."""
         if self.team is not None:
-            _check_paths(self.study)
-        runs = _identified(self.study, self.team is not None, self.display)
+            check_paths(self.study)
+        runs = identified_runs(self.study, self.team is not None, self.display.note)
         self.study = replace(self.study, runs=tuple(runs))
-        _check_backbones(self.study, self.root)
+        check_backbones(self.study, self.root)
         labels = run_labels([planned_row(run) for run in runs])
+        items = [Item(*item) for item in zip(range(1, len(runs) + 1), runs, labels, strict=True)]
         with self._reporting_interruption(), self.display.live():
-            for number, (run, label) in enumerate(zip(runs, labels, strict=True), 1):
-                summary = self._do(run, label)
-                self.display.finish(f"[{number}/{len(runs)}] {summary}")
+            todo = items
+            while todo:
+                busy = [item for item in todo if not self._do(item)]
+                if len(busy) == len(todo):
+                    self._wait(busy)
+                todo = busy
+        self.outcome.rows = [item.row for item in items if item.row is not None]
         return self.outcome
 
-    def _do(self, run: Run, label: str) -> str:
-        """Does what is missing of one run, and adds its row; returns one line about it."""
+    def _do(self, item: "Item") -> bool:
+        """Does what is missing of one run, and takes its row; False if another process does it."""
+        run = item.run
         if not run.is_identified:
-            self.outcome.rows.append(profile_run(run, self.options)[0])
-            return f"{run.name}: measured, not kept"
+            item.row = profile_run(run, self.options)[0]
+            return self._finish(item, f"{run.name}: measured, not kept")
         directory = run.directory(self.root)
-        row = read_row(directory) or {**planned_row(run), **provenance()}
-        missing = missing_measurements(row, run, self.options, self.team is not None)
-        if missing:
-            self._measure(run, row, missing, directory, label)
-        else:
-            self.outcome.skipped += 1
-        self.outcome.rows.append(row)
-        return _summary(label, row, bool(missing))
+        row = self._row(run)
+        if self._missing(row, run) and died_unrecorded(directory):
+            item.waited = True
+            return False
+        if not self._missing(row, run):
+            self.outcome.skipped += not item.waited
+            return self._take(item, row, was_missing=item.waited)
+        try:
+            with locked_directory(directory):
+                row = self._row(run)  # another process may have written it before we had the lock
+                if missing := self._missing(row, run):
+                    self._measure(item, row, missing, directory)
+        except Busy as error:
+            self._note_busy(item, error)
+            return False
+        except SretError as error:
+            if self.team is not None and self.team.lost or not row["error"]:
+                LiveFile(directory).remove()
+                _remove_unless_begun(directory)
+                raise
+            self.outcome.failed.append((run, error))
+            item.row = row
+            return self._finish(item, summary_line(item.label, row, True))
+        return self._take(item, row, was_missing=True)
 
-    def _measure(self, run: Run, row: Row, missing: list[str], directory: Path, label: str) -> None:
-        """Takes the missing measurements of a run into its row.
+    def _row(self, run: Run) -> Row:
+        return read_row(run.directory(self.root)) or {**planned_row(run), **provenance()}
+
+    def _missing(self, row: Row, run: Run) -> list[str]:
+        return missing_measurements(row, run, self.options, self.team is not None)
+
+    def _take(self, item: "Item", row: Row, was_missing: bool) -> bool:
+        """Takes a row that is complete, or that another process wrote."""
+        item.row = row
+        if row["error"]:
+            again = "" if was_missing else f"; {RETRY} runs it again"
+            self.outcome.failed.append((item.run, SretError(f"{row['error']}{again}", SOME_FAILED)))
+        return self._finish(item, summary_line(item.label, row, was_missing))
+
+    def _finish(self, item: "Item", summary: str) -> bool:
+        self.display.finish(f"[{item.number}/{len(self.study.runs)}] {summary}")
+        return True
+
+    def _note_busy(self, item: "Item", error: Busy) -> None:
+        """Says once which runs other processes do; they are looked at again later."""
+        if not item.waited:
+            reason = str(error).partition(";")[0]
+            self.display.note(f"{item.label}: {reason}; its row is taken when it ends")
+        item.waited = True
+
+    def _wait(self, busy: list["Item"]) -> None:
+        """Waits a moment for runs that other processes do."""
+        self.display.start(f"waiting for {len(busy)} runs of other processes")
+        time.sleep(POLL_SECONDS)
+
+    def _measure(self, item: "Item", row: Row, missing: list[str], directory: Path) -> None:
+        """Takes the missing measurements of a run into its row; its directory is locked.
 
         Raises:
-            SretError: an error that would fail every run.
+            SretError: the run failed, or an error that would fail every run.
         """
-        self.display.start(label)
+        run = item.run
+        self.display.start(item.label)
         if run.train is None or "training" in missing:
             row |= {"status": None, "error": None, **provenance()}
             row |= {k: v for k, v in planned_row(run).items() if k.startswith("train.")}
         if "training" in missing:
             _note_other_contents(run, self.root, self.display)
-        try:
-            with locked_directory(directory):
-                execute_run(
-                    run,
-                    row,
-                    missing=missing,
-                    directory=directory,
-                    options=self.options,
-                    progress=self.display.of_run(),
-                    team=self.team,
-                )
-        except SretError as error:
-            if self.team is not None and self.team.lost:
-                raise
-            if not isinstance(error, Busy) and not row["error"]:
-                _remove_unless_begun(directory)
-                raise
-            row |= {"status": row["status"] or "busy", "error": str(error)}
-            self.outcome.failed.append((run, error))
+        live = LiveFile(directory)
+        execute_run(
+            run,
+            row,
+            missing=missing,
+            directory=directory,
+            options=self.options,
+            progress=live.following(self.display.of_run()),
+            team=self.team,
+        )
+        live.remove()
+        forget_deaths(directory)
 
     @contextmanager
     def _reporting_interruption(self) -> Iterator[None]:
@@ -131,13 +189,24 @@ class _StudyEngine:
             yield
         except (KeyboardInterrupt, SystemExit):
             self.console.print(
-                f"stopped: {len(self.outcome.rows)} of {len(self.study.runs)} runs finished (in "
+                f"stopped: {self.display.finished} of {len(self.study.runs)} runs finished (in "
                 f"{self.root / self.study.name}); run the same command again to resume"
             )
             raise
 
 
-def _identified(study: Study, trains: bool, display: Display) -> list[Run]:
+@dataclass
+class Item:
+    """A run of the study in progress, with its number and label; its row once it is known."""
+
+    number: int
+    run: Run
+    label: str
+    row: Row | None = None
+    waited: bool = False
+
+
+def identified_runs(study: Study, trains: bool, note: Callable[[str], None]) -> list[Run]:
     """The runs with the contents of what they read, without repetition.
 
     Measuring needs no data: if the data are missing, the run has no id and its row is not kept.
@@ -145,7 +214,7 @@ def _identified(study: Study, trains: bool, display: Display) -> list[Run]:
     Raises:
         SretError: the run is to be trained, and data, weights or labels are missing.
     """
-    if all(run.is_identified and run.contents is None for run in study.runs):
+    if all(run.is_identified for run in study.runs):
         return list(study.runs)
     from sret_cli.training.identify import Identifier
 
@@ -158,7 +227,7 @@ def _identified(study: Study, trains: bool, display: Display) -> list[Run]:
         except SretError as error:
             if trains:
                 raise
-            display.note(f"{run.name}: measured and not kept: {error}")
+            note(f"{run.name}: measured and not kept: {error}")
             found[id(run)] = run
     return list(found.values())
 
@@ -187,25 +256,39 @@ def _remove_unless_begun(directory: Path) -> None:
                 parent.rmdir()
 
 
-def _check_backbones(study: Study, root: Path) -> None:
-    """Builds each timm model of a study once, so that an invalid one fails before the first run."""
+def check_backbones(study: Study, root: Path) -> None:
+    """Builds each timm model of a study once, so that a study of invalid ones fails at once.
+
+    Raises:
+        SretError: no run of the study has a model that can be built.
+    """
     known = [run for run in study.runs if run.is_identified]
     new = [run for run in known if read_row(run.directory(root)) is None]
-    for spec in dict.fromkeys(run.model for run in new):
-        if spec.is_timm and len(new) > 1:
-            from sret_cli.model.backbone import build_backbone
+    specs = list(dict.fromkeys(run.model for run in new))
+    backbones = [spec for spec in specs if isinstance(spec, BackboneSpec)]
+    if len(new) < 2 or len(backbones) < len(specs):
+        return
+    from sret_cli.model.backbone import build_backbone
 
+    for number, spec in enumerate(backbones, 1):
+        try:
             build_backbone(spec)
+            return
+        except SretError:
+            if number == len(specs):
+                raise
 
 
-def _check_paths(study: Study) -> None:
+def check_paths(study: Study) -> None:
+    """Raises if a place that a run reads from does not exist."""
     for run in study.runs:
         if run.train is not None and run.contents is None:
             for name in PATH_FIELDS:
                 check_path(name, getattr(run.train, name), study.folder)
 
 
-def _summary(label: str, row: Row, was_missing: bool) -> str:
+def summary_line(label: str, row: Row, was_missing: bool) -> str:
+    """One line about a run that has ended."""
     if row["error"]:
         return f"{label}: failed: {row['error']}"
     top1 = row["top1_percent"]

@@ -1,0 +1,191 @@
+"""Which engine does the runs of a study: this process, or workers on this machine."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+from rich.console import Console
+
+from sret_cli.runtime.errors import SOME_FAILED, USAGE, SretError
+from sret_cli.runtime.processes import rank_and_world_size
+from sret_cli.runtime.progress import Display
+from sret_cli.spec.options import RunOptions
+from sret_cli.spec.run import Row, Run
+from sret_cli.study.axes import run_labels
+from sret_cli.study.file import Study
+from sret_cli.study.pool import Pool
+from sret_cli.study.rows import planned_row, read_row
+from sret_cli.study.shares import Share, cores, divide, jobs_on_gpus, visible_gpus
+from sret_cli.study.weight import weight_of
+from sret_cli.study.work import (
+    Outcome,
+    check_backbones,
+    check_paths,
+    identified_runs,
+    run_study,
+    summary_line,
+)
+from sret_cli.study.worker import Work
+
+ENGINES = ("local",)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Who does the runs of a study; this does not change their results.
+
+    Attributes:
+        engine: local.
+        jobs: the number of runs at a time, or None for what is fastest.
+        gpus_per_run: GPUs of one run, which torchrun trains.
+        runs_per_gpu: runs that share a GPU.
+        retries: how often a run goes on after its process died.
+    """
+
+    engine: str = "local"
+    jobs: int | None = 1
+    gpus_per_run: int = 1
+    runs_per_gpu: int = 1
+    retries: int = 2
+
+    @property
+    def is_this_process(self) -> bool:
+        """Whether runs are done one after another in this process."""
+        alone = self.jobs == 1 and self.gpus_per_run == self.runs_per_gpu == 1
+        return self.engine == "local" and alone
+
+
+def do_study(
+    study: Study,
+    root: Path,
+    options: RunOptions,
+    engine: EngineOptions,
+    console: Console,
+    trains: bool = True,
+) -> Outcome:
+    """Does the runs of a study that are not done, and returns the rows of all.
+
+    Raises:
+        SretError: an error that would fail every run.
+    """
+    if rank_and_world_size()[1] > 1 and not engine.is_this_process:
+        raise SretError(
+            "--jobs starts processes of its own; leave out torchrun or srun, or use --gpus-per-run",
+            USAGE,
+        )
+    if engine.is_this_process:
+        return run_study(study, root, options, console, trains)
+    display = Display(console, study.name, len(study.runs))
+    study = prepared(study, root, display, trains)
+    todo = [run for run in study.runs if run.is_identified]
+    shares = choose_shares(todo, root, options, engine, display)
+    if shares is None:
+        return run_study(study, root, options, console, trains)
+    ordered = sorted(todo, key=weight_of, reverse=True)
+    board = Board(study, display)
+    work = Work(replace(study, runs=tuple(ordered)), root, options, trains)
+    with board.showing():
+        Pool(work, shares, board.on_end, board.on_look, engine.retries).run()
+    return board.outcome()
+
+
+def prepared(study: Study, root: Path, display: Display, trains: bool) -> Study:
+    """The study with the contents of what its runs read, after a check of paths and backbones."""
+    if trains:
+        check_paths(study)
+    study = replace(study, runs=tuple(identified_runs(study, trains, display.note)))
+    check_backbones(study, root)
+    return study
+
+
+def choose_shares(
+    runs: list[Run], root: Path, options: RunOptions, engine: EngineOptions, display: Display
+) -> list[Share] | None:
+    """The shares of the machine for workers, which is said; None for one after another."""
+    gpus = visible_gpus(options.device)
+    left = [run for run in runs if read_row(run.directory(root)) is None]
+    jobs, why = engine.jobs, "as asked for"
+    if jobs is None and gpus:
+        jobs = jobs_on_gpus(gpus, engine.gpus_per_run, engine.runs_per_gpu)
+        why = f"{len(gpus)} GPUs"
+    elif jobs is None and len(left) > 1 and engine.gpus_per_run == 1:
+        from sret_cli.study.pace import best_jobs
+
+        jobs, why = best_jobs(min(left, key=weight_of), len(left))
+    jobs = min(jobs or 1, max(len(left), 1))
+    if jobs == 1 and engine.gpus_per_run == 1 and engine.jobs is None:
+        display.note(f"runs one after another: {why}")
+        return None
+    shares = divide(
+        jobs, options.device, gpus, engine.gpus_per_run, engine.runs_per_gpu, options.workers
+    )
+    first = shares[0]
+    parts = f"{first.threads} threads" if not first.gpus else f"{len(first.gpus)} GPUs"
+    parts += f", {first.loaders} loader processes" * bool(first.loaders)
+    processes = jobs * first.processes
+    over = f"; that is more than the {cores()} cores" if processes > cores() else ""
+    display.note(f"{jobs} runs at a time ({why}), each with {parts}{over}")
+    return shares
+
+
+class Board:
+    """What a launcher shows of a study: a line when a run ends, and the time that is left."""
+
+    def __init__(self, study: Study, display: Display) -> None:
+        self.study, self.display = study, display
+        labels = run_labels([planned_row(run) for run in study.runs])
+        self.rows: dict[str, Row] = {}
+        self.labels = {
+            run.run_id: label
+            for run, label in zip(study.runs, labels, strict=True)
+            if run.is_identified
+        }
+        self.weights = {run.run_id: weight_of(run) for run in study.runs if run.is_identified}
+        self.began, self.before = time.monotonic(), 0.0
+        self.skipped = 0
+        self.is_first_look = True
+
+    @contextmanager
+    def showing(self) -> Iterator[None]:
+        """Shows the bar; says how far the study is if it is interrupted."""
+        try:
+            with self.display.live():
+                yield
+        except (KeyboardInterrupt, SystemExit):
+            self.display.console.print(
+                f"stopped: {len(self.rows)} of {len(self.study.runs)} runs finished; run the same "
+                "command again to resume"
+            )
+            raise
+
+    def on_end(self, run: Run, row: Row) -> None:
+        """Prints a line about a run that has a row."""
+        was_done = self.is_first_look
+        self.rows[run.run_id] = row
+        self.skipped += was_done
+        self.before += self.weights[run.run_id] * was_done
+        summary = summary_line(self.labels[run.run_id], row, not was_done)
+        self.display.finish(f"[{len(self.rows)}/{len(self.study.runs)}] {summary}")
+
+    def on_look(self) -> None:
+        """Updates the time that is left, by the weights of the runs that are done."""
+        self.is_first_look = False
+        done = sum(self.weights[run_id] for run_id in self.rows) - self.before
+        left = sum(self.weights.values()) - self.before - done
+        if done > 0 and left > 0:
+            seconds = round((time.monotonic() - self.began) * left / done)
+            self.display.tell(f"about {timedelta(seconds=seconds)} left")
+
+    def outcome(self) -> Outcome:
+        """The rows in the order of the study's runs, and those that failed."""
+        runs = [run for run in self.study.runs if run.is_identified and run.run_id in self.rows]
+        rows = [self.rows[run.run_id] for run in runs]
+        failed = [
+            (run, SretError(row["error"], SOME_FAILED))
+            for run, row in zip(runs, rows, strict=True)
+            if row["error"]
+        ]
+        return Outcome(rows=rows, skipped=self.skipped, failed=failed)
