@@ -23,6 +23,7 @@ from sret_cli.commands.labels import distill_labels
 from sret_cli.commands.output import Output, PipeClosed
 from sret_cli.commands.profile import profile
 from sret_cli.commands.report import report_command
+from sret_cli.commands.status import status
 from sret_cli.commands.train import run, train
 from sret_cli.runtime.errors import RESOURCES, USAGE, SretError, as_loader_lost, as_out_of_memory
 from sret_cli.runtime.signals import EXIT_CODES
@@ -60,6 +61,7 @@ app.command(name="eval")(evaluate)
 app.command()(convert)
 app.command(name="report")(report_command)
 app.command()(run)
+app.command()(status)
 app.command()(clean)
 app.command()(export)
 app.command()(distill_labels)

@@ -80,8 +80,8 @@ def run_labels(rows: Sequence[Row]) -> list[str]:
     }
     labels = []
     for row in rows:
-        parts = [f"{row['run_id'] or ''} {row['name']}".lstrip()]
-        parts += [f"{row['layers']} layers"] if row["layers"] is not None else []
+        parts = [f"{row.get('run_id') or ''} {row.get('name') or ''}".strip()]
+        parts += [f"{row['layers']} layers"] if row.get("layers") is not None else []
         parts += [f"seed {row['train.seed']}"] if "train.seed" in row else []
         parts += [
             f"{field.rpartition('.')[2]} {texts[format_value(row[field])]}"

@@ -46,24 +46,29 @@ def match_rows(path: Path, rows: Sequence[Row]) -> Plan:
         raise
     runs = [replace(run, contents=None) for run in study.runs]
     planned = [planned_row(run) for run in runs]
-    by_key = dict(zip(map(_key, planned), runs, strict=True))
-    ids: dict[str, str] = {_key(row): row["run_id"] for row in rows}
+    by_key = dict(zip(map(settings_key, planned), runs, strict=True))
+    ids: dict[str, str] = {settings_key(row): row["run_id"] for row in rows}
     found, others = [], []
     for row in rows:
-        run = by_key.get(_key(row))
+        run = by_key.get(settings_key(row))
         if run is None:
             others.append(row)
             continue
-        sources = [_key(planned_row(replace(source, contents=None))) for source in run.twin_of]
+        sources = [
+            settings_key(planned_row(replace(source, contents=None))) for source in run.twin_of
+        ]
         twin_of = " ".join(ids[key] for key in sources if key in ids) or None
         found.append({**row, "role": run.role, "twin_of": twin_of})
-    done = {_key(row) for row in found}
+    done = {settings_key(row) for row in found}
     labels = run_labels(planned)
-    missing = [label for label, row in zip(labels, planned, strict=True) if _key(row) not in done]
+    missing = [
+        label for label, row in zip(labels, planned, strict=True) if settings_key(row) not in done
+    ]
     return Plan(found, others, missing)
 
 
-def _key(row: Row) -> str:
+def settings_key(row: Row) -> str:
+    """What a run does but for the contents of its images, as text that is equal for equal runs."""
     settings = {
         key: value
         for key, value in row.items()

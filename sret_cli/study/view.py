@@ -100,7 +100,7 @@ class ReportSpec(Strict):
         try:
             return cls(**table).checked()
         except SretError as error:
-            raise SretError(f"[report] {error}", error.code) from None
+            raise SretError(f"[report] {error}") from None
 
     def checked(self) -> "ReportSpec":
         """The spec with the full names of its columns.
@@ -137,7 +137,7 @@ def _figure(number: int, table: Table) -> FigureSpec:
         kind = table.get("kind")
         if isinstance(kind, str) and kind not in KINDS:
             error = SretError(f"unknown kind {kind!r}; {nearest_choice(kind, list(KINDS))}")
-        raise SretError(f"[[report.figures]] {number}: {error}", error.code) from None
+        raise SretError(f"[[report.figures]] {number}: {error}") from None
 
 
 def as_tuples_by_key(table: Table) -> dict[str, Any]:

@@ -24,9 +24,9 @@ from sret_cli.spec.options import RunOptions
 from sret_cli.spec.run import Run
 from sret_cli.spec.train import TrainSpec
 from sret_cli.study.axes import varying_fields
-from sret_cli.study.work import run_study
 from sret_cli.study.file import study_from_tables
 from sret_cli.study.resolve import continue_run
+from sret_cli.study.work import run_study
 from sret_cli.training.identify import Identifier, find_splits
 from sret_cli.training.session import train
 from sret_cli.weights.store import save_model

@@ -49,7 +49,8 @@ def test_latex_has_rules_of_booktabs_and_columns_of_siunitx():
     assert lines[0] == r"% needs \usepackage{booktabs} and \usepackage{siunitx}"
     assert lines[8] == (
         r"\begin{tabular}{S[table-format=2.0]S[table-format=1.0]"
-        r"S[table-format=1.5, group-digits=integer]S[table-format=2.2(4), separate-uncertainty=true, table-align-uncertainty=false]}"
+        r"S[table-format=1.5, group-digits=integer]"
+        r"S[table-format=2.2(4), separate-uncertainty=true, table-align-uncertainty=false]}"
     )
     assert lines[9:13] == [
         r"\toprule",
