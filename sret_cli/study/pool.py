@@ -20,7 +20,7 @@ from queue import Empty, Queue
 from typing import Any
 
 from sret_cli.runtime.errors import SOME_FAILED, SretError
-from sret_cli.runtime.lock import LAUNCH
+from sret_cli.runtime.lock import LAUNCH, holder_of
 from sret_cli.spec.run import Row, Run
 from sret_cli.study.deaths import cause_of_death, last_lines, record_death
 from sret_cli.study.rows import read_row
@@ -131,7 +131,7 @@ class Pool:
         if code == 0:
             return
         cause = cause_of_death(code)
-        run = self.left.get(slot.run_id or "")
+        run = self._run_of(slot)
         if run is not None:
             directory = run.directory(self.work.root)
             if record_death(run, directory, slot.pid, cause, self.retries) is not None:
@@ -144,6 +144,17 @@ class Pool:
         slot.run_id = None
         if self.left:
             self._start(slot)
+
+    def _run_of(self, slot: Slot) -> Run | None:
+        """The run that a worker did when it died: as it said, or whose directory it held."""
+        if slot.run_id in self.left:
+            return self.left[slot.run_id]
+        for run in self.left.values():
+            holder = holder_of(run.directory(self.work.root)) or {}
+            mine = holder.get("pid"), holder.get("launch")
+            if mine == (slot.pid, self.launch):
+                return run
+        return None
 
     def _take_rows(self, run_ids: Sequence[str] | None = None) -> None:
         """Takes the rows of runs that have ended, also of those that other commands did."""
