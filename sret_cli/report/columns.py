@@ -1,4 +1,4 @@
-"""How people read rows: headings, units, and groups of runs that differ in their seed."""
+"""How people read rows: headings and units of measurements, and names of fields."""
 
 import math
 from dataclasses import dataclass
@@ -78,8 +78,77 @@ COLUMNS = {
 }
 
 
+# Names for people; a field that is not here is its own name in plain words.
+FIELDS = {
+    "name": "Model",
+    "role": "Role",
+    "study": "Study",
+    "run_id": "Run",
+    "twin_of": "Twin of",
+    "continues": "Continues run",
+    "model.img_size": "Image size (px)",
+    "model.in_chans": "Image channels",
+    "model.num_classes": "Classes",
+    "model.stem_strides": "Strides of the stem",
+    "model.embed_dims": "Width",
+    "model.num_heads": "Heads",
+    "model.blocks": "Blocks",
+    "model.recursions": "Recursions",
+    "model.loop": "Loop",
+    "model.order": "Order of blocks",
+    "model.slices": "Slices",
+    "model.recursive_slices": "Slices of later passes",
+    "model.shuffle": "Shuffle",
+    "model.mlp_ratio": "MLP ratio",
+    "model.nll": "NLLs",
+    "model.nll_ratio": "NLL ratio",
+    "model.residual": "Residual",
+    "model.lrc": "LRC",
+    "model.drop_rate": "Dropout",
+    "model.attn_drop_rate": "Attention dropout",
+    "model.drop_path_rate": "Drop path",
+    "model.drop_path_ramp": "Drop-path ramp",
+    "model.backbone": "Backbone",
+    "model.share": "Blocks that share weights",
+    "model.timm_args": "timm arguments",
+    "train.data_dir": "Data directory",
+    "train.epochs": "Epochs",
+    "train.accumulation": "Parts of a step",
+    "train.opt": "Optimizer",
+    "train.lr": "Learning rate",
+    "train.layer_decay": "Layer decay",
+    "train.sched": "Schedule",
+    "train.min_lr": "Final learning rate",
+    "train.warmup_lr": "Warm-up learning rate",
+    "train.warmup_epochs": "Warm-up epochs",
+    "train.sched_on_updates": "Schedule by steps",
+    "train.smoothing": "Label smoothing",
+    "train.clip_grad": "Gradient clipping",
+    "train.mixup": "Mixup",
+    "train.cutmix": "CutMix",
+    "train.model_ema_decay": "EMA decay",
+    "train.model_ema_warmup": "EMA warm-up",
+    "train.init": "Initial weights",
+    "train.reset_head": "New head",
+    "train.teacher_img_size": "Teacher's image size (px)",
+    "train.distill_temperature": "Distillation temperature",
+    "train.scale": "Crop scale",
+    "train.crop_pct": "Crop of test images",
+    "train.hflip": "Horizontal flip",
+    "train.auto_augment": "AutoAugment",
+    "train.reprob": "Random erasing",
+    "train.aug_repeats": "Repeated augmentation",
+    "train.compile": "Compilation",
+    "train.recompute": "Recomputation",
+    "train.recursions_range": "Range of recursions",
+}
+
+
 def heading(column: str) -> str:
-    """The heading of a column, or the label of an axis."""
-    if column in ("name", "role"):
-        return "Model" if column == "name" else "Role"
-    return COLUMNS[column].heading if column in COLUMNS else column.partition(".")[2] or column
+    """The heading of a column, or the label of an axis: "Learning rate" for `train.lr`."""
+    if column in COLUMNS:
+        return COLUMNS[column].heading
+    if column in FIELDS:
+        return FIELDS[column]
+    words = column.rpartition(".")[2].replace("_", " ").strip()
+    return words[:1].upper() + words[1:] or column

@@ -72,7 +72,7 @@ def compare(rows: Sequence[Row], interval: str = "ci95") -> list[Comparison]:
     ]
 
 
-def comparison_table(comparisons: Sequence[Comparison], interval: str = "ci95") -> ReportTable:
+def comparison_table(comparisons: Sequence[Comparison]) -> ReportTable:
     """The table of comparisons; differences whose interval excludes 0 are bold."""
     fields = identity_fields([c.shared.first for c in comparisons])
     fields = [field for field in fields if field not in ("role", "layers")]
@@ -91,7 +91,7 @@ def comparison_table(comparisons: Sequence[Comparison], interval: str = "ci95") 
         columns=(*fields, *COLUMN_NAMES),
         headings=(*map(heading, fields), *HEADINGS),
         lines=tuple(lines),
-        notes=(f"{DIFFERENCES}; {CAPTIONS[interval]}. {BOLD}",),
+        notes=(f"{DIFFERENCES}; {CAPTIONS['ci95']}. {BOLD}",),
         blocks=tuple(i for i in range(1, len(lines)) if controls[i] != controls[i - 1]),
         identity=len(fields) + 3,
     )

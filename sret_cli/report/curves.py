@@ -1,12 +1,138 @@
-"""Learning curves of the runs in a directory."""
+"""Learning curves: of one run, and of a study with bands over seeds."""
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sret_cli.report.figures import COLORS, save_figure, series_style
+from sret_cli.report.columns import heading
+from sret_cli.report.groups import Group, group_seeds
+from sret_cli.report.intervals import spread
+from sret_cli.report.metrics import read_metrics
+from sret_cli.report.plot_axes import set_x_axis, set_y_axis
+from sret_cli.report.plot_files import save_figure
+from sret_cli.report.plot_lines import legend_entries, sentence, tested_images, words_for
+from sret_cli.report.plot_panels import (
+    How,
+    add_legend,
+    band_text,
+    drawing,
+    entry,
+    finish,
+    label_panels,
+    make_panels,
+)
+from sret_cli.report.plot_series import Series, arrange
+from sret_cli.report.plot_style import COLORS, Look
 from sret_cli.runtime.files import make_directory
+from sret_cli.spec.run import Row
+
+Lines = Mapping[str, Sequence[dict[str, Any]]]  # the lines of `metrics.jsonl` by run id
+# The columns of rows that lines of epochs have as well, by their keys there.
+CURVES = {
+    "top1_percent": "top1_percent",
+    "top5_percent": "top5_percent",
+    "test_loss": "test_loss",
+    "final_loss": "train_loss",
+    "ema_top1_percent": "ema_top1_percent",
+    "ema_test_loss": "ema_test_loss",
+}
+
+
+def curve_of(row: Row, metrics: Lines, y: str) -> dict[int, float]:
+    """The values of a run's curve by epoch; empty without metrics."""
+    found: dict[int, float] = {}
+    for line in metrics.get(str(row.get("run_id")), ()):
+        value, epoch = line.get(CURVES[y]), line.get("epoch")
+        if "step" in line or isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if isinstance(epoch, int) and math.isfinite(value):
+            found[epoch] = float(value)
+    return found
+
+
+def rows_with_curves(rows: Sequence[Row], metrics: Lines, y: str) -> list[Row]:
+    """The rows whose runs have at least two epochs."""
+    return [row for row in rows if len(curve_of(row, metrics, y)) > 1]
+
+
+def draw_curves(rows: Sequence[Row], metrics: Lines, y: str, how: How) -> tuple[Figure, str]:
+    """A column over the epochs: a line of means for each depth or series, with bands over seeds."""
+    rows = rows_with_curves(rows, metrics, y)
+    groups = group_seeds(rows)
+    depths = {json.dumps(row.get("layers")) for row in rows}
+    chosen = how.group or (("layers",) if len(depths) > 1 else None)
+    plan = arrange(groups, "epoch", chosen, may_be_loose=False)
+    curves = {id(group): _values(group, metrics, y) for group in groups}
+    marks: set[str] = set()
+    ends: list[float] = []
+    with drawing():
+        figure, panels = make_panels(len(plan.panels), how.width, share_x=True, share_y=True)
+        epochs = sorted({epoch for curve in curves.values() for epoch in curve})
+        for axes, panel in zip(panels, plan.panels, strict=True):
+            axes.set_title(panel.title)
+            for series in panel.series:
+                for group in series.groups:
+                    _draw_curve(axes, curves[id(group)], series, how.interval, marks, ends)
+            set_x_axis(axes, epochs, may_be_log=False)
+        means = [sum(v) / len(v) for curve in curves.values() for v in curve.values()]
+        if set_y_axis(panels[0], y, means, ends, tested_images(rows)):
+            marks.add("cut")
+        label_panels(panels, "Epoch", heading(y))
+        entries = [entry(str(e.get_label()), _look_of(plan, e)) for e in legend_entries(plan)]
+        for line in entries:
+            line.set_marker("")
+        add_legend(figure, entries, plan.legend_title)
+        finish(figure)
+    counts = sorted({len(group.rows) for group in groups})
+    seeds = f"{counts[0]}–{counts[-1]}" if len(counts) > 1 else str(counts[0])
+    parts = [
+        f"{sentence(words_for(y))} after each epoch.",
+        "One run in each curve." if counts == [1] else f"Means of {seeds} seeds.",
+        band_text(how.interval, marks),
+        plan.note,
+    ]
+    return figure, " ".join(part for part in parts if part)
+
+
+def _look_of(plan: Any, line: Any) -> Look:
+    return next(
+        series.look
+        for panel in plan.panels
+        for series in panel.series
+        if series.label == line.get_label()
+    )
+
+
+def _values(group: Group, metrics: Lines, y: str) -> dict[int, list[float]]:
+    """The values of all seeds by epoch, of the epochs that each seed has."""
+    curves = [curve_of(row, metrics, y) for row in group.rows]
+    common = set.intersection(*(set(curve) for curve in curves))
+    return {epoch: [curve[epoch] for curve in curves] for epoch in sorted(common)}
+
+
+def _draw_curve(
+    axes: Axes,
+    curve: Mapping[int, Sequence[float]],
+    series: Series,
+    interval: str,
+    marks: set[str],
+    ends: list[float],
+) -> None:
+    if not curve:
+        return
+    found = [spread(values, interval) for values in curve.values()]
+    axes.plot(list(curve), [s.mean for s in found], color=series.look.color, ls=series.look.dash)
+    if all(s.half_width is not None for s in found):
+        low = [s.mean - (s.half_width or 0) for s in found]
+        high = [s.mean + (s.half_width or 0) for s in found]
+        axes.fill_between(list(curve), low, high, color=series.look.color, alpha=0.15, linewidth=0)
+        marks.add("band")
+        ends += [*low, *high]
 
 
 def write_training_figure(run_directory: Path, directory: Path) -> list[Path]:
@@ -14,25 +140,35 @@ def write_training_figure(run_directory: Path, directory: Path) -> list[Path]:
 
     Returns no files if the directory has no metrics of a finished epoch.
     """
-    path = run_directory / "metrics.jsonl"
-    if not path.exists():
+    lines = read_metrics(run_directory, steps=True)
+    if (figure := draw_training(lines)) is None:
         return []
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return save_figure(figure, make_directory(directory) / "training")
+
+
+def draw_training(lines: Sequence[dict[str, Any]]) -> Figure | None:
+    """A run's losses and test accuracy; None without a finished epoch."""
     steps = [line for line in lines if "step" in line]
     epochs = [line for line in lines if "top1_percent" in line]
     if not epochs:
-        return []
-    with series_style():
-        figure = Figure(figsize=(9, 3.4), layout="constrained")
-        loss, accuracy = figure.subplots(1, 2)
-        per_epoch = sum(line["epoch"] == epochs[0]["epoch"] for line in steps)
+        return None
+    blue, red = COLORS[:2]
+    with drawing():
+        figure, (loss, accuracy) = make_panels(2, "page")
+        per_epoch = sum(line["epoch"] == epochs[0]["epoch"] for line in steps) or 1
         at = [line["step"] / per_epoch for line in steps]
-        loss.plot(at, [s["loss"] for s in steps], color=COLORS[0], alpha=0.35, label="each step")
+        step_loss = [line["loss"] for line in steps]
+        loss.plot(at, step_loss, color=blue, alpha=0.3, linewidth=0.7, label="each training step")
         ends = [line["epoch"] for line in epochs]
-        loss.plot(ends, [e["train_loss"] for e in epochs], color=COLORS[0], label="epoch's mean")
-        loss.plot(ends, [e["test_loss"] for e in epochs], color=COLORS[1], label="test")
+        train = [line["train_loss"] for line in epochs]
+        loss.plot(ends, train, color=blue, marker="o", label="training, mean of the epoch")
+        test = [line["test_loss"] for line in epochs]
+        loss.plot(ends, test, color=red, marker="s", ls="--", label="test")
         loss.set(xlabel="Epoch", ylabel="Loss")
-        loss.legend()
-        accuracy.plot(ends, [e["top1_percent"] for e in epochs], marker="o", color=COLORS[1])
-        accuracy.set(xlabel="Epoch", ylabel="Top-1 (%)")
-        return save_figure(figure, make_directory(directory) / "training")
+        top1 = [line["top1_percent"] for line in epochs]
+        accuracy.plot(ends, top1, color=red, marker="s", ls="--")
+        accuracy.set(xlabel="Epoch", ylabel=heading("top1_percent"))
+        set_y_axis(accuracy, "top1_percent", top1, (), epochs[-1].get("test_images"))
+        accuracy.set_xlim(loss.get_xlim())
+        add_legend(figure, loss.get_lines())
+        return finish(figure)

@@ -1,158 +1,295 @@
-"""Figures of rows, as PNG and SVG. Equal rows give equal bytes."""
+"""The figures of a report: which of them rows allow, and what stands next to each.
 
-import io
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+The kinds are drawn by the files `plot_*.py`, and by `curves.py`.
+"""
 
-import matplotlib
-from matplotlib.axes import Axes
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
-from sret_cli.report.columns import ACCURACIES, COLUMNS, FLOPS_NOTE, VARYING, heading
-from sret_cli.report.groups import Group, group_seeds, series_fields, series_key
-from sret_cli.report.intervals import BANDS, spread
-from sret_cli.report.summary import field_text
-from sret_cli.runtime.files import write_atomically
+from sret_cli.report.columns import heading
+from sret_cli.report.curves import CURVES, curve_of, draw_curves, rows_with_curves
+from sret_cli.report.groups import group_seeds
+from sret_cli.report.plot_axes import number_in
+from sret_cli.report.plot_cost import cost_columns, draw_columns, draw_cost
+from sret_cli.report.plot_files import save_figure, svg_text
+from sret_cli.report.plot_heat import draw_heat_map, heat_fields
+from sret_cli.report.plot_iso import draw_iso, iso_panels
+from sret_cli.report.plot_lines import draw_line_figure, drawable, sentence, words_for
+from sret_cli.report.plot_panels import Drawn, How
+from sret_cli.report.plot_pareto import draw_pareto, pareto_columns
+from sret_cli.report.plot_rates import draw_rates
+from sret_cli.report.plot_sharing import draw_sharing, sharing_pairs
+from sret_cli.runtime.errors import DATA, USAGE, SretError
 from sret_cli.spec.run import Row
+from sret_cli.study.view import FigureSpec, Kind, ReportSpec
+from sret_cli.study.where import rows_where
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe, Ito
-MARKERS = "osD^vPX"
+__all__ = ["Drawn", "draw_figures", "plot_rows", "save_figure", "svg_text"]
+
+MOST_FIGURES = 6  # that are chosen by the data, besides columns of `y`
+COSTS = ("params", "macs", "activations", "activation_bytes", "peak_memory_bytes")
+Metrics = Mapping[str, Sequence[dict]]
 
 
-def can_plot(row: Row, x: str, y: str) -> bool:
-    """Whether a row has a number for each axis."""
-    return all(isinstance(row.get(c), int | float) for c in (x, y))
+@dataclass(frozen=True)
+class Task:
+    """What a kind is drawn from."""
+
+    rows: Sequence[Row]
+    figure: FigureSpec
+    report: ReportSpec
+    metrics: Metrics
+    how: How
+
+    @property
+    def y(self) -> str:
+        """The column that the figure is about."""
+        return self.figure.y or "top1_percent"
+
+    def refusal(self, reason: str, needed: str) -> SretError:
+        """Why the rows do not allow the figure, and what it would need."""
+        return SretError(f"figure {self.figure.kind!r}: {reason}; it needs {needed}", DATA)
 
 
-def series_style() -> Any:
-    """A context with Matplotlib's settings for every figure."""
-    return matplotlib.rc_context(
-        {
-            "font.size": 10,
-            "axes.grid": True,
-            "grid.alpha": 0.3,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "legend.frameon": False,
-            "svg.hashsalt": "sret",
-            "savefig.dpi": 160,
-        }
+Made = tuple[str, Figure, str]  # title, figure, caption
+
+
+def draw_figures(
+    rows: Sequence[Row],
+    spec: ReportSpec,
+    metrics: Metrics = {},  # noqa: B006
+    links: bool = False,
+) -> list[Drawn]:
+    """The figures that a spec asks for, or without any those that the rows allow.
+
+    Args:
+        rows: what runs measured.
+        spec: what the report shows.
+        metrics: the lines of `metrics.jsonl` by run id, for learning curves.
+        links: whether the dot of a run is a link to `#run-<run_id>`.
+
+    Raises:
+        SretError: the rows do not allow a figure that the spec asks for.
+    """
+    rows = rows_where(rows, spec.where)
+    if not spec.figures:
+        return _chosen(rows, spec, metrics, links)
+    drawn = []
+    for figure in spec.figures:
+        if figure.kind == "law":
+            continue
+        drawn.append(_draw(rows, figure, spec, metrics, links))
+    names = [d.name for d in drawn]
+    for name in names:
+        if names.count(name) > 1:
+            raise SretError(
+                f"two figures are named {name!r}; give each [[report.figures]] a `name`", USAGE
+            )
+    return drawn
+
+
+def _draw(
+    rows: Sequence[Row], figure: FigureSpec, spec: ReportSpec, metrics: Metrics, links: bool
+) -> Drawn:
+    how = How(
+        group=spec.group if figure.group is None else figure.group,
+        interval=spec.interval,
+        width=spec.width,
+        links=links,
+        published=spec.published,
     )
+    kept = rows_where(rows, figure.where)
+    task = Task(kept, figure, spec, metrics, how)
+    if not kept:
+        condition = f" with {figure.where}" if figure.where else ""
+        raise task.refusal(f"there are no rows{condition}", "at least one")
+    title, drawn, caption = DRAWN_BY[figure.kind](task)
+    title = figure.name or title
+    drawn.set_label(f"{title}. {caption}")
+    return Drawn(figure.name or figure.kind, figure.kind, title, caption, drawn)
+
+
+def _chosen(rows: Sequence[Row], spec: ReportSpec, metrics: Metrics, links: bool) -> list[Drawn]:
+    """The figures that the rows allow, the most telling first."""
+    figures = [FigureSpec(kind="accuracy"), FigureSpec(kind="cost")]
+    shown = {"top1_percent", *cost_columns(rows, spec.x)}
+    for column in spec.y:
+        if column not in shown:
+            kind: Kind = "loss" if column.endswith("_loss") else "accuracy"
+            kind = "cost" if column in COSTS else kind
+            figures.append(FigureSpec.model_construct(kind=kind, y=column, name=column))
+            shown.add(column)
+    kinds: tuple[Kind, ...] = (
+        "sharing",
+        "pareto",
+        "learning-rate",
+        "curves",
+        "heat-map",
+        "iso-flops",
+        "iso-params",
+    )
+    drawn: list[Drawn] = []
+    for figure in [*figures, *(FigureSpec(kind=kind) for kind in kinds)]:
+        is_extra = figure in figures
+        if not is_extra and (
+            len(drawn) >= MOST_FIGURES or not _is_telling(rows, figure.kind, drawn, metrics)
+        ):
+            continue
+        try:
+            made = _draw(rows, figure, spec, metrics, links)
+        except SretError as error:
+            if error.code != DATA:
+                raise
+            continue
+        if figure.name is not None:
+            made = replace(made, title=sentence(words_for(made.name)))
+        drawn.append(made)
+    return drawn
+
+
+def _is_telling(rows: Sequence[Row], kind: str, drawn: Sequence[Drawn], metrics: Metrics) -> bool:
+    """Whether a figure that was not asked for would show more than those before it."""
+    done = drawable(rows, "top1_percent", "top1_percent")
+    count = len({number_in(row, "train.lr") for row in done})
+    if kind == "curves":
+        return any(len(curve_of(row, metrics, "top1_percent")) > 2 for row in rows)
+    if kind == "pareto":
+        return len(group_seeds(done)) > 2
+    if kind == "learning-rate":
+        return count > 2
+    if kind == "heat-map":
+        sizes = [len({str(row.get(f)) for row in done}) for f in heat_fields(done)[:2]]
+        return len(sizes) == 2 and min(sizes) > 2 and "learning-rate" not in {d.kind for d in drawn}
+    if kind in ("iso-flops", "iso-params"):
+        fixed, x = ISO[kind]
+        panels = iso_panels(done, fixed, x, "top1_percent")
+        return max((len(levels) for _, levels in panels), default=0) > 1
+    return True
+
+
+def _lines(task: Task) -> Made:
+    """Accuracy, loss or another column over depth."""
+    x = task.figure.x or task.report.x
+    default = "test_loss" if task.figure.kind == "loss" else "top1_percent"
+    y = task.figure.y or default
+    if not drawable(task.rows, x, y):
+        raise task.refusal(
+            f"no row has both {heading(x)} and {heading(y)} as numbers", "runs with both"
+        )
+    figure, caption = draw_line_figure(task.rows, x, y, task.how)
+    return sentence(f"{words_for(y)} over {words_for(x)}"), figure, caption
+
+
+def _cost(task: Task) -> Made:
+    x = task.figure.x or task.report.x
+    columns = [task.figure.y] if task.figure.y else cost_columns(task.rows, x)
+    if not any(drawable(task.rows, x, column) for column in columns):
+        raise task.refusal(
+            f"no row has a cost and {heading(x)} as numbers", "rows with params or macs"
+        )
+    figure, caption = draw_cost(task.rows, x, columns, task.how)
+    return f"Cost over {words_for(x)}", figure, caption
+
+
+def _pareto(task: Task) -> Made:
+    columns = pareto_columns(task.rows, task.y)
+    if task.figure.x:
+        columns = [task.figure.x] if drawable(task.rows, task.figure.x, task.y) else []
+    if not columns:
+        raise task.refusal(
+            f"no cost differs between rows with {heading(task.y)}",
+            "models of different params, macs, time or memory",
+        )
+    figure, caption = draw_pareto(task.rows, columns, task.y, task.how)
+    return f"{sentence(words_for(task.y))} against cost", figure, caption
+
+
+def _sharing(task: Task) -> Made:
+    if task.y not in ("top1_percent", "test_loss"):
+        raise SretError(f"figure 'sharing': y = {task.y!r}; use top1_percent or test_loss", USAGE)
+    if not sharing_pairs(task.rows, task.y, task.how.interval):
+        raise task.refusal(
+            "no shared model has a twin or baseline with the same seed and results",
+            'finished runs of a study with twins = ["layers"]',
+        )
+    figure, caption = draw_sharing(task.rows, task.y, task.how)
+    return "Shared models against their controls", figure, caption
+
+
+ISO = {"iso-params": ("params", "macs"), "iso-flops": ("macs", "params")}
+
+
+def _iso(task: Task) -> Made:
+    fixed, x = ISO[task.figure.kind]
+    x = task.figure.x or x
+    if not iso_panels(task.rows, fixed, x, task.y):
+        raise task.refusal(
+            f"no two models have equal {words_for(fixed)} and different {words_for(x)}",
+            f"models of equal {words_for(fixed)} (within 2 %), such as twins",
+        )
+    figure, caption = draw_iso(task.rows, fixed, x, task.y, task.how)
+    title = f"{sentence(words_for(task.y))} at equal {words_for(fixed)}"
+    return title, figure, caption
+
+
+def _curves(task: Task) -> Made:
+    if task.y not in CURVES:
+        raise SretError(
+            f"figure 'curves': {task.y} is not measured at each epoch; use {', '.join(CURVES)}",
+            USAGE,
+        )
+    if not rows_with_curves(task.rows, task.metrics, task.y):
+        raise task.refusal(
+            "no run has metrics of two epochs", "runs with their metrics.jsonl and 2 epochs"
+        )
+    figure, caption = draw_curves(task.rows, task.metrics, task.y, task.how)
+    return "Learning curves", figure, caption
+
+
+def _rates(task: Task) -> Made:
+    x = task.figure.x or "train.lr"
+    rows = drawable(task.rows, x, task.y)
+    if len({number_in(row, x) for row in rows}) < 2:
+        raise task.refusal(
+            f"rows with {heading(task.y)} have one {words_for(x)}", "at least two values"
+        )
+    figure, caption = draw_rates(rows, x, task.y, task.how)
+    return f"{sentence(words_for(task.y))} over {words_for(x)}", figure, caption
+
+
+def _heat_map(task: Task) -> Made:
+    column = task.report.y[0] if task.report.y else "top1_percent"
+    rows = drawable(task.rows, column, column)
+    given = [field for field in (task.figure.x, task.figure.y) if field]
+    fields = given + [field for field in heat_fields(rows) if field not in given]
+    if len(fields) < 2 or not rows:
+        raise task.refusal(
+            f"fewer than two fields differ between rows with {heading(column)}",
+            "two axes, such as recursions and train.lr",
+        )
+    x, y = fields[:2]
+    figure, caption = draw_heat_map(rows, x, y, column, task.how)
+    return f"{sentence(words_for(column))} by {words_for(x)} and {words_for(y)}", figure, caption
+
+
+DRAWN_BY: dict[str, Callable[[Task], Made]] = {
+    "accuracy": _lines,
+    "loss": _lines,
+    "cost": _cost,
+    "pareto": _pareto,
+    "sharing": _sharing,
+    "iso-params": _iso,
+    "iso-flops": _iso,
+    "curves": _curves,
+    "learning-rate": _rates,
+    "heat-map": _heat_map,
+}
 
 
 def plot_rows(
     rows: Sequence[Row], x: str, columns: Sequence[str], interval: str = "ci95"
 ) -> Figure:
-    """A figure with one panel for each column over x: a marker for each run, a line of means.
-
-    With several seeds, a band shows the interval of the mean. Each line joins settings that differ
-    in x alone, or in what changes with it, such as the recursions along the layers.
-    """
-    groups = [g for g in group_seeds(rows) if any(can_plot(g.first, x, c) for c in columns)]
-    groups = groups or group_seeds(rows)
-    fields = series_fields(groups, x)
-    with series_style():
-        figure = Figure(figsize=(max(4.2 * len(columns), 5.5), 3.6), layout="constrained")
-        panels = figure.subplots(1, len(columns), squeeze=False)[0]
-        has_band = False
-        for axes, column in zip(panels, columns, strict=True):
-            has_band |= _draw(axes, groups, x, column, fields, interval)
-        if fields:
-            handles, labels = panels[-1].get_legend_handles_labels()
-            figure.legend(
-                handles,
-                labels,
-                title=", ".join(heading(f) for f in fields),
-                loc="outside right upper",
-                fontsize=8,
-                title_fontsize=8,
-            )
-        notes = [FLOPS_NOTE] * ("macs" in (x, *columns))
-        notes += [f"Band: {BANDS[interval]}."] * has_band
-        if notes:
-            figure.supxlabel(" ".join(notes), fontsize=7, x=0.01, ha="left", color="0.4")
-        return figure
-
-
-def _draw(
-    axes: Axes,
-    groups: Sequence[Group],
-    x: str,
-    column: str,
-    fields: Sequence[str],
-    interval: str,
-) -> bool:
-    """Draws a panel; returns whether it has a band."""
-    unit_x = COLUMNS[x].divisor if x in COLUMNS else 1
-    unit_y = COLUMNS[column].divisor if column in COLUMNS else 1
-    series: dict[str, list[Group]] = {}
-    for group in groups:
-        if any(can_plot(row, x, column) for row in group.rows):
-            series.setdefault(series_key(group.first, fields), []).append(group)
-    has_band = False
-    for index, members in enumerate(series.values()):
-        members.sort(key=lambda group: _number(group.first[x]))
-        color, marker = COLORS[index % len(COLORS)], MARKERS[(index + index // 7) % len(MARKERS)]
-        at = [group.first[x] / unit_x for group in members]
-        found = [spread([v / unit_y for v in group.values(column)], interval) for group in members]
-        axes.plot(at, [s.mean for s in found], color=color)
-        label = ", ".join(field_text(members[0].first, field) for field in fields)
-        axes.plot([], [], color=color, marker=marker, markersize=4, label=label)
-        if column in VARYING and any(s.half_width is not None for s in found):
-            has_band = True
-            low = [s.mean - (s.half_width or 0) for s in found]
-            high = [s.mean + (s.half_width or 0) for s in found]
-            axes.fill_between(at, low, high, color=color, alpha=0.18, linewidth=0)
-        for place, group in zip(at, members, strict=True):
-            values = [v / unit_y for v in group.values(column)]
-            axes.scatter([place] * len(values), values, color=color, marker=marker, s=18, zorder=3)
-    plotted = [row for group in groups for row in group.rows if can_plot(row, x, column)]
-    axes.set(xlabel=heading(x), ylabel=heading(column))
-    xs = sorted({row[x] / unit_x for row in plotted})
-    ys = [row[column] / unit_y for row in plotted]
-    if _wide(xs):
-        axes.set_xscale("log")
-        if len(xs) <= 8:
-            axes.set_xticks(xs, [f"{v:,g}" for v in xs])
-            axes.minorticks_off()
-    elif x == "layers" and len(xs) <= 8:
-        axes.set_xticks(xs)
-    if column not in ACCURACIES and _wide(ys, 3 if axes.get_xscale() == "log" else 8):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    elif column in ("params", "macs", "activation_bytes", "peak_memory_bytes"):
-        axes.set_ylim(0, max(ys) * 1.15)
-    if column in ACCURACIES:
-        bottom, top = axes.get_ylim()
-        axes.set_ylim(max(bottom, 0.0), min(top, 100.0))
-    return has_band
-
-
-def _number(value: Any) -> float:
-    return float(value)
-
-
-def _wide(values: Sequence[float], ratio: float = 8) -> bool:
-    """Whether a logarithmic axis shows the values better.
-
-    Next to another logarithmic axis a smaller ratio is enough: proportions are then straight lines.
-    """
-    return min(values) > 0 and max(values) / min(values) >= ratio
-
-
-def save_figure(figure: Figure, stem: Path) -> list[Path]:
-    """Writes a figure as PNG and SVG, reproducible to the byte; returns the files."""
-    files = []
-    for suffix in ("png", "svg"):
-        data = io.BytesIO()
-        with series_style():
-            figure.savefig(
-                data, format=suffix, metadata={"Date": None} if suffix == "svg" else None
-            )
-        files.append(stem.with_name(f"{stem.name}.{suffix}"))
-        write_atomically(files[-1], data.getvalue())
-    return files
+    """A figure with one panel for each column over x, as for the rows of an evaluation."""
+    return draw_columns(group_seeds(rows), x, columns, How(interval=interval))[0]

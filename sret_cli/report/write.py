@@ -36,9 +36,9 @@ def make_report(collection: Collection) -> Report:
     """The tables of a collection: of all settings, of pairs, and of runs that two sources share."""
     rows, spec = list(collection.rows.values()), collection.spec
     tables = {"table": summarise(rows, spec, title=collection.title)}
-    comparisons = compare(rows, spec.interval)
+    comparisons = compare(rows)
     if comparisons:
-        tables["comparisons"] = comparison_table(comparisons, spec.interval)
+        tables["comparisons"] = comparison_table(comparisons)
     if len(collection.sources) == 2:
         kept = [
             [row for place, row in source.rows.items() if place in collection.rows]

@@ -30,6 +30,13 @@ def test_two_runs_with_one_seed_are_never_seeds_of_each_other():
     assert found == [[rows[0]["run_id"], rows[1]["run_id"]], ["other"], ["longer"]]
 
 
+def test_seeds_are_grouped_although_each_samples_other_images_to_identify_the_data():
+    rows = rows_of(train__seed=[0, 1])
+    for row, sample in zip(rows, ("a1", "b2"), strict=True):
+        row |= {"data_files_sha256": "f0", "data_sample_sha256": sample}
+    assert [len(group.rows) for group in group_seeds(rows)] == [2]
+
+
 def test_recursions_that_have_equal_layers_are_different_settings():
     rows = rows_of(model__recursions=[[2, 2, 2], [4, 1, 2], [1, 2, 3]])
     assert {row["layers"] for row in rows} == {8}

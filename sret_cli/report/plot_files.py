@@ -1,0 +1,42 @@
+"""Figures as files: PNG, SVG with real text and PDF with its fonts. Equal rows give equal bytes."""
+
+import io
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from sret_cli.report.plot_panels import drawing
+from sret_cli.runtime.files import write_atomically
+
+# Without the time of writing, and with the title under the name that each format has for it.
+METADATA: dict[str, dict[str, str | None]] = {
+    "png": {"Software": "sret"},
+    "svg": {"Date": None, "Creator": "sret"},
+    "pdf": {"CreationDate": None, "Creator": "sret", "Producer": "sret"},
+}
+
+
+def figure_bytes(figure: Figure, suffix: str) -> bytes:
+    """A figure in a format; the size is that of the figure, and no margin is cut off."""
+    data = io.BytesIO()
+    metadata = dict(METADATA[suffix])
+    if title := str(figure.get_label() or ""):
+        metadata["Title"] = title
+    with drawing():
+        figure.savefig(data, format=suffix, metadata=metadata)
+    return data.getvalue()
+
+
+def save_figure(figure: Figure, stem: Path) -> list[Path]:
+    """Writes a figure as PNG, SVG and PDF, reproducible to the byte; returns the files."""
+    files = []
+    for suffix in METADATA:
+        files.append(stem.with_name(f"{stem.name}.{suffix}"))
+        write_atomically(files[-1], figure_bytes(figure, suffix))
+    return files
+
+
+def svg_text(figure: Figure) -> str:
+    """A figure as the `<svg>` element for a page, with text as text."""
+    text = figure_bytes(figure, "svg").decode("utf-8")
+    return text[text.index("<svg") :]

@@ -1,0 +1,192 @@
+"""Lines over depth or another column: accuracy, loss and cost."""
+
+from collections.abc import Iterable, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from sret_cli.report.columns import FLOPS_NOTE, VARYING, heading
+from sret_cli.report.groups import Group, group_seeds
+from sret_cli.report.intervals import spread
+from sret_cli.report.plot_axes import number_in, set_x_axis, set_y_axis
+from sret_cli.report.plot_panels import (
+    How,
+    add_legend,
+    band_text,
+    draw_runs,
+    drawing,
+    entry,
+    finish,
+    label_panels,
+    make_panels,
+    seeds_text,
+)
+from sret_cli.report.plot_series import Arrangement, Series, arrange
+from sret_cli.spec.run import Row
+
+# Columns within a sentence, where that is not their heading.
+WORDS = {
+    "params": "parameters",
+    "activation_bytes": "memory kept for the backward pass",
+    "step_seconds": "time of a training step",
+    "forward_seconds": "time of a forward pass",
+    "top1_percent": "top-1 accuracy",
+    "top5_percent": "top-5 accuracy",
+}
+
+
+def drawable(rows: Sequence[Row], x: str, y: str) -> list[Row]:
+    """The rows that have a finite number for each axis."""
+    return [r for r in rows if number_in(r, x) is not None and number_in(r, y) is not None]
+
+
+def words_for(column: str) -> str:
+    """What a column is called within a sentence: "parameters" for `params`."""
+    text = heading(column).partition(" (")[0]
+    is_word = text[:1].isupper() and text[1:2].islower()
+    return WORDS.get(column) or (text[:1].lower() + text[1:] if is_word else text)
+
+
+def listed(texts: Iterable[str]) -> str:
+    """Texts as a list within a sentence: "a, b and c"."""
+    *first, last = texts
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def sentence(text: str) -> str:
+    """A text with its first letter in upper case."""
+    return text[:1].upper() + text[1:]
+
+
+def mean_of(group: Group, column: str, interval: str) -> tuple[float, float | None] | None:
+    """The mean of a group in a column's unit and the half-width of its interval, if known."""
+    values = [n for row in group.rows if (n := number_in(row, column)) is not None]
+    if not values:
+        return None
+    found = spread(values, interval)
+    return found.mean, found.half_width if column in VARYING else None
+
+
+def draw_line_figure(rows: Sequence[Row], x: str, y: str, how: How) -> tuple[Figure, str]:
+    """One column over x: a line of means for each series, a dot for each run; with its caption."""
+    rows = drawable(rows, x, y)
+    groups = group_seeds(rows)
+    plan = arrange(groups, x, how.group)
+    with drawing():
+        figure, panels = make_panels(len(plan.panels), how.width, share_y=True, share_x=True)
+        marks: set[str] = set()
+        ends: list[float] = []
+        for axes, panel in zip(panels, plan.panels, strict=True):
+            axes.set_title(panel.title)
+            for series in panel.series:
+                marks |= draw_series(axes, series, x, y, how, ends)
+            set_x_axis(axes, [n for r in rows if (n := number_in(r, x)) is not None], x)
+        values = [n for r in rows if (n := number_in(r, y)) is not None]
+        if set_y_axis(panels[0], y, values, ends, tested_images(rows)):
+            marks.add("cut")
+        label_panels(panels, heading(x), heading(y))
+        add_legend(figure, legend_entries(plan), plan.legend_title)
+        finish(figure)
+    return figure, line_caption(groups, x, [y], how.interval, marks, plan)
+
+
+def tested_images(rows: Sequence[Row]) -> int | None:
+    """The smallest number of test images that an accuracy of the rows is of."""
+    counts = [row["test_images"] for row in rows if row.get("test_images")]
+    return min(counts, default=None)
+
+
+def legend_entries(plan: Arrangement) -> list[Line2D]:
+    """An entry for each series of any panel; none if there is only one."""
+    found: dict[str, Series] = {}
+    for panel in plan.panels:
+        for series in panel.series:
+            known = found.setdefault(series.label, series)
+            if len(series.groups) > len(known.groups):
+                found[series.label] = series
+    if len(found) < 2:
+        return []
+    return [entry(s.label, s.look, s.is_joined and len(s.groups) > 1) for s in found.values()]
+
+
+def draw_series(
+    axes: Axes,
+    series: Series,
+    x: str,
+    y: str,
+    how: How,
+    ends: list[float],
+) -> set[str]:
+    """Draws a series; adds the ends of its intervals to `ends`; returns what was drawn.
+
+    Neighbours with intervals have a band between them, others bars.
+    """
+    points = []
+    for group in series.groups:
+        at, found = number_in(group.first, x), mean_of(group, y, how.interval)
+        if at is not None and found is not None:
+            points.append((at, *found))
+    look, marks = series.look, set()
+    if series.is_joined and len(points) > 1:
+        axes.plot([p[0] for p in points], [p[1] for p in points], color=look.color, ls=look.dash)
+    several = [g for g in series.groups if sum(number_in(r, y) is not None for r in g.rows) > 1]
+    means = [(p, g) for p, g in zip(points, series.groups, strict=False) if g in several]
+    if means:
+        axes.scatter(
+            [p[0] for p, _ in means],
+            [p[1] for p, _ in means],
+            s=16,
+            marker=look.marker,
+            color=look.color,
+            linewidths=0,
+            zorder=4,
+        )
+    draw_runs(axes, series.groups, x, y, look, how.links)
+    run: list[tuple[float, float, float]] = []
+    for at, mean, half in [*points, (0.0, 0.0, None)]:
+        if half is not None:
+            run.append((at, mean - half, mean + half))
+            ends += run[-1][1:]
+            if series.is_joined:
+                continue
+        if len(run) > 1:
+            places, lows, highs = zip(*run, strict=True)
+            axes.fill_between(places, lows, highs, color=look.color, alpha=0.15, linewidth=0)
+            marks.add("band")
+        elif run:
+            ((place, low, high),) = run
+            axes.errorbar(
+                [place],
+                [(low + high) / 2],
+                yerr=[(high - low) / 2],
+                fmt="none",
+                ecolor=look.color,
+                elinewidth=0.8,
+                capsize=2,
+            )
+            marks.add("bar")
+        run = []
+    return marks
+
+
+def line_caption(
+    groups: Sequence[Group],
+    x: str,
+    columns: Sequence[str],
+    interval: str,
+    marks: set[str],
+    plan: Arrangement,
+) -> str:
+    """Which columns are drawn over x, what marks mean, and how many seeds there are."""
+    parts = [f"{sentence(listed(map(words_for, columns)))} over {words_for(x)}."]
+    seeds = seeds_text(groups, columns)
+    if any(column in VARYING for column in columns):
+        several = not seeds.startswith("One run")
+        parts.append("Lines join means, dots are runs." if several else "")
+        parts.append(seeds)
+        parts.append(band_text(interval, marks))
+    if "macs" in (x, *columns):
+        parts.append(FLOPS_NOTE)
+    parts.append(plan.note)
+    return " ".join(part for part in parts if part)
