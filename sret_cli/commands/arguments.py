@@ -9,7 +9,7 @@ import typer
 
 from sret_cli.commands.flags import MODEL_FLAGS, TRAIN_FLAGS
 from sret_cli.commands.output import stderr_console
-from sret_cli.runtime.errors import USAGE, SretError
+from sret_cli.runtime.errors import USAGE, SretError, nearest_choice
 from sret_cli.runtime.files import utc_now
 
 # Specs and studies need pydantic, which `sret --help` does without.
@@ -162,15 +162,26 @@ def engine_options(context: typer.Context) -> "EngineOptions":
     """Who does the runs: the `EngineOptions` of a command's flags.
 
     Raises:
-        SretError: --jobs is neither a number nor "auto".
+        SretError: --jobs is neither a number nor "auto", or there is no such engine.
     """
-    from sret_cli.study.engines import EngineOptions
+    from sret_cli.study.engines import ENGINES, EngineOptions
 
     flags = context.params
-    jobs = flags["jobs"]
+    jobs, name = flags["jobs"], flags["engine"]
+    if name not in ENGINES:
+        raise SretError(f"--engine {name}: {nearest_choice(name, list(ENGINES))}", USAGE)
+    options = [text for given in flags["slurm"] or () for text in given.split(",")]
+    for text in options:
+        if not text.partition("=")[0].strip() or "=" not in text:
+            raise SretError(f"--slurm {text}: write it as partition=gpu,time=240", USAGE)
+    pairs = [text.partition("=") for text in options]
     if jobs != "auto" and not (jobs.isdecimal() and int(jobs) > 0):
         raise SretError(f"--jobs {jobs}: give a number of runs at a time, or auto", USAGE)
     return EngineOptions(
+        engine=name,
+        address=flags["address"],
+        slurm=tuple((key.strip(), value.strip()) for key, _, value in pairs),
+        wait=flags["wait"],
         jobs=None if jobs == "auto" else int(jobs),
         gpus_per_run=flags["gpus_per_run"],
         runs_per_gpu=flags["runs_per_gpu"],

@@ -219,6 +219,30 @@ Shard = Annotated[
         "--shard", help="Shard the weights over the processes (FSDP).", rich_help_panel=WHERE
     ),
 ]
+EngineName = Annotated[
+    str,
+    typer.Option(
+        help="Where runs are done: local, ray or slurm.",
+        autocompletion=choices("local", "ray", "slurm"),
+        rich_help_panel=RUNNING,
+    ),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Address of a Ray cluster: HOST:PORT.", rich_help_panel=RUNNING),
+]
+Slurm = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="<options>",
+        help="Options of sbatch: partition=gpu,gres=gpu:1,time=240.",
+        rich_help_panel=RUNNING,
+    ),
+]
+Wait = Annotated[
+    bool,
+    typer.Option("--wait", help="Wait for the end of a Slurm job.", rich_help_panel=RUNNING),
+]
 Jobs = Annotated[
     str,
     typer.Option(

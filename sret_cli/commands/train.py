@@ -18,6 +18,7 @@ from sret_cli.commands.flags import (
     MODEL_FLAGS,
     TRAIN_FLAGS,
     WHERE,
+    Address,
     Backbone,
     BatchSize,
     CheckpointEverySteps,
@@ -26,6 +27,7 @@ from sret_cli.commands.flags import (
     DataDir,
     Dataset,
     Device,
+    EngineName,
     Epochs,
     FailFast,
     GpuMemory,
@@ -57,10 +59,12 @@ from sret_cli.commands.flags import (
     Shard,
     Share,
     Slices,
+    Slurm,
     StudyFile,
     Synthetic,
     Tensorboard,
     Twin,
+    Wait,
     WeightDecay,
     Workers,
 )
@@ -124,6 +128,10 @@ def train(
     retry: Retry = None,
     only: Only = None,
     fail_fast: FailFast = False,
+    engine: EngineName = "local",
+    address: Address = None,
+    slurm: Slurm = None,
+    wait: Wait = False,
     json_: Json = False,
 ) -> None:
     """Train the missing runs of a study, or one model: by default `nano` on `digits`.
@@ -198,6 +206,10 @@ def run(
     retry: Retry = None,
     only: Only = None,
     fail_fast: FailFast = False,
+    engine: EngineName = "local",
+    address: Address = None,
+    slurm: Slurm = None,
+    wait: Wait = False,
     json_: Json = False,
 ) -> None:
     """Profile, train and report a study in one go; finished runs are not repeated."""

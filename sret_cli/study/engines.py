@@ -1,10 +1,16 @@
-"""Which engine does the runs of a study: this process, or workers on this machine."""
+"""Which engine does the runs of a study: this process, or workers here or elsewhere.
+
+An engine is a module with a function `run(work, engine, board)`, which starts processes that take
+the runs of `work` until each has a row. All of them claim and resume runs in the same way, in the
+directories of the runs; so a study can be begun by one engine and finished by another.
+"""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 
 from rich.console import Console
@@ -16,9 +22,7 @@ from sret_cli.spec.options import RunOptions
 from sret_cli.spec.run import Row, Run
 from sret_cli.study.axes import run_labels
 from sret_cli.study.file import Study
-from sret_cli.study.pool import Pool
-from sret_cli.study.rows import planned_row, read_row
-from sret_cli.study.shares import Share, cores, divide, jobs_on_gpus, visible_gpus
+from sret_cli.study.rows import planned_row
 from sret_cli.study.weight import weight_of
 from sret_cli.study.work import (
     Outcome,
@@ -30,7 +34,11 @@ from sret_cli.study.work import (
 )
 from sret_cli.study.worker import Work
 
-ENGINES = ("local",)
+ENGINES = {
+    "local": "sret_cli.study.local",
+    "ray": "sret_cli.study.ray_engine",
+    "slurm": "sret_cli.study.slurm_engine",
+}
 
 
 @dataclass(frozen=True)
@@ -38,11 +46,14 @@ class EngineOptions:
     """Who does the runs of a study; this does not change their results.
 
     Attributes:
-        engine: local.
+        engine: local, ray or slurm.
         jobs: the number of runs at a time, or None for what is fastest.
         gpus_per_run: GPUs of one run, which torchrun trains.
         runs_per_gpu: runs that share a GPU.
         retries: how often a run goes on after its process died.
+        address: address of a Ray cluster; None for one on this machine.
+        slurm: options of sbatch by name, such as partition and gres.
+        wait: whether to wait for the end of a Slurm job.
     """
 
     engine: str = "local"
@@ -50,6 +61,9 @@ class EngineOptions:
     gpus_per_run: int = 1
     runs_per_gpu: int = 1
     retries: int = 2
+    address: str | None = None
+    slurm: tuple[tuple[str, str], ...] = ()
+    wait: bool = False
 
     @property
     def is_this_process(self) -> bool:
@@ -81,14 +95,11 @@ def do_study(
     display = Display(console, study.name, len(study.runs))
     study = prepared(study, root, display, trains)
     todo = [run for run in study.runs if run.is_identified]
-    shares = choose_shares(todo, root, options, engine, display)
-    if shares is None:
-        return run_study(study, root, options, console, trains)
-    ordered = sorted(todo, key=weight_of, reverse=True)
+    ordered = tuple(sorted(todo, key=weight_of, reverse=True))
+    work = Work(replace(study, runs=ordered), root, options, trains)
     board = Board(study, display)
-    work = Work(replace(study, runs=tuple(ordered)), root, options, trains)
     with board.showing():
-        Pool(work, shares, board.on_end, board.on_look, engine.retries).run()
+        import_module(ENGINES[engine.engine]).run(work, engine, board)
     return board.outcome()
 
 
@@ -99,36 +110,6 @@ def prepared(study: Study, root: Path, display: Display, trains: bool) -> Study:
     study = replace(study, runs=tuple(identified_runs(study, trains, display.note)))
     check_backbones(study, root)
     return study
-
-
-def choose_shares(
-    runs: list[Run], root: Path, options: RunOptions, engine: EngineOptions, display: Display
-) -> list[Share] | None:
-    """The shares of the machine for workers, which is said; None for one after another."""
-    gpus = visible_gpus(options.device)
-    left = [run for run in runs if read_row(run.directory(root)) is None]
-    jobs, why = engine.jobs, "as asked for"
-    if jobs is None and gpus:
-        jobs = jobs_on_gpus(gpus, engine.gpus_per_run, engine.runs_per_gpu)
-        why = f"{len(gpus)} GPUs"
-    elif jobs is None and len(left) > 1 and engine.gpus_per_run == 1:
-        from sret_cli.study.pace import best_jobs
-
-        jobs, why = best_jobs(min(left, key=weight_of), len(left))
-    jobs = min(jobs or 1, max(len(left), 1))
-    if jobs == 1 and engine.gpus_per_run == 1 and engine.jobs is None:
-        display.note(f"runs one after another: {why}")
-        return None
-    shares = divide(
-        jobs, options.device, gpus, engine.gpus_per_run, engine.runs_per_gpu, options.workers
-    )
-    first = shares[0]
-    parts = f"{first.threads} threads" if not first.gpus else f"{len(first.gpus)} GPUs"
-    parts += f", {first.loaders} loader processes" * bool(first.loaders)
-    processes = jobs * first.processes
-    over = f"; that is more than the {cores()} cores" if processes > cores() else ""
-    display.note(f"{jobs} runs at a time ({why}), each with {parts}{over}")
-    return shares
 
 
 class Board:
@@ -147,6 +128,10 @@ class Board:
         self.began, self.before = time.monotonic(), 0.0
         self.skipped = 0
         self.is_first_look = True
+
+    def note(self, line: str) -> None:
+        """Prints a line that stays."""
+        self.display.note(line)
 
     @contextmanager
     def showing(self) -> Iterator[None]:
