@@ -24,6 +24,7 @@ from sret_cli.commands.output import Output, PipeClosed
 from sret_cli.commands.profile import profile
 from sret_cli.commands.report import report_command
 from sret_cli.commands.status import status
+from sret_cli.commands.study import study_app
 from sret_cli.commands.train import run, train
 from sret_cli.runtime.errors import RESOURCES, USAGE, SretError, as_loader_lost, as_out_of_memory
 from sret_cli.runtime.signals import EXIT_CODES
@@ -67,7 +68,12 @@ app.command()(export)
 app.command()(distill_labels)
 app.command(name="help")(help_command)
 app.add_typer(data_app)
-for info in (*app.registered_commands, *data_app.registered_commands):
+app.add_typer(study_app)
+for info in (
+    *app.registered_commands,
+    *data_app.registered_commands,
+    *study_app.registered_commands,
+):
     info.cls = Command
 
 

@@ -11,6 +11,7 @@ import tomllib
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,6 +30,8 @@ from sret_cli.study.resolve import resolve_run
 from sret_cli.study.view import ReportSpec
 
 TABLES = ("model", "train", "grid", "zip", "runs", "twins", "baselines", "report")
+LARGEST_FILE = 1_000_000  # bytes
+MOST_RUNS = 10_000  # without --max-runs
 RESERVED = ("train", "profile", "report")
 
 
@@ -51,13 +54,16 @@ class Study:
     question: str = ""
 
 
-def load_study(path: Path, train: Table | None = None) -> Study:
+def load_study(path: Path, train: Table | None = None, max_runs: int = MOST_RUNS) -> Study:
     """Reads a study file; values in `train` take precedence over its `[train]`.
 
     Raises:
-        SretError: the file cannot be read, is not a study, or has an invalid run.
+        SretError: the file cannot be read, is not a study, has an invalid run, or more than
+            `max_runs` points.
     """
     tables = read_study(path)
+    if (count := count_points(tables)) > max_runs:
+        raise SretError(f"{path} has {count:,} runs; if you want them, give --max-runs {count}")
     if path.stem in RESERVED:
         raise SretError(
             f"{path}: runs/{path.stem} is used by sret itself; give the study another name"
@@ -67,6 +73,15 @@ def load_study(path: Path, train: Table | None = None) -> Study:
         return replace(study, question=study_question(path))
     except SretError as error:
         raise SretError(f"{path}: {error}", error.code) from None
+
+
+def count_points(tables: Table) -> int:
+    """How many points the tables of a study have, without making them; twins do not count."""
+    grid, together, listed = (tables.get(name, {}) for name in ("grid", "zip", "runs"))
+    lengths = [len(v) for v in grid.values() if isinstance(v, list)] if type(grid) is dict else []
+    rows = [len(v) for v in together.values() if isinstance(v, list)] if together else []
+    runs = len(listed) if isinstance(listed, list) else 1
+    return prod(lengths) * max(rows, default=1) * runs
 
 
 def load_report(path: Path) -> ReportSpec:
@@ -94,14 +109,30 @@ def read_study(path: Path) -> Table:
     Raises:
         SretError: the file cannot be read or is not TOML.
     """
+    text = read_text(path)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        reason = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
+        raise SretError(f"{path} is not a study, which is a TOML file: {reason}") from None
+
+
+def read_text(path: Path) -> str:
+    """The text of a study file.
+
+    Raises:
+        SretError: the file cannot be read, is not text, or is larger than 1 MB.
+    """
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise SretError(f"{path} is larger than 1 MB, which no study is")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise SretError(f"no study file {path}; see studies/ for examples") from None
     except OSError as error:
         raise SretError(f"cannot read the study {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        reason = "not text" if isinstance(error, UnicodeDecodeError) else str(error)
+    except UnicodeDecodeError:
+        reason = "it is not text"
         raise SretError(f"{path} is not a study, which is a TOML file: {reason}") from None
 
 
