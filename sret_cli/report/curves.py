@@ -1,7 +1,6 @@
 """Learning curves: of one run, and of a study with bands over seeds."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from sret_cli.report.columns import heading
 from sret_cli.report.groups import Group, group_seeds
 from sret_cli.report.intervals import spread
 from sret_cli.report.metrics import read_metrics
-from sret_cli.report.plot_axes import set_x_axis, set_y_axis
+from sret_cli.report.plot_axes import finite_number, set_x_axis, set_y_axis
 from sret_cli.report.plot_files import save_figure
 from sret_cli.report.plot_lines import legend_entries, sentence, tested_images, words_for
 from sret_cli.report.plot_panels import (
@@ -47,11 +46,9 @@ def curve_of(row: Row, metrics: Lines, y: str) -> dict[int, float]:
     """The values of a run's curve by epoch; empty without metrics."""
     found: dict[int, float] = {}
     for line in metrics.get(str(row.get("run_id")), ()):
-        value, epoch = line.get(CURVES[y]), line.get("epoch")
-        if "step" in line or isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        if isinstance(epoch, int) and math.isfinite(value):
-            found[epoch] = float(value)
+        value, epoch = finite_number(line.get(CURVES[y])), line.get("epoch")
+        if "step" not in line and isinstance(epoch, int) and value is not None:
+            found[epoch] = value
     return found
 
 

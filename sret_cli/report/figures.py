@@ -14,7 +14,7 @@ from sret_cli.report.groups import group_seeds
 from sret_cli.report.plot_axes import number_in
 from sret_cli.report.plot_cost import cost_columns, draw_columns, draw_cost
 from sret_cli.report.plot_files import save_figure, svg_text
-from sret_cli.report.plot_heat import draw_heat_map, heat_fields
+from sret_cli.report.plot_heat import MOST_CELLS, draw_heat_map, heat_fields
 from sret_cli.report.plot_iso import draw_iso, iso_panels
 from sret_cli.report.plot_lines import draw_line_figure, drawable, sentence, words_for
 from sret_cli.report.plot_panels import Drawn, How
@@ -161,7 +161,8 @@ def _is_telling(rows: Sequence[Row], kind: str, drawn: Sequence[Drawn], metrics:
         return count > 2
     if kind == "heat-map":
         sizes = [len({str(row.get(f)) for row in done}) for f in heat_fields(done)[:2]]
-        return len(sizes) == 2 and min(sizes) > 2 and "learning-rate" not in {d.kind for d in drawn}
+        is_map = len(sizes) == 2 and min(sizes) > 2 and max(sizes) <= MOST_CELLS
+        return is_map and "learning-rate" not in {d.kind for d in drawn}
     if kind in ("iso-flops", "iso-params"):
         fixed, x = ISO[kind]
         panels = iso_panels(done, fixed, x, "top1_percent")

@@ -76,10 +76,10 @@ def group_seeds(rows: Sequence[Row]) -> list[Group]:
     Two rows with one seed are never seeds of each other: the second starts a group of its own.
     """
     groups: dict[tuple[str, int], list[Row]] = {}
-    seen: dict[tuple[str, object], int] = {}
+    seen: dict[tuple[str, str], int] = {}
     for row in rows:
-        key = setting(row)
-        number = seen[key, row.get(SEED)] = seen.get((key, row.get(SEED)), -1) + 1
+        key, seed = setting(row), json.dumps(row.get(SEED))
+        number = seen[key, seed] = seen.get((key, seed), -1) + 1
         groups.setdefault((key, number), []).append(row)
     return [Group(tuple(members)) for members in groups.values()]
 

@@ -17,8 +17,10 @@ from sret_cli.report.columns import ACCURACIES, COLUMNS
 from sret_cli.report.plot_style import shorten
 from sret_cli.spec.run import Row
 
+LARGEST = 1e100  # beyond this, axes overflow
 LOG_RATIO = 8  # largest over smallest value from which a logarithmic axis shows more
-PROPORTIONAL_RATIO = 3  # for costs next to another logarithmic axis: proportions are straight lines
+PROPORTIONAL_RATIO = 3  # the same for costs, next to another logarithmic axis
+COST_RATIO = 30  # the same for costs, next to a linear axis
 COUNTS = ("layers", "recursions", "epochs_trained", "measured_batch_size", "world_size")
 FROM_ZERO = ("params", "macs", "activation_bytes", "peak_memory_bytes", "training_memory_bytes")
 MOST_VALUE_TICKS = 9  # a tick at each value up to this number of values,
@@ -35,14 +37,18 @@ def number_in(row: Row, column: str) -> float | None:
     value = row.get(column)
     if isinstance(value, list | tuple) and len(set(map(str, value))) == 1:
         value = value[0]
+    number = finite_number(value)
+    divisor = COLUMNS[column].divisor if column in COLUMNS else 1
+    return None if number is None else number / divisor
+
+
+def finite_number(value: Any) -> float | None:
+    """A value as a number that an axis can hold, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    try:
-        number = float(value)
-    except OverflowError:
+    if not -LARGEST < value < LARGEST:  # nor if it is not a number
         return None
-    divisor = COLUMNS[column].divisor if column in COLUMNS else 1
-    return number / divisor if math.isfinite(number) and abs(number) < 1e300 else None
+    return float(value) if abs(value) > 1 / LARGEST else 0.0
 
 
 def number_text(value: float) -> str:
@@ -132,7 +138,9 @@ def set_y_axis(
     low, high = max(ends_low, floor), min(ends_high, ceiling)
     is_percent = column in IS_ACCURACY and not is_difference
     is_cost = column in FROM_ZERO or column.endswith("_seconds")
-    ratio = PROPORTIONAL_RATIO if is_cost and axes.get_xscale() == "log" else LOG_RATIO
+    ratio = LOG_RATIO
+    if is_cost:  # of proportions, lines are straight if both axes are linear or both logarithmic
+        ratio = PROPORTIONAL_RATIO if axes.get_xscale() == "log" else COST_RATIO
     if not is_percent and has_wide_range([*values, *finite], ratio):
         axes.set_yscale("log")
         pad = (max(values) / min(values)) ** 0.06

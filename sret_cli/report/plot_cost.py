@@ -29,9 +29,9 @@ def cost_columns(rows: Sequence[Row], x: str) -> list[str]:
     return [column for column in found if drawable(rows, x, column)]
 
 
-def cost_rows(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
+def cost_rows(rows: Sequence[Row], x: str, columns: Sequence[str]) -> list[Row]:
     """One row for each model, and for each measurement of it: without the rest of the training."""
-    kept = {f"train.{field}" for field in HOW_TRAINED}
+    kept = {x, *columns, *(f"train.{field}" for field in HOW_TRAINED)}
     dropped = {name for names in CONTENTS_OF.values() for name in names}
     made: dict[tuple[object, ...], Row] = {}
     numbers: Counter[str] = Counter()
@@ -53,7 +53,7 @@ def draw_cost(rows: Sequence[Row], x: str, columns: Sequence[str], how: How) -> 
     """A panel for each cost over x, with a line for each series."""
     how = replace(how, interval="none")  # runs that differ in more than their seed are one cost
     rows = [row for row in rows if any(drawable([row], x, column) for column in columns)]
-    return draw_columns(group_seeds(cost_rows(rows, columns)), x, columns, how)
+    return draw_columns(group_seeds(cost_rows(rows, x, columns)), x, columns, how)
 
 
 def draw_columns(

@@ -1,6 +1,7 @@
 """A heat map: the mean of a column over two fields."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import matplotlib
@@ -11,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from sret_cli.report.columns import COLUMNS, VARYING, heading
 from sret_cli.report.groups import Group, group_seeds, series_fields, series_key
-from sret_cli.report.plot_axes import number_text
+from sret_cli.report.plot_axes import TICK_GAP, number_text
 from sret_cli.report.plot_lines import drawable, mean_of, sentence, words_for
 from sret_cli.report.plot_panels import How, drawing, label_panels, make_panels, seeds_text
 from sret_cli.report.plot_series import ordered, panel_keys, value_text
@@ -23,11 +24,12 @@ MOST_MAPS = 6
 
 
 def heat_fields(rows: Sequence[Row]) -> list[str]:
-    """The fields that can be axes, those with most values first; depth comes first of equals."""
+    """The fields that can be axes: those with most values first, but last what no map can label."""
     groups = group_seeds(rows)
     fields = ["layers", *(f for f in series_fields(groups, "layers") if f not in ("name", "role"))]
     counts = {f: len({series_key(group.first, [f]) for group in groups}) for f in fields}
-    return sorted((f for f in fields if counts[f] > 1), key=lambda f: -counts[f])
+    few = sorted((f for f in fields if 1 < counts[f] <= MOST_CELLS), key=lambda f: -counts[f])
+    return few + [f for f in fields if counts[f] > MOST_CELLS]
 
 
 def map_panels(rows: Sequence[Row], x: str, y: str) -> list[tuple[str, list[Group]]]:
@@ -88,6 +90,7 @@ def draw_heat_map(rows: Sequence[Row], x: str, y: str, column: str, how: How) ->
                 aspect="auto",
             )
             axes.grid(False)
+            axes.set_facecolor("0.94")  # of cells without a result
             for side in ("left", "bottom"):
                 axes.spines[side].set_visible(False)
             axes.set_xticks(range(len(xs)), [text for _, text in xs])
@@ -108,7 +111,7 @@ def draw_heat_map(rows: Sequence[Row], x: str, y: str, column: str, how: How) ->
         if column in VARYING
         else f"{sentence(words_for(column))} by {words_for(x)} and {words_for(y)}.",
         seeds_text(groups, [column]) if column in VARYING else "",
-        "Empty cells have no result." if np.isnan(cells).any() else "",
+        "Light grey cells have no result." if np.isnan(cells).any() else "",
         f"{len(every) - MOST_MAPS} maps are left out." if len(every) > MOST_MAPS else "",
     ]
     return figure, " ".join(part for part in parts if part)
@@ -149,6 +152,7 @@ def _fit(figure: Figure, panels: Sequence[Axes]) -> None:
     """Lays the figure out; takes away numbers that are wider than their cells."""
     figure.draw_without_rendering()
     for axes in panels:
+        _thin_labels(axes)
         columns = axes.get_xlim()[1] - axes.get_xlim()[0]
         room = axes.get_window_extent().width / columns
         texts = list(axes.texts)
@@ -156,3 +160,21 @@ def _fit(figure: Figure, panels: Sequence[Axes]) -> None:
             for text in texts:
                 text.remove()
     figure.set_layout_engine("none")
+
+
+def _thin_labels(axes: Axes) -> None:
+    """Keeps each second or third label where all would collide."""
+    for axis, side in ((axes.xaxis, 0), (axes.yaxis, 1)):
+        labels = [text for text in axis.get_ticklabels() if text.get_visible()]
+        places, texts = list(axis.get_majorticklocs()), [text.get_text() for text in labels]
+        boxes = [text.get_window_extent() for text in labels]
+        spans = [(box.x0, box.x1) if side == 0 else (box.y0, box.y1) for box in boxes]
+        step = 1
+        while step < len(spans) and not _has_room(spans[::step]):
+            step += 1
+        if step > 1:
+            axis.set_ticks(places[::step], texts[::step])
+
+
+def _has_room(spans: Sequence[tuple[float, float]]) -> bool:
+    return all(one[1] + TICK_GAP <= other[0] for one, other in pairwise(spans))

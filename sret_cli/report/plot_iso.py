@@ -119,7 +119,7 @@ def draw_iso(rows: Sequence[Row], fixed: str, x: str, y: str, how: How) -> tuple
             axes.set_title(title)
             for level in (level for level in levels if level.cost in looks):
                 look = looks[level.cost]
-                _draw_line(axes, _means(level, x, y, how.interval), look)
+                _draw_lines(axes, _means(level, x, y, how.interval), look)
                 for group in level.groups:
                     mark = ROLE_LOOKS.get(role_of(group.first), look).marker
                     series = Series("", Look(look.color, mark, look.dash), (group,))
@@ -152,9 +152,9 @@ def draw_iso(rows: Sequence[Row], fixed: str, x: str, y: str, how: How) -> tuple
                 for point in _means(level, x, y, how.interval)
             ]
             labels = [
-                Label(place, mean, f"{group.first['layers']:,}", GREY)
+                Label(place, mean, number_text(layers), GREY)
                 for place, mean, group in points
-                if isinstance(group.first.get("layers"), int)
+                if (layers := number_in(group.first, "layers")) is not None
             ]
             place_labels(figure, axes, labels, [point[:2] for point in points])
     parts = [
@@ -183,9 +183,18 @@ def _means(level: Level, x: str, y: str, interval: str) -> list[tuple[float, flo
     ]
 
 
-def _draw_line(axes: Axes, points: Sequence[tuple[float, float, Group]], look: Look) -> None:
-    """Joins the models of a level, unless two of them stand at one place."""
-    if len({place for place, _, _ in points}) == len(points):
+def _draw_lines(axes: Axes, every: Sequence[tuple[float, float, Group]], look: Look) -> None:
+    """Joins the models of each role of a level, or all where roles have one model each.
+
+    Nothing is joined where two models stand at one place.
+    """
+    by_role: dict[str, list[tuple[float, float, Group]]] = {}
+    for point in every:
+        by_role.setdefault(role_of(point[2].first), []).append(point)
+    is_one_each = all(len(points) == 1 for points in by_role.values())
+    for points in [list(every)] if is_one_each else by_role.values():
+        if len({place for place, _, _ in points}) < len(points):
+            continue
         axes.plot(
             [place for place, _, _ in points],
             [mean for _, mean, _ in points],

@@ -11,8 +11,8 @@ from matplotlib.transforms import Bbox
 from sret_cli.report.plot_axes import renderer_of
 from sret_cli.report.plot_style import SMALL_SIZE
 
-DOT = 3.2  # pixels at 100 dpi from the centre of a point to its edge
-DISTANCE = 5.5  # likewise from the centre of a point to its text
+DOT = 4.6  # pixels at 100 dpi from the centre of a point to its edge
+DISTANCE = 7.0  # likewise from the centre of a point to its text
 SIDES = (
     *(("left", "bottom", 0.7, 0.7), ("right", "bottom", -0.7, 0.7)),
     *(("left", "top", 0.7, -0.7), ("right", "top", -0.7, -0.7)),

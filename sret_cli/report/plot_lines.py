@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sret_cli.report.columns import FLOPS_NOTE, VARYING, heading
-from sret_cli.report.groups import Group, group_seeds
+from sret_cli.report.groups import Group, group_seeds, role_of
 from sret_cli.report.intervals import spread
 from sret_cli.report.plot_axes import number_in, set_x_axis, set_y_axis
 from sret_cli.report.plot_panels import (
@@ -23,7 +24,10 @@ from sret_cli.report.plot_panels import (
     seeds_text,
 )
 from sret_cli.report.plot_series import Arrangement, Series, arrange
-from sret_cli.spec.run import Row
+from sret_cli.report.plot_style import DASHES, nominal_looks, short_labels
+from sret_cli.spec.run import BASELINE, Row
+
+MOST_LEVELS = 3  # horizontal lines
 
 # Columns within a sentence, where that is not their heading.
 WORDS = {
@@ -70,6 +74,7 @@ def mean_of(group: Group, column: str, interval: str) -> tuple[float, float | No
 
 def draw_line_figure(rows: Sequence[Row], x: str, y: str, how: How) -> tuple[Figure, str]:
     """One column over x: a line of means for each series, a dot for each run; with its caption."""
+    baselines = baselines_without(rows, x, y) if x == "layers" else []
     rows = drawable(rows, x, y)
     groups = group_seeds(rows)
     plan = arrange(groups, x, how.group)
@@ -83,18 +88,54 @@ def draw_line_figure(rows: Sequence[Row], x: str, y: str, how: How) -> tuple[Fig
                 marks |= draw_series(axes, series, x, y, how, ends)
             set_x_axis(axes, [n for r in rows if (n := number_in(r, x)) is not None], x)
         values = [n for r in rows if (n := number_in(r, y)) is not None]
+        levels = draw_levels(panels, baselines, y)
+        values += [m[0] for g in baselines if (m := mean_of(g, y, "none")) is not None]
         if set_y_axis(panels[0], y, values, ends, tested_images(rows)):
             marks.add("cut")
+            fade_bands(panels)
         label_panels(panels, heading(x), heading(y))
-        add_legend(figure, legend_entries(plan), plan.legend_title)
+        entries = legend_entries(plan)
+        if levels and not entries:
+            entries = [entry(s.label or "shared", s.look) for s in plan.panels[0].series]
+        add_legend(figure, [*entries, *levels], plan.legend_title)
         finish(figure)
-    return figure, line_caption(groups, x, [y], how.interval, marks, plan)
+    caption = line_caption(groups, x, [y], how.interval, marks, plan)
+    if levels:
+        caption += " Horizontal lines: means of baselines, which have no number of layers."
+    return figure, caption
+
+
+def baselines_without(rows: Sequence[Row], x: str, y: str) -> list[Group]:
+    """The baselines that have no value of x, which horizontal lines show."""
+    found = [r for r in rows if number_in(r, x) is None and number_in(r, y) is not None]
+    return group_seeds([row for row in found if role_of(row) == BASELINE])[:MOST_LEVELS]
+
+
+def draw_levels(panels: Sequence[Axes], baselines: Sequence[Group], y: str) -> list[Line2D]:
+    """Draws a horizontal line for each baseline; returns the lines of the first panel."""
+    names = short_labels([str(group.first.get("name") or BASELINE) for group in baselines])
+    for axes in panels:
+        for index, (group, name) in enumerate(zip(baselines, names, strict=True)):
+            mean = mean_of(group, y, "none")
+            assert mean is not None
+            look = nominal_looks(8)[6 + index % 2]
+            color, dash = look.color, DASHES[3 + index]
+            axes.axhline(mean[0], color=color, linestyle=dash, label=name, zorder=1.5)
+    return panels[0].get_lines()[-len(baselines) :] if baselines else []
+
+
+def fade_bands(panels: Sequence[Axes]) -> None:
+    """Makes bands paler, where they would fill a panel."""
+    for axes in panels:
+        for band in axes.collections:
+            if isinstance(band, PolyCollection):
+                band.set_alpha(0.07)
 
 
 def tested_images(rows: Sequence[Row]) -> int | None:
     """The smallest number of test images that an accuracy of the rows is of."""
-    counts = [row["test_images"] for row in rows if row.get("test_images")]
-    return min(counts, default=None)
+    counts = [number for row in rows if (number := number_in(row, "test_images"))]
+    return int(min(counts)) if counts else None
 
 
 def legend_entries(plan: Arrangement) -> list[Line2D]:
@@ -107,7 +148,10 @@ def legend_entries(plan: Arrangement) -> list[Line2D]:
                 found[series.label] = series
     if len(found) < 2:
         return []
-    return [entry(s.label, s.look, s.is_joined and len(s.groups) > 1) for s in found.values()]
+    order = [label for label in plan.labels if label in found]
+    order += [label for label in found if label not in order]
+    every = [found[label] for label in order]
+    return [entry(s.label, s.look, s.is_joined and len(s.groups) > 1) for s in every]
 
 
 def draw_series(

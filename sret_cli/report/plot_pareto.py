@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 
 from sret_cli.report.columns import FLOPS_NOTE, heading
 from sret_cli.report.groups import Group, group_seeds, series_key
-from sret_cli.report.plot_axes import IS_ACCURACY, number_in, set_x_axis, set_y_axis
+from sret_cli.report.plot_axes import IS_ACCURACY, number_in, number_text, set_x_axis, set_y_axis
 from sret_cli.report.plot_labels import Label, place_labels
 from sret_cli.report.plot_lines import drawable, listed, mean_of, sentence, tested_images, words_for
 from sret_cli.report.plot_panels import (
@@ -24,7 +24,7 @@ from sret_cli.report.plot_panels import (
     seeds_text,
 )
 from sret_cli.report.plot_series import legend_title, series_looks, split_fields
-from sret_cli.report.plot_style import GREY, Look
+from sret_cli.report.plot_style import GREY, Look, plain, shorten
 from sret_cli.report.published import PUBLISHED_NOTE, PublishedModel, published_models
 from sret_cli.spec.run import Row
 
@@ -208,14 +208,22 @@ def _label(
     """Writes the depths next to the points of the front, then next to others with room."""
     others = [p for p in points if p not in front] if len(points) <= MOST_LABELS else []
     labels = [
-        Label(p.x, p.y, f"{p.group.first['layers']:,}", color)
+        Label(p.x, p.y, text, color)
         for color, members in (("black", front), (GREY, others))
         for p in members
-        if isinstance(p.group.first.get("layers"), int)
+        if (text := _depth_text(p.group))
     ]
     labels += [Label(m.value(x) or 0, m.top1_percent, m.model, "0.55") for m in behind]
     places = [(p.x, p.y) for p in points] + [(m.value(x) or 0, m.top1_percent) for m in behind]
     place_labels(figure, axes, labels, places)
+
+
+def _depth_text(group: Group) -> str:
+    """The layers of a setting; for a model without depth its name."""
+    layers = number_in(group.first, "layers")
+    if layers is not None:
+        return number_text(layers)
+    return shorten(plain(group.first.get("name") or ""), 14)
 
 
 def _caption(

@@ -57,14 +57,14 @@ def draw_rates(rows: Sequence[Row], x: str, y: str, how: How) -> tuple[Figure, s
     """Panels of a column over the learning rate, and one of the best rate over depth."""
     rows = drawable(rows, x, y)
     groups = group_seeds(rows)
-    plan = arrange(groups, x, how.group or ("layers",), may_be_loose=False)
+    plan = arrange(groups, x, how.group or ("layers",))
     marks: set[str] = set()
     ends: list[float] = []
     best: list[tuple[str, list[tuple[float, float]]]] = []
     edges: list[str] = []
     xs = sorted({n for row in rows if (n := number_in(row, x)) is not None})
     with drawing():
-        over_depth = how.group is None and len({row.get("layers") for row in rows}) > 1
+        over_depth = how.group is None and len({number_in(row, "layers") for row in rows}) > 1
         figure, panels = make_panels(len(plan.panels) + over_depth, how.width)
         curves = panels[: len(plan.panels)]
         for axes, panel in zip(curves, plan.panels, strict=True):

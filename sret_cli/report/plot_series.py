@@ -50,6 +50,7 @@ class Arrangement:
     panels: tuple[Panel, ...]
     legend_title: str = ""
     note: str = ""
+    labels: tuple[str, ...] = ()  # of all series, in the order of the legend
 
 
 def value_text(row: Row, field: str) -> str:
@@ -92,10 +93,9 @@ def arrange(
     if not groups:
         return Arrangement(())
     lead, rest = split_fields(groups, x, chosen)
-    keys = {series_key(group.first, [*lead, *rest]) for group in groups}
     panels = panel_keys(groups, rest)
-    is_fine = len(keys) > 0.7 * len(groups)  # hardly two points in a line
-    is_loose = may_be_loose and is_fine and (len(panels) > 3 or rest == ["layers"])
+    is_loose = may_be_loose and (len(panels) > 3 or rest == ["layers"])
+    is_loose = is_loose and _hardly_joins(groups, [*lead, *rest])
     if is_loose:
         rest, panels = [], [((), groups)]
     note = ""
@@ -113,7 +113,8 @@ def arrange(
         (title,) = short_labels([title], 60)
         made.append(Panel(title, tuple(_series(members, lead, x, looks, not is_loose))))
     made = [part for panel in made for part in _at_most_eight(panel)]
-    return Arrangement(tuple(made), legend_title(lead), note)
+    labels = tuple(label for label, _ in looks.values())
+    return Arrangement(tuple(made), legend_title(lead), note, labels)
 
 
 def legend_title(fields: Sequence[str]) -> str:
@@ -136,7 +137,7 @@ def split_fields(
         lead = ["role"]
     else:
         few = [field for field in fields if _count(rows, field) <= MOST_SERIES]
-        lead = (few or fields)[:1]
+        lead = (few or ([] if _hardly_joins(groups, fields) else fields))[:1]
     rest = [field for field in fields if field not in lead]
     # What follows from the others is left out: other fields sooner than the role.
     for field in sorted(rest, key=lambda f: f == "role"):
@@ -145,6 +146,11 @@ def split_fields(
         if len(values) == len({key for key, _ in values}):  # it follows from the others
             rest.remove(field)
     return lead, rest
+
+
+def _hardly_joins(groups: Sequence[Group], fields: Sequence[str]) -> bool:
+    """Whether hardly two groups have equal values of the fields, so that there are no lines."""
+    return len({series_key(group.first, fields) for group in groups}) > 0.7 * len(groups)
 
 
 def _count(rows: Sequence[Row], field: str) -> int:

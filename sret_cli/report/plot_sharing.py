@@ -1,6 +1,7 @@
 """Shared models against their twins: accuracies, and under them the differences paired by seed."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -9,10 +10,16 @@ from sret_cli.report.columns import heading
 from sret_cli.report.comparisons import Comparison, compare
 from sret_cli.report.groups import Group, group_seeds, role_of
 from sret_cli.report.intervals import BANDS, Spread
-from sret_cli.report.plot_axes import number_in, set_x_axis, set_y_axis
-from sret_cli.report.plot_lines import draw_series, legend_entries, tested_images, words_for
+from sret_cli.report.plot_axes import finite_number, number_in, set_x_axis, set_y_axis
+from sret_cli.report.plot_lines import (
+    draw_series,
+    fade_bands,
+    legend_entries,
+    tested_images,
+    words_for,
+)
 from sret_cli.report.plot_panels import How, add_legend, drawing, finish, make_panels, seeds_text
-from sret_cli.report.plot_series import Arrangement, Panel, arrange
+from sret_cli.report.plot_series import Panel, arrange
 from sret_cli.report.plot_style import GREY, ROLE_LOOKS, Look, nominal_looks
 from sret_cli.spec.run import Row
 
@@ -26,7 +33,11 @@ def sharing_pairs(rows: Sequence[Row], y: str, interval: str) -> list[Comparison
 
 
 def _has_all(row: Row) -> bool:
-    return all(number_in(row, c) is not None for c in ("layers", "top1_percent", "test_loss"))
+    results = (row.get(column) for column in ("layers", "top1_percent", "test_loss"))
+    costs = (row.get(column) for column in ("params", "macs"))
+    return all(finite_number(value) is not None for value in results) and all(
+        value is None or finite_number(value) is not None for value in costs
+    )
 
 
 def draw_sharing(rows: Sequence[Row], y: str, how: How) -> tuple[Figure, str]:
@@ -37,7 +48,7 @@ def draw_sharing(rows: Sequence[Row], y: str, how: How) -> tuple[Figure, str]:
     plan = arrange(groups, "layers", ("role",), may_be_loose=False)
     most = 2 if how.width == "column" else 3
     left_out = len(plan.panels) - most
-    plan = Arrangement(plan.panels[:most], plan.legend_title, plan.note)
+    plan = replace(plan, panels=plan.panels[:most])
     count = len(plan.panels)
     with drawing():
         columns = 2 if count == 1 else count
@@ -50,8 +61,9 @@ def draw_sharing(rows: Sequence[Row], y: str, how: How) -> tuple[Figure, str]:
             for series in panel.series:
                 marks |= draw_series(top, series, "layers", y, how, ends)
             shown += _draw_differences(low, panel, pairs, y)
-            for axes in (top, low):
-                set_x_axis(axes, [n for g in groups if (n := _depth(g)) is not None])
+            own = [c.shared for c in pairs] if count == 1 else groups
+            for axes, members in ((top, groups), (low, own)):
+                set_x_axis(axes, [n for g in members if (n := _depth(g)) is not None])
                 axes.set_xlabel(heading("layers"))
             top.set_title(panel.title)
             if count == 1:
@@ -62,6 +74,8 @@ def draw_sharing(rows: Sequence[Row], y: str, how: How) -> tuple[Figure, str]:
         _share(lows)
         values = [n for g in groups for row in g.rows if (n := number_in(row, y)) is not None]
         cuts = set_y_axis(tops[0], y, values, ends, tested_images(rows))
+        if cuts:
+            fade_bands(tops)
         halves = [s.half_width or 0.0 for s in shown]
         cuts |= set_y_axis(
             lows[0],
@@ -82,8 +96,8 @@ def _draw_differences(
 ) -> list[Spread]:
     """Draws the differences of the shared models of a panel; returns them."""
     axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
-    mine = {str(row.get("run_id")) for group in _groups(panel) for row in group.rows}
-    found = [c for c in pairs if str(c.shared.first.get("run_id")) in mine]
+    mine = {id(row) for group in _groups(panel) for row in group.rows}
+    found = [c for c in pairs if id(c.shared.first) in mine]
     roles = list(dict.fromkeys(role_of(c.control.first) for c in found))
     depths = [_depth(c.shared) or 0.0 for c in found]
     span = max(depths, default=0) - min(depths, default=0)

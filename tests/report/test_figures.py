@@ -167,6 +167,17 @@ def test_a_single_seed_among_several_has_no_band():
     assert "1–2 seeds. Bars: 95 %" in found.caption
 
 
+def test_a_baseline_without_depth_is_a_horizontal_line():
+    rows = rows_of(model__recursions=[1, 2])
+    plain = {"layers": None, "role": "baseline", "name": "resnet18", "top1_percent": 55.0}
+    found = drawn([*rows, {**rows[0], **plain}], "accuracy")
+    (axes,) = found.figure.axes
+    assert lines(axes) == [[(4, 51), (8, 52)], [(0, 55), (1, 55)]]
+    assert legend_texts(found.figure) == ["shared", "resnet18"]
+    assert "Horizontal lines: means of baselines" in found.caption
+    assert axes.get_ylim()[1] > 55
+
+
 def test_one_test_image_is_no_mountain():
     def top1(row):
         return 95.0 + 100 / 360 * (row["layers"] == 8)
@@ -220,6 +231,27 @@ def test_models_of_equal_flops_are_joined_over_parameters():
     assert legend_texts(found.figure) == ["FLOPs:", "8 M", "16 M", "shared", "twin layers"]
 
 
+def test_models_of_equal_parameters_are_joined_within_their_role():
+    rows = rows_of(twins=["layers"], model__recursions=[2, 4])
+    for row in rows:
+        row |= {"params": 330_000, "macs": row["macs"] * (1 + (row["role"] != "shared"))}
+    found = drawn(rows, "iso-params")
+    (axes,) = found.figure.axes
+    assert lines(axes) == [[(0.008, 52), (0.016, 54)], [(0.016, 52), (0.032, 54)]]
+
+
+def test_settings_that_share_no_line_stand_as_points():
+    rows = rows_of(model__recursions=[1, 2, 4])
+    rows = [
+        {**row, "train.lr": 0.001 * (1 + i), "train.weight_decay": 0.01 * i}
+        for i, row in enumerate(rows * 4)
+    ]
+    found = drawn(rows, "accuracy")
+    (axes,) = found.figure.axes
+    assert lines(axes) == []
+    assert sum(len(c.get_offsets()) for c in axes.collections) == 12
+
+
 def test_the_best_learning_rate_of_each_depth_is_marked():
     def top1(row):
         best = 4e-3 if row["layers"] == 4 else 2e-3
@@ -266,7 +298,7 @@ def test_a_heat_map_has_a_cell_for_each_pair_of_values():
     assert cells == [[5, 9, 17], [6, 10, None]]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("Layers", "Learning rate")
     assert [label.get_text() for label in axes.get_xticklabels()] == ["4", "8", "16"]
-    assert "Empty cells have no result." in found.caption
+    assert "Light grey cells have no result." in found.caption
 
 
 @pytest.mark.parametrize(
