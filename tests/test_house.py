@@ -61,6 +61,7 @@ def test_specs_counts_studies_and_reports_load_no_heavy_package():
         "report.tables",
         "report.write",
         "report.card",
+        "report.page",
     ]
     lines = [f"import sret_cli.{name.removesuffix('.__init__')}" for name in light]
     assert not loaded_by("\n".join(lines)) & HEAVY
