@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sret_cli.report.columns import COLUMNS
+from sret_cli.report.columns import COLUMNS, heading
 from sret_cli.report.comparisons import Comparison, excludes_zero
 from sret_cli.report.groups import Group, group_seeds, role_of
 from sret_cli.report.intervals import spread
@@ -33,14 +33,18 @@ def _best(rows: Sequence[Row]) -> list[str]:
 
 
 def _setting(group: Group, fields: Sequence[str]) -> str:
-    from sret_cli.report.columns import heading
-
     return ", ".join(
         field_text(group.first, f)
         if f in ("name", "study")
-        else f"{heading(f)} {field_text(group.first, f)}"
+        else f"{words(heading(f))} {field_text(group.first, f)}"
         for f in fields
+        if group.first.get(f) is not None
     )
+
+
+def words(heading: str) -> str:
+    """A heading within a sentence: "slices", but "NLLs"."""
+    return heading if heading[1:2].isupper() else heading[:1].lower() + heading[1:]
 
 
 def _accuracy(group: Group) -> str:
@@ -64,11 +68,10 @@ def _differences(comparisons: Sequence[Comparison]) -> list[str]:
             continue
         deepest = max(found, key=lambda c: c.shared.first.get("layers") or 0)
         sure = sum(excludes_zero(c.top1) for c in found)
-        text = COLUMNS["top1_percent"].text(deepest.top1.mean, deepest.top1.half_width)
-        sign = "" if text.startswith("-") else "+"
+        text = COLUMNS["top1_percent"].difference(deepest.top1.mean, deepest.top1.half_width)
         against = deepest.control.first.get("name") if role == BASELINE else role
         ratios = [
-            f"{ratio:.2f} of its {what}"
+            f"{ratio:.2f} times its {what}"
             for ratio, what in (
                 (deepest.params_ratio, "parameters"),
                 (deepest.macs_ratio, "FLOPs"),
@@ -78,8 +81,12 @@ def _differences(comparisons: Sequence[Comparison]) -> list[str]:
         layers = deepest.shared.first.get("layers")
         at = f" at {layers:,} layers" if layers else ""
         sentences.append(
-            f"Shared minus {against}{at}: {sign}{text} points of top-1"
-            f"{', with ' * bool(ratios)}{' and '.join(ratios)}. The interval excludes 0 in "
-            f"{sure} of {len(found)} comparisons."
+            f"Shared minus {against}{at}: {text} points of top-1"
+            f"{', with ' * bool(ratios)}{' and '.join(ratios)}. "
+            + (
+                f"The interval excludes 0 in {sure} of {len(found)} comparisons."
+                if sure
+                else f"None of {len(found)} comparisons has an interval that excludes 0."
+            )
         )
     return sentences

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sret_cli.report.columns import COLUMNS
+from sret_cli.report.columns import COLUMNS, heading
 from sret_cli.report.summary import field_text, field_value, identity_fields, order
 from sret_cli.report.table import NOTHING, Cell, ReportTable
 from sret_cli.spec.run import Row
@@ -33,7 +33,7 @@ def changes_table(
     fields += [f for f in ("train.seed", "run_id") if f not in fields]
     pairs.sort(key=lambda pair: [order(field_value(pair[0], f)) for f in fields])
     names = [*fields]
-    headings = [_heading(f) for f in fields]
+    headings = [_heading_of(f) for f in fields]
     for column in MEASURED:
         shown = COLUMNS[column].heading
         names += [f"{column}_{side}" for side in ("first", "second", "difference")]
@@ -60,9 +60,7 @@ def changes_table(
     )
 
 
-def _heading(field: str) -> str:
-    from sret_cli.report.columns import heading
-
+def _heading_of(field: str) -> str:
     return {"run_id": "Run", "train.seed": "Seed"}.get(field) or heading(field)
 
 
@@ -72,5 +70,4 @@ def _cells(first: Row, second: Row, column: str) -> list[Cell]:
     a, b = values
     if a is None or b is None:
         return [*cells, Cell(NOTHING)]
-    text = COLUMNS[column].text(b - a)
-    return [*cells, Cell(text if text.startswith("-") else f"+{text}", b - a)]
+    return [*cells, Cell(COLUMNS[column].difference(b - a), b - a)]

@@ -24,6 +24,13 @@ class Column:
             return text
         return f"{text} ± {half_width / self.divisor:,.{decimals}f}"
 
+    def difference(self, value: float, half_width: float | None = None) -> str:
+        """A difference of two values, with its sign and with the column's decimals."""
+        text = f"{value / self.divisor:+,.{self.decimals}f}"
+        if half_width is None:
+            return text
+        return f"{text} ± {half_width / self.divisor:,.{self.decimals}f}"
+
 
 # What seeds measure differently; all other columns follow from the spec or count things.
 VARYING = (

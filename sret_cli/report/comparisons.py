@@ -123,9 +123,8 @@ def _control_cell(control: Group) -> Cell:
 
 
 def _difference_cell(found: Spread, column: str) -> Cell:
-    text = COLUMNS[column].text(found.mean, found.half_width)
     return Cell(
-        text=text if text.startswith("-") else f"+{text}",
+        text=COLUMNS[column].difference(found.mean, found.half_width),
         value=found.mean,
         half_width=found.half_width,
         n=found.n,

@@ -106,8 +106,12 @@ def latex(table: ReportTable, label: str = "") -> str:
 
 
 def _caption(table: ReportTable) -> list[str]:
-    texts = [text for text in (table.title, *table.notes) if text]
-    return [text if text.endswith(".") else f"{text}." for text in texts]
+    return sentences((table.title, *table.notes))
+
+
+def sentences(texts: Sequence[str]) -> list[str]:
+    """The texts that are not empty, each with a full stop."""
+    return [text if text.endswith(".") else f"{text}." for text in texts if text]
 
 
 def _tex_cell(cell: Cell, number: bool) -> str:

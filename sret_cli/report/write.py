@@ -9,7 +9,7 @@ from sret_cli.report.answers import answers
 from sret_cli.report.changes import changes_table
 from sret_cli.report.collect import Collection
 from sret_cli.report.comparisons import compare, comparison_table
-from sret_cli.report.formats import csv_text, json_text, latex, markdown
+from sret_cli.report.formats import csv_text, json_text, latex, markdown, sentences
 from sret_cli.report.metrics import read_metrics
 from sret_cli.report.summary import summarise
 from sret_cli.report.table import ReportTable
@@ -86,7 +86,7 @@ def write_report(report: Report, directory: Path) -> list[Path]:
                 title=table.title,
                 headings=table.headings,
                 lines=table.texts(),
-                note=" ".join(table.notes),
+                note=" ".join(sentences(table.notes)),
                 sort_values=[[_sort_value(cell.value) for cell in line] for line in table.lines],
             )
             for table in report.tables.values()

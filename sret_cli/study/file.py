@@ -54,8 +54,19 @@ class Study:
     question: str = ""
 
 
-def load_study(path: Path, train: Table | None = None, max_runs: int = MOST_RUNS) -> Study:
+def load_study(
+    path: Path,
+    train: Table | None = None,
+    max_runs: int = MOST_RUNS,
+    known_classes: int | None = None,
+) -> Study:
     """Reads a study file; values in `train` take precedence over its `[train]`.
+
+    Args:
+        path: the file.
+        train: values of `[train]` that flags gave.
+        max_runs: how many points it may have.
+        known_classes: the number of classes of the data, which then need not exist.
 
     Raises:
         SretError: the file cannot be read, is not a study, has an invalid run, or more than
@@ -69,7 +80,7 @@ def load_study(path: Path, train: Table | None = None, max_runs: int = MOST_RUNS
             f"{path}: runs/{path.stem} is used by sret itself; give the study another name"
         )
     try:
-        study = study_from_tables(path.stem, tables, path.parent, train or {})
+        study = study_from_tables(path.stem, tables, path.parent, train or {}, known_classes)
         return replace(study, question=study_question(path))
     except SretError as error:
         raise SretError(f"{path}: {error}", error.code) from None
@@ -137,7 +148,11 @@ def read_text(path: Path) -> str:
 
 
 def study_from_tables(
-    name: str, tables: Table, folder: Path | None = None, flags: Table | None = None
+    name: str,
+    tables: Table,
+    folder: Path | None = None,
+    flags: Table | None = None,
+    known_classes: int | None = None,
 ) -> Study:
     """A study from the tables of its file.
 
@@ -146,6 +161,7 @@ def study_from_tables(
         tables: contents of the file.
         folder: folder of the file, if there is one.
         flags: values that take precedence over `[train]`.
+        known_classes: the number of classes of the data, which then need not exist.
     """
     flags = flags or {}
     for key, value in tables.items():
@@ -181,11 +197,11 @@ def study_from_tables(
         trains = bool(train or flags) or "train" in tables
         if folder is not None:
             train = place_paths(train, folder)
-            if "data_dir" not in flags:
+            if "data_dir" not in flags and known_classes is None:
                 check_path("data_dir", train.get("data_dir"), folder)
         train |= flags
         if "model" in tables or "runs" in tables or model or "baselines" not in tables:
-            run = resolve_run(name, model, train if trains else None, label)
+            run = resolve_run(name, model, train if trains else None, label, known_classes)
             known = _canonical(run)
             if known in distinct:
                 _refuse_same(distinct[known], run, texts[known], text)
@@ -193,7 +209,10 @@ def study_from_tables(
         images = {k: model[k] for k in ("img_size", "in_chans", "num_classes") if k in model}
         for backbone in tables.get("baselines", ()):
             baseline = {**images, "backbone": backbone}
-            baselines.append(resolve_run(name, baseline, train if trains else None))
+            baseline_run = resolve_run(
+                name, baseline, train if trains else None, None, known_classes
+            )
+            baselines.append(baseline_run)
     runs = with_twins(list(distinct.values()), tables.get("twins", []))
     distinct = {_canonical(run): run for run in [*runs, *baselines]}
     report = ReportSpec.of(tables.get("report", {}))

@@ -8,7 +8,7 @@ from pathlib import Path
 from sret_cli.runtime.errors import DATA, SretError
 from sret_cli.spec.run import HANDLING, Row
 from sret_cli.study.axes import run_labels
-from sret_cli.study.file import load_study
+from sret_cli.study.file import Study, load_study
 from sret_cli.study.rows import PLACES, planned_row
 
 IGNORED = {*PLACES, *(f"train.{field}" for field in HANDLING)}
@@ -38,12 +38,9 @@ def match_rows(path: Path, rows: Sequence[Row]) -> Plan:
     Raises:
         SretError: the study file is not valid.
     """
-    try:
-        study = load_study(path)
-    except SretError as error:
-        if error.code == DATA:
-            return Plan(list(rows), [], [])
-        raise
+    study = load_planned(path, rows)
+    if study is None:
+        return Plan(list(rows), [], [])
     runs = [replace(run, contents=None) for run in study.runs]
     planned = [planned_row(run) for run in runs]
     by_key = dict(zip(map(settings_key, planned), runs, strict=True))
@@ -65,6 +62,34 @@ def match_rows(path: Path, rows: Sequence[Row]) -> Plan:
         label for label, row in zip(labels, planned, strict=True) if settings_key(row) not in done
     ]
     return Plan(found, others, missing)
+
+
+def load_planned(path: Path, rows: Sequence[Row]) -> Study | None:
+    """A study whose data need not exist, or whose place a flag gave: rows tell what of them counts.
+
+    Args:
+        path: the study file.
+        rows: rows of some of its runs.
+
+    Returns:
+        The study, or None if its runs cannot be known without the data.
+
+    Raises:
+        SretError: the study file is not valid.
+    """
+    for row in rows:
+        classes = row.get("model.num_classes")
+        place = row.get("train.data_dir")
+        if isinstance(classes, int):
+            in_file = "data_dir" in path.read_text(encoding="utf-8", errors="replace")
+            flags = {"data_dir": place} if place and not in_file else {}
+            return load_study(path, flags, known_classes=classes)
+    try:
+        return load_study(path)
+    except SretError as error:
+        if error.code == DATA or "--data-dir" in str(error):
+            return None
+        raise
 
 
 def settings_key(row: Row) -> str:

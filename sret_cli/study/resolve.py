@@ -29,11 +29,17 @@ MODEL_KEYS = ("preset", "layers", "params", "macs", "twin", *ModelSpec.model_fie
 BACKBONE_KEYS = tuple(BackboneSpec.model_fields)
 
 
-def resolve_run(study: str, model: Table, train: Table | None, name: str | None = None) -> Run:
+def resolve_run(
+    study: str,
+    model: Table,
+    train: Table | None,
+    name: str | None = None,
+    known_classes: int | None = None,
+) -> Run:
     """The run of a `[model]` and a `[train]` table, with every default filled in.
 
     The default preset is `nano` for training on `digits`, else `deep`. The default number of
-    classes is that of the data.
+    classes is that of the data, which are not looked at if it is known.
     """
     if train is not None:
         _check_keys("train", train, list(TrainSpec.model_fields))
@@ -48,7 +54,9 @@ def resolve_run(study: str, model: Table, train: Table | None, name: str | None 
         train_spec = None
     trains_digits = train_spec is not None and train_spec.dataset == "digits"
     chosen = model.get("backbone") or model.get("preset", "nano" if trains_digits else "deep")
-    classes = dataset_classes(train_spec) if train_spec is not None else None
+    classes = known_classes
+    if train_spec is not None and known_classes is None:
+        classes = dataset_classes(train_spec)
     if classes is not None and "num_classes" not in model:
         model = model | {"num_classes": classes}
     if train_spec is not None:

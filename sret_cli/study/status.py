@@ -15,9 +15,8 @@ from sret_cli.spec.run import CONFIG_FILE, Row, flat
 from sret_cli.study.axes import run_labels
 from sret_cli.study.deaths import deaths_of
 from sret_cli.study.execute import LOST
-from sret_cli.study.file import load_study
 from sret_cli.study.live import read_live
-from sret_cli.study.plan import settings_key
+from sret_cli.study.plan import load_planned, settings_key
 from sret_cli.study.rows import planned_row, read_row
 
 STATES = ("done", "running", "waiting", "failed", "lost")
@@ -71,12 +70,9 @@ def study_status(path: Path | None, root: Path) -> list[RunStatus]:
     """
     directory = path or root
     if path is not None and path.suffix == ".toml" and not path.is_dir():
-        try:
-            return _of_file(path, root)
-        except SretError as error:
-            if error.code != DATA:  # without its data, the runs of a file are not known
-                raise
-        directory = root / path.stem
+        if (found := _of_file(path, root)) is not None:
+            return found
+        directory = root / path.stem  # without its data, the runs of a file are not known
     if not directory.is_dir():
         raise SretError(f"no directory {directory}; start runs by `sret run STUDY`", DATA)
     configs = sorted(c for d in ("", "*/", "*/*/") for c in directory.glob(f"{d}{CONFIG_FILE}"))
@@ -96,15 +92,18 @@ def count_states(found: Sequence[RunStatus]) -> dict[str, int]:
     return {state: count for state, count in counts.items() if count}
 
 
-def _of_file(path: Path, root: Path) -> list[RunStatus]:
-    study = load_study(path)
-    planned = [planned_row(replace(run, contents=None)) for run in study.runs]
+def _of_file(path: Path, root: Path) -> list[RunStatus] | None:
     by_key: dict[str, RunStatus] = {}
-    for config in sorted((root / study.name).glob(f"*/{CONFIG_FILE}")):
+    rows = []
+    for config in sorted((root / path.stem).glob(f"*/{CONFIG_FILE}")):
         status = _of_directory(config.parent)
-        row = status.row or _planned(config.parent)
+        row = _planned(config.parent) or status.row
         if row is not None:
             by_key[settings_key(row)] = status
+            rows.append(row)
+    if (study := load_planned(path, rows)) is None:
+        return None
+    planned = [planned_row(replace(run, contents=None)) for run in study.runs]
     labels = run_labels(planned)
     return [
         replace(by_key.get(settings_key(row), RunStatus("", "waiting")), label=label)
