@@ -13,7 +13,7 @@ from sret_cli.report.curves import CURVES, curve_of, draw_curves, rows_with_curv
 from sret_cli.report.groups import group_seeds
 from sret_cli.report.plot_axes import number_in
 from sret_cli.report.plot_cost import cost_columns, draw_columns, draw_cost
-from sret_cli.report.plot_files import save_figure, svg_text
+from sret_cli.report.plot_files import save_figure, svg_text, write_figure
 from sret_cli.report.plot_heat import MOST_CELLS, draw_heat_map, heat_fields
 from sret_cli.report.plot_iso import draw_iso, iso_panels
 from sret_cli.report.plot_lines import draw_line_figure, drawable, sentence, words_for
@@ -26,7 +26,7 @@ from sret_cli.spec.run import Row
 from sret_cli.study.view import FigureSpec, Kind, ReportSpec
 from sret_cli.study.where import rows_where
 
-__all__ = ["Drawn", "draw_figures", "plot_rows", "save_figure", "svg_text"]
+__all__ = ["Drawn", "draw_figures", "plot_rows", "save_figure", "svg_text", "write_figure"]
 
 MOST_FIGURES = 6  # that are chosen by the data, besides columns of `y`
 COSTS = ("params", "macs", "activations", "activation_bytes", "peak_memory_bytes")

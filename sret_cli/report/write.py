@@ -56,7 +56,7 @@ def write_report(report: Report, directory: Path) -> list[Path]:
     `table.csv` has all rows and columns, unrounded.
     """
     from sret_cli.report.curves import write_training_figure
-    from sret_cli.report.figures import draw_figures, save_figure, svg_text
+    from sret_cli.report.figures import draw_figures, write_figure
     from sret_cli.report.page import PageContent, PageFigure, PageRun, PageTable, write_page
 
     make_directory(directory)
@@ -72,8 +72,9 @@ def write_report(report: Report, directory: Path) -> list[Path]:
     metrics = {row["run_id"]: read_metrics(place) for place, row in collection.rows.items()}
     pictures = []
     for drawn in draw_figures(report.rows, collection.spec, metrics, links=True):
-        files += save_figure(drawn.figure, directory / drawn.name)
-        pictures.append(PageFigure(drawn.title, drawn.caption, svg_text(drawn.figure)))
+        written, svg = write_figure(drawn.figure, directory / drawn.name)
+        files += written
+        pictures.append(PageFigure(drawn.title, drawn.caption, svg))
     if len(collection.rows) == 1:
         files += write_training_figure(next(iter(collection.rows)), directory)
     content = PageContent(
