@@ -143,16 +143,23 @@ def write_training_figure(run_directory: Path, directory: Path) -> list[Path]:
     return save_figure(figure, make_directory(directory) / "training")
 
 
+EPOCH_RESULTS = ("train_loss", "test_loss", "top1_percent")
+
+
+def _has_numbers(line: Mapping[str, Any], keys: Sequence[str]) -> bool:
+    return all(finite_number(line.get(key)) is not None for key in keys)
+
+
 def draw_training(lines: Sequence[dict[str, Any]]) -> Figure | None:
     """A run's losses and test accuracy; None without a finished epoch."""
-    steps = [line for line in lines if "step" in line]
-    epochs = [line for line in lines if "top1_percent" in line]
+    steps = [line for line in lines if _has_numbers(line, ("step", "loss"))]
+    epochs = [line for line in lines if _has_numbers(line, ("epoch", *EPOCH_RESULTS))]
     if not epochs:
         return None
     blue, red = COLORS[:2]
     with drawing():
         figure, (loss, accuracy) = make_panels(2, "page")
-        per_epoch = sum(line["epoch"] == epochs[0]["epoch"] for line in steps) or 1
+        per_epoch = sum(line.get("epoch") == epochs[0]["epoch"] for line in steps) or 1
         at = [line["step"] / per_epoch for line in steps]
         step_loss = [line["loss"] for line in steps]
         loss.plot(at, step_loss, color=blue, alpha=0.3, linewidth=0.7, label="each training step")

@@ -18,7 +18,7 @@ METADATA: dict[str, dict[str, str | None]] = {
 }
 
 
-LINK = re.compile(rb' *<a xlink:href="#run-[^"]*">\n?| *</a>\n?')
+LINK = re.compile(rb' *<a xlink:href="#run-[^"]*"[^>]*>\n?| *</a>\n?')
 
 
 def figure_bytes(figure: Figure, suffix: str) -> bytes:
@@ -46,7 +46,7 @@ def write_figure(figure: Figure, stem: Path) -> tuple[list[Path], str]:
         figure.set_layout_engine("none")
     svg = figure_bytes(figure, "svg")
     for drawn in figure.findobj(Collection):
-        drawn.set_urls(None)
+        drawn.set_urls([None])
     files = []
     for suffix in METADATA:
         files.append(stem.with_name(f"{stem.name}.{suffix}"))

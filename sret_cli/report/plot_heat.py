@@ -81,25 +81,25 @@ def draw_heat_map(rows: Sequence[Row], x: str, y: str, column: str, how: How) ->
                 if id(group) in means:
                     at = _place(group, y, ys), _place(group, x, xs)
                     cells[at] = means[id(group)]
-            image = axes.imshow(
+            mesh = axes.pcolormesh(
                 np.ma.masked_invalid(cells),
                 cmap="cividis",
                 vmin=low,
                 vmax=high,
-                origin="lower",
-                aspect="auto",
+                edgecolors="white",
+                linewidth=0.6,
             )
             axes.grid(False)
             axes.set_facecolor("0.94")  # of cells without a result
             for side in ("left", "bottom"):
                 axes.spines[side].set_visible(False)
-            axes.set_xticks(range(len(xs)), [text for _, text in xs])
-            axes.set_yticks(range(len(ys)), [text for _, text in ys])
+            axes.set_xticks([i + 0.5 for i in range(len(xs))], [text for _, text in xs])
+            axes.set_yticks([i + 0.5 for i in range(len(ys))], [text for _, text in ys])
             axes.tick_params(length=0)
             if max(len(xs), len(ys)) <= MOST_CELLS:
                 _write_numbers(axes, cells, column, low, high)
         label_panels(panels, heading(x), heading(y))
-        bar = figure.colorbar(image, ax=panels, pad=0.02, fraction=0.05, aspect=25)
+        bar = figure.colorbar(mesh, ax=panels, pad=0.02, fraction=0.05, aspect=25)
         bar.set_label(heading(column))
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=0)
@@ -138,8 +138,8 @@ def _write_numbers(axes: Axes, cells: Any, column: str, low: float, high: float)
         red, green, blue, _ = shades((value - low) / (high - low))
         is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
         axes.text(
-            place,
-            line,
+            place + 0.5,
+            line + 0.5,
             f"{value:,.{decimals}f}",
             ha="center",
             va="center",

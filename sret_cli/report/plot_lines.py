@@ -222,13 +222,16 @@ def line_caption(
     marks: set[str],
     plan: Arrangement,
 ) -> str:
-    """Which columns are drawn over x, what marks mean, and how many seeds there are."""
+    """Which columns are drawn over x, what marks mean, and how many seeds there are.
+
+    Without an interval, runs of a point may differ in more than their seed.
+    """
     parts = [f"{sentence(listed(map(words_for, columns)))} over {words_for(x)}."]
     seeds = seeds_text(groups, columns)
     if any(column in VARYING for column in columns):
         several = not seeds.startswith("One run")
         parts.append("Lines join means, dots are runs." if several else "")
-        parts.append(seeds)
+        parts.append("" if several and interval == "none" else seeds)
         parts.append(band_text(interval, marks))
     if "macs" in (x, *columns):
         parts.append(FLOPS_NOTE)

@@ -1,6 +1,6 @@
 """Accuracy over the learning rate, one curve for each depth, and the best rate over depth."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -60,7 +60,7 @@ def draw_rates(rows: Sequence[Row], x: str, y: str, how: How) -> tuple[Figure, s
     plan = arrange(groups, x, how.group or ("layers",))
     marks: set[str] = set()
     ends: list[float] = []
-    best: list[tuple[str, list[tuple[float, float]]]] = []
+    best: dict[str, list[tuple[float, float]]] = {}
     edges: list[str] = []
     xs = sorted({n for row in rows if (n := number_in(row, x)) is not None})
     with drawing():
@@ -69,7 +69,7 @@ def draw_rates(rows: Sequence[Row], x: str, y: str, how: How) -> tuple[Figure, s
         curves = panels[: len(plan.panels)]
         for axes, panel in zip(curves, plan.panels, strict=True):
             axes.set_title(panel.title)
-            places = []
+            places = best.setdefault(panel.setting, [])
             for series in panel.series:
                 marks |= draw_series(axes, series, x, y, how, ends)
                 if (found := best_point(series, x, y, how.interval)) is None:
@@ -88,7 +88,6 @@ def draw_rates(rows: Sequence[Row], x: str, y: str, how: How) -> tuple[Figure, s
                     places.append((depth, found[0]))
                 if found[0] in (xs[0], xs[-1]) and series.label not in edges:
                     edges.append(series.label)
-            best.append((panel.title, places))
             set_x_axis(axes, xs, x)
             axes.set(xlabel=heading(x))
         for axes in curves[1:]:
@@ -110,13 +109,13 @@ def draw_rates(rows: Sequence[Row], x: str, y: str, how: How) -> tuple[Figure, s
 
 def _draw_best(
     axes: Axes,
-    best: Sequence[tuple[str, Sequence[tuple[float, float]]]],
+    best: Mapping[str, Sequence[tuple[float, float]]],
     x: str,
     rates: Sequence[float],
 ) -> None:
     """Draws the best rate over depth, on the scale of all rates that were tried."""
     depths: list[float] = []
-    for index, (title, places) in enumerate(best):
+    for index, (title, places) in enumerate(best.items()):
         axes.plot(
             [depth for depth, _ in sorted(places)],
             [rate for _, rate in sorted(places)],
@@ -139,15 +138,16 @@ def _caption(
     y: str,
     interval: str,
     marks: set[str],
-    best: Sequence[tuple[str, Sequence[tuple[float, float]]]],
+    best: Mapping[str, Sequence[tuple[float, float]]],
     edges: Sequence[str],
 ) -> str:
     parts = [
         f"{words_for(y)[:1].upper()}{words_for(y)[1:]} over {words_for(x)}; a ring marks the best "
         "mean of each curve."
     ]
-    if len(best) == 1 and best[0][1]:
-        found = [f"{number_text(rate)} at {depth:,g}" for depth, rate in sorted(best[0][1])]
+    every = list(best.values())
+    if len(every) == 1 and every[0]:
+        found = [f"{number_text(rate)} at {depth:,g}" for depth, rate in sorted(every[0])]
         parts.append(f"Best at depth: {', '.join(found)} layers.")
     groups = [g for panel in plan.panels for series in panel.series for g in series.groups]
     parts += [seeds_text(groups, [y]), band_text(interval, marks)]

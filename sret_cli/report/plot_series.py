@@ -41,6 +41,7 @@ class Panel:
 
     title: str
     series: tuple[Series, ...]
+    setting: str = ""  # the title of all panels that were one before they were split
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ def arrange(
     for key, members in panels:
         title = ", ".join(f"{heading(f)}: {text}" for f, text in zip(rest, key, strict=True))
         (title,) = short_labels([title], 60)
-        made.append(Panel(title, tuple(_series(members, lead, x, looks, not is_loose))))
+        series = _series(members, lead, x, looks, not is_loose)
+        made.append(Panel(title, tuple(series), setting=title))
     made = [part for panel in made for part in _at_most_eight(panel)]
     labels = tuple(label for label, _ in looks.values())
     return Arrangement(tuple(made), legend_title(lead), note, labels)

@@ -47,8 +47,9 @@ def draw_sharing(rows: Sequence[Row], y: str, how: How) -> tuple[Figure, str]:
     groups = group_seeds([row for row in rows if id(row) in involved])
     plan = arrange(groups, "layers", ("role",), may_be_loose=False)
     most = 2 if how.width == "column" else 3
-    left_out = len(plan.panels) - most
-    plan = replace(plan, panels=plan.panels[:most])
+    with_pairs = [panel for panel in plan.panels if _pairs_in(panel, pairs)]
+    left_out = len(with_pairs) - most
+    plan = replace(plan, panels=tuple(with_pairs[:most]))
     count = len(plan.panels)
     with drawing():
         columns = 2 if count == 1 else count
@@ -96,8 +97,7 @@ def _draw_differences(
 ) -> list[Spread]:
     """Draws the differences of the shared models of a panel; returns them."""
     axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
-    mine = {id(row) for group in _groups(panel) for row in group.rows}
-    found = [c for c in pairs if id(c.shared.first) in mine]
+    found = _pairs_in(panel, pairs)
     roles = list(dict.fromkeys(role_of(c.control.first) for c in found))
     depths = [_depth(c.shared) or 0.0 for c in found]
     span = max(depths, default=0) - min(depths, default=0)
@@ -118,6 +118,12 @@ def _draw_differences(
                 linestyle="none",
             )
     return [c.top1 if y == "top1_percent" else c.loss for c in found]
+
+
+def _pairs_in(panel: Panel, pairs: Sequence[Comparison]) -> list[Comparison]:
+    """The comparisons whose shared model a panel shows."""
+    mine = {id(row) for group in _groups(panel) for row in group.rows}
+    return [c for c in pairs if id(c.shared.first) in mine]
 
 
 def _share(panels: Sequence[Axes]) -> None:

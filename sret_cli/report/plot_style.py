@@ -88,7 +88,9 @@ def paper_style() -> Iterator[None]:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(
             {
-                "font.family": "DejaVu Sans",  # comes with Matplotlib
+                "font.family": "sans-serif",
+                # The first comes with Matplotlib; the others are for SVGs in browsers without it.
+                "font.sans-serif": ["DejaVu Sans", "Verdana", "Helvetica Neue", "Arial"],
                 "font.size": FONT_SIZE,
                 "axes.labelsize": FONT_SIZE,
                 "axes.titlesize": FONT_SIZE,
