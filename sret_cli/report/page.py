@@ -87,6 +87,7 @@ class _FigureView:
     anchor: str
     svg: Markup
     is_light: bool
+    has_points: bool
 
 
 def write_page(content: PageContent, path: Path) -> None:
@@ -163,7 +164,9 @@ def _figures(
     for number, figure in enumerate(figures, 1):
         anchor = f"figure-{number}"
         svg = inline_svg(figure.svg, f"f{number}-", f"{anchor}-title", points)
-        views.append(_FigureView(figure, anchor, Markup(svg), has_color_map(figure.svg)))
+        has_points = 'class="point"' in svg
+        is_light = has_color_map(figure.svg)
+        views.append(_FigureView(figure, anchor, Markup(svg), is_light, has_points))
     return views
 
 

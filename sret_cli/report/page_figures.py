@@ -11,6 +11,7 @@ SPACED = ("text", "tspan")  # elements whose white space is shown
 COLORED = ("style", "fill", "stroke")
 GREY = re.compile(r"#([0-9a-f]{2})\1\1\b", re.IGNORECASE)
 REFERENCE = re.compile(r"url\(#([^)]*)\)")
+NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 LONG_NUMBER = re.compile(r"-?\d+\.\d{3,}")
 
 
@@ -35,7 +36,7 @@ def inline_svg(svg: str, prefix: str, label_id: str, points: Mapping[str, Point]
         label_id: id of the element that names the figure.
         points: where links lead, by the address in the SVG; other links are removed.
     """
-    root = ElementTree.fromstring(svg)
+    root = ElementTree.fromstring(NOT_XML.sub("", svg))
     _drop_namespaces(root)
     names = _new_names(root, prefix)
     for element in root.iter():

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sret_cli.report.columns import COLUMNS
+from sret_cli.report.columns import COLUMNS, heading
 from sret_cli.report.groups import DEPENDENT, SEED, role_of
 from sret_cli.report.page_curves import run_curves
 from sret_cli.report.page_tables import first_number, is_number
@@ -104,8 +104,8 @@ def describe_runs(
         facts = [role_of(row)]
         facts += [f"{layers:,} layers"] if isinstance(layers, int) else []
         facts += [f"seed {row[SEED]}"] if row.get(SEED) is not None else []
-        fields = tuple((_short(key), texts.get(key, "–")) for key in telling)
-        facts += [f"{name} {text}" for name, text in fields if text != "–"]
+        fields = tuple((key, texts.get(key, "–")) for key in telling)
+        facts += [f"{k.rpartition('.')[2]} {text}" for k, text in fields if text != "–"]
         found.append(
             RunDetails(
                 anchor=anchor,
@@ -131,7 +131,7 @@ def run_index(
 ) -> tuple[list[str], list[list[str]], list[list[float | str | None]]]:
     """Headings, lines and values to sort by of the table of all runs."""
     columns = [c for c in INDEX if any(row.get(c) is not None for row in rows)]
-    fields = [name for name, _ in details[0].telling] if details else []
+    fields = [heading(key) for key, _ in details[0].telling] if details else []
     headings = ["Run", "Model", "Role", "Layers", "Seed", *fields]
     headings += [COLUMNS[column].heading for column in columns] + ["Status"]
     lines, values = [], []
@@ -196,13 +196,11 @@ def _telling(
         if not any(len(set(c)) == len(set(zip(c, values, strict=True))) for c in columns.values()):
             columns[key] = values
     for key in (k for k in DEPENDENT if k in keys):
-        if len(set(zip(known, *columns.values(), strict=True))) < len(rows):
-            columns[key] = [texts.get(key) for texts in settings]
+        values = [texts.get(key) for texts in settings]
+        apart = list(zip(known, *columns.values(), strict=True))
+        if len(set(zip(apart, values, strict=True))) > len(set(apart)):
+            columns[key] = values
     return list(columns)
-
-
-def _short(key: str) -> str:
-    return key.rpartition(".")[2]
 
 
 def _differing(settings: Sequence[Mapping[str, str]]) -> set[str]:
@@ -235,11 +233,11 @@ def _results(row: Row) -> tuple[Pair, ...]:
 
 def _provenance(row: Row) -> tuple[Pair, ...]:
     pairs = []
-    for key, heading in PROVENANCE.items():
+    for key, name in PROVENANCE.items():
         value = row.get(key)
         if value is not None:
             text = value if isinstance(value, str | int | float) else json.dumps(value, default=str)
-            pairs.append((heading, one_line(text)))
+            pairs.append((name, one_line(text)))
     seconds = row.get("train_seconds")
     if is_number(seconds):
         pairs.append(("Duration of the training", duration(seconds)))

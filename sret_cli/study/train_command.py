@@ -40,11 +40,13 @@ def train_command(config: Mapping[str, Any]) -> str | None:
     `sret train --resume` with the directory of that other run.
     """
     model, train = config.get("model"), config.get("train")
-    if not isinstance(model, dict) or not isinstance(train, dict):
+    if not isinstance(model, dict) or not isinstance(train, dict) or not train:
         return None
     if config.get("continues") is not None:
         directory = f"runs/{config.get('study')}/{config['continues']}"
-        return shlex.join(["sret", "train", "--resume", directory, f"--epochs={train['epochs']}"])
+        return shlex.join(
+            ["sret", "train", "--resume", directory, f"--epochs={train.get('epochs')}"]
+        )
     try:
         given = _given_to_train(train)
     except (SretError, TypeError):

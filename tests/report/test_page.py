@@ -138,6 +138,11 @@ def test_a_figure_with_a_colour_map_stays_light():
     assert '<figure class="light">' in html
 
 
+def test_characters_that_xml_does_not_have_are_left_out():
+    svg = '<svg xmlns="http://www.w3.org/2000/svg"><!-- a\x00b --><text>c\x1bd</text></svg>'
+    assert "<text>cd</text>" in page_html(page_content(figures=[PageFigure("Odd", "", svg)]))
+
+
 def test_scripts_and_addresses_in_an_svg_are_left_out():
     svg = (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
@@ -179,6 +184,24 @@ def test_runs_that_differ_in_a_setting_are_told_apart_by_it():
     config = {**other.config, "train": {**other.config["train"], "lr": 0.01}}
     page = Page(page_html(page_content([one, replace(other, config=config)])))
     assert "nano, shared, 8 layers, seed 0, lr 0.01: top-1 52.00 % (run other)" in page.text
+
+
+def test_runs_of_one_depth_by_different_recursions_are_told_apart():
+    deep, wide = page_run(2), page_run(2, run_id="other")
+    config = {**wide.config, "model": {**wide.config["model"], "recursions": [1, 3, 1]}}
+    page = Page(page_html(page_content([deep, replace(wide, config=config)])))
+    assert "seed 0, recursions 1-3-1: top-1 52.00 % (run other)" in page.text
+
+
+def test_what_only_follows_from_the_depth_is_not_repeated(page):
+    assert "recursions" not in "".join(a["aria-label"] for a in page.all("a", **{"class": "point"}))
+
+
+def test_a_run_that_was_only_profiled_has_no_command_and_no_curves():
+    run = page_run(2, top1_percent=None, **{"train.seed": None})
+    row = {key: value for key, value in run.row.items() if not key.startswith("train.")}
+    html = page_html(page_content([replace(run, row=row, config=None, metrics=[])], figures=[]))
+    assert "sret train" not in html and "<polyline" not in html
 
 
 def test_a_run_without_a_config_or_metrics_shows_its_row():

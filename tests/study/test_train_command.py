@@ -73,6 +73,9 @@ def test_a_run_that_continues_another_resumes_it():
     assert command == "sret train --resume runs/depth/0123456789 --epochs=30"
 
 
-@pytest.mark.parametrize("config", [{}, {"model": {}, "train": None}, {"train": {"epochs": 1}}])
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"model": {}, "train": None}, {"model": {}, "train": {}}, {"train": {"epochs": 1}}],
+)
 def test_what_is_no_training_has_no_command(config):
     assert train_command(config) is None
