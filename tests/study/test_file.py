@@ -249,7 +249,7 @@ def test_a_study_that_cannot_be_says_why(text, message, tmp_path):
 def test_a_picture_is_no_study(tmp_path):
     path = tmp_path / "figure.png"
     path.write_bytes(b"\x89PNG\r\n\x1a\n\x00")
-    with pytest.raises(SretError, match="figure.png is not a study, .*: not text"):
+    with pytest.raises(SretError, match="figure.png is not a study, .*: it is not text"):
         load_study(path)
 
 
