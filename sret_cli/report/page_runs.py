@@ -136,7 +136,7 @@ def run_index(
     headings += [COLUMNS[column].heading for column in columns] + ["Status"]
     lines, values = [], []
     for row, run in zip(rows, details, strict=True):
-        status = "failed" if run.error else one_line(row.get("status")) or "done"
+        status = one_line(row.get("status")) or ("failed" if run.error else "done")
         texts = [run.run_id, run.name, role_of(row), _text("layers", row), _seed(row)]
         values.append([*texts[:3], row.get("layers"), row.get(SEED)])
         values[-1] += [first_number(text) for _, text in run.telling]

@@ -81,11 +81,11 @@ def test_a_column_of_numbers_sorts_as_numbers(open_page):
 
 def test_the_filter_leaves_the_lines_and_runs_that_match(open_page):
     page = open_page(page_content(many_runs()))
-    page.get_by_label("Filter").last.fill("0000000003")
+    page.get_by_label("Filter: All runs").fill("0000000003")
     expect(column(page, "all-runs", 1)).to_have_text(["0000000003"])
     assert page.locator("details.run:visible").count() == 1
     assert page.get_by_text("1 of 8").is_visible()
-    page.get_by_label("Filter").last.fill("")
+    page.get_by_label("Filter: All runs").fill("")
     expect(column(page, "all-runs", 1)).to_have_count(8)
 
 
@@ -103,7 +103,7 @@ def test_a_point_opens_its_run_by_mouse_and_by_keyboard(open_page):
 
 def test_a_filtered_run_appears_again_when_it_is_linked(open_page):
     page = open_page(page_content(many_runs()))
-    page.get_by_label("Filter").last.fill("0000000003")
+    page.get_by_label("Filter: All runs").fill("0000000003")
     page.locator("a.point").first.click()
     page.wait_for_selector("#run-0000000001[open]")
     assert page.locator("#run-0000000001").is_visible()

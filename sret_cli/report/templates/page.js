@@ -151,6 +151,7 @@
       const count = document.createElement("output");
       input.type = "search";
       input.setAttribute("aria-controls", table.id);
+      input.setAttribute("aria-label", `Filter: ${table.caption.textContent}`);
       label.append("Filter: ", input);
       tools.append(label, count);
       box.before(tools);
