@@ -53,11 +53,11 @@ def compare(rows: Sequence[Row], interval: str = "ci95") -> list[Comparison]:
     groups = group_seeds(done)
     group_of = {id(row): group for group in groups for row in group.rows}
     pairs: dict[tuple[int, int], list[tuple[Row, Row]]] = {}
+    controls = _Controls(done)
     for shared in done:
-        for control in done if role_of(shared) == SHARED else ():
-            if _are_paired(shared, control):
-                key = id(group_of[id(shared)]), id(group_of[id(control)])
-                pairs.setdefault(key, []).append((shared, control))
+        for control in controls.of(shared) if role_of(shared) == SHARED else ():
+            key = id(group_of[id(shared)]), id(group_of[id(control)])
+            pairs.setdefault(key, []).append((shared, control))
     by_id = {id(group): group for group in groups}
     return [
         Comparison(
@@ -146,12 +146,27 @@ def excludes_zero(found: Spread) -> bool:
     return found.half_width is not None and abs(found.mean) > found.half_width
 
 
-def _are_paired(shared: Row, control: Row) -> bool:
-    if shared.get("study") != control.get("study") or shared.get(SEED) != control.get(SEED):
-        return False
-    if str(shared.get("run_id")) in str(control.get("twin_of") or "").split():
-        return True
-    return role_of(control) == BASELINE and _training(shared) == _training(control)
+class _Controls:
+    """The twins and baselines among some rows, by what they are compared with."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.twins: dict[str, list[Row]] = {}
+        self.baselines: dict[str, list[Row]] = {}
+        for row in rows:
+            for run_id in str(row.get("twin_of") or "").split():
+                self.twins.setdefault(run_id, []).append(row)
+            if role_of(row) == BASELINE:
+                self.baselines.setdefault(self._place(row), []).append(row)
+
+    def of(self, shared: Row) -> list[Row]:
+        """The twins of a shared model, and the baselines of the same study, training and seed."""
+        twins = self.twins.get(str(shared.get("run_id")), ())
+        same = [row for row in twins if row.get("study") == shared.get("study")]
+        same = [row for row in same if row.get(SEED) == shared.get(SEED)]
+        return [*same, *self.baselines.get(self._place(shared), ())] if self.baselines else same
+
+    def _place(self, row: Row) -> str:
+        return f"{row.get('study')!r} {row.get(SEED)!r} {_training(row)}"
 
 
 def _training(row: Row) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from sret_cli.report.columns import heading
 from sret_cli.report.groups import Group, group_seeds
@@ -14,19 +15,18 @@ from sret_cli.report.intervals import spread
 from sret_cli.report.metrics import read_metrics
 from sret_cli.report.plot_axes import finite_number, set_x_axis, set_y_axis
 from sret_cli.report.plot_files import save_figure
-from sret_cli.report.plot_lines import legend_entries, sentence, tested_images, words_for
+from sret_cli.report.plot_lines import fade_bands, sentence, tested_images, words_for
 from sret_cli.report.plot_panels import (
     How,
     add_legend,
     band_text,
     drawing,
-    entry,
     finish,
     label_panels,
     make_panels,
 )
 from sret_cli.report.plot_series import Series, arrange
-from sret_cli.report.plot_style import COLORS, Look
+from sret_cli.report.plot_style import COLORS
 from sret_cli.runtime.files import make_directory
 from sret_cli.spec.run import Row
 
@@ -79,10 +79,14 @@ def draw_curves(rows: Sequence[Row], metrics: Lines, y: str, how: How) -> tuple[
         means = [sum(v) / len(v) for curve in curves.values() for v in curve.values()]
         if set_y_axis(panels[0], y, means, ends, tested_images(rows)):
             marks.add("cut")
+            fade_bands(panels)
         label_panels(panels, "Epoch", heading(y))
-        entries = [entry(str(e.get_label()), _look_of(plan, e)) for e in legend_entries(plan)]
-        for line in entries:
-            line.set_marker("")
+        looks = {series.label: series.look for panel in plan.panels for series in panel.series}
+        entries = [
+            Line2D([], [], color=looks[label].color, linestyle=looks[label].dash, label=label)
+            for label in sorted(looks, key=lambda text: (*plan.labels, text).index(text))
+        ]
+        entries = entries if len(entries) > 1 else []
         add_legend(figure, entries, plan.legend_title)
         finish(figure)
     counts = sorted({len(group.rows) for group in groups})
@@ -94,15 +98,6 @@ def draw_curves(rows: Sequence[Row], metrics: Lines, y: str, how: How) -> tuple[
         plan.note,
     ]
     return figure, " ".join(part for part in parts if part)
-
-
-def _look_of(plan: Any, line: Any) -> Look:
-    return next(
-        series.look
-        for panel in plan.panels
-        for series in panel.series
-        if series.label == line.get_label()
-    )
 
 
 def _values(group: Group, metrics: Lines, y: str) -> dict[int, list[float]]:

@@ -71,7 +71,6 @@ def draw_heat_map(rows: Sequence[Row], x: str, y: str, column: str, how: How) ->
             how.width,
             share_x=True,
             share_y=True,
-            legend_lines=0,
             aspect=min(max(0.25 + 0.12 * len(ys), 0.5), 1.1),
         )
         for axes, (title, members) in zip(panels, shown, strict=True):

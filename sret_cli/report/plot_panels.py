@@ -1,6 +1,5 @@
 """Panels, legends and dots that all kinds of figures have in common."""
 
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -72,7 +71,6 @@ def make_panels(
     columns: int | None = None,
     share_y: bool = False,
     share_x: bool = False,
-    legend_lines: int = 1,
     aspect: float = 0.78,
 ) -> tuple[Figure, list[Axes]]:
     """A figure of a width of a paper, and its panels from left to right and down.
@@ -83,7 +81,6 @@ def make_panels(
         columns: panels next to each other; by default as many as are wide enough.
         share_y: whether all panels have one y axis, labelled at the left.
         share_x: likewise for x, labelled at the bottom.
-        legend_lines: lines of text above the panels.
         aspect: height of a panel over its width.
     """
     inches = WIDTHS[width]
@@ -92,7 +89,7 @@ def make_panels(
     columns = min(count, columns)
     rows = -(-count // columns)
     height = max(min(inches / columns * aspect, 2.6), 1.5)
-    total = rows * height + 0.17 * legend_lines
+    total = rows * height + 0.17  # for one line of legend or titles
     figure = Figure(figsize=(inches, total), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.03, hspace=0.03)  # type: ignore[union-attr, call-arg]
     grid = figure.subplots(rows, columns, squeeze=False, sharey=share_y, sharex=share_x)
@@ -247,8 +244,3 @@ def band_text(interval: str, marks: set[str]) -> str:
     name = words.get(tuple(sorted(marks & {"band", "bar"})), "")
     cut = " Intervals wider than the axis are cut off." if "cut" in marks else ""
     return f"{name}: {BANDS[interval]}.{cut}" if name else ""
-
-
-def is_finite(value: float | None) -> bool:
-    """Whether there is a value that can be drawn."""
-    return value is not None and math.isfinite(value)

@@ -73,7 +73,7 @@ def draw_pareto(
     marks: set[str] = set()
     ends: list[float] = []
     with drawing():
-        figure, panels = make_panels(len(columns), how.width, share_y=True, legend_lines=1)
+        figure, panels = make_panels(len(columns), how.width, share_y=True)
         drawn = []
         for axes, x in zip(panels, columns, strict=True):
             points = _points(groups, x, y, how.interval)

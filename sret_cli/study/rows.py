@@ -89,6 +89,8 @@ def _is_row(row: dict[str, Any]) -> bool:
     if not {"study", "run_id", "started_at", "layers"} <= row.keys():
         return False
     texts = all(isinstance(row[key], str) for key in ("study", "run_id", "started_at"))
+    texts = texts and isinstance(row.get("name"), str | None)
+    texts = texts and isinstance(row.get("train.seed"), int | None)
     numbers = [row.get(column) for column in MEASUREMENTS if column not in TEXTS]
     return texts and all(
         value is None or isinstance(value, int | float) and math.isfinite(value)
