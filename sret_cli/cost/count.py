@@ -85,6 +85,18 @@ def count(spec: ModelSpec) -> Cost:
     return count_passes(spec, schedule_signatures(spec))
 
 
+def recurrent_params(spec: ModelSpec) -> int:
+    """The parameters that each recursion uses again: those of blocks, and of NLLs per block.
+
+    The others, of stem, pooling, head and NLLs per pass, are used once.
+    """
+    total = 0
+    for stage, blocks in enumerate(spec.blocks):
+        nll = _nll(spec, stage).params if spec.nll == "per_block" else 0
+        total += blocks * (_block(spec, stage, 1).params + nll)
+    return total
+
+
 def schedule_signatures(spec: ModelSpec) -> Signatures:
     """For each stage, what its costs depend on in its schedule."""
     return tuple(

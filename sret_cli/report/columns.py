@@ -65,6 +65,7 @@ COLUMNS = {
     "inference_memory_bytes": Column("Inference (MB)", 1e6, 0),
     "largest_batch": Column("Largest batch", 1, 0),
     "epochs_trained": Column("Epochs", 1, 0),
+    "images_seen": Column("Images seen (M)", 1e6, 2),
     "train_seconds": Column("Training (s)", 1, 0),
     "final_loss": Column("Training loss", 1, 3),
     "test_loss": Column("Test loss", 1, 3),

@@ -16,6 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullForm
 from sret_cli.report.columns import ACCURACIES, COLUMNS
 from sret_cli.report.plot_style import shorten
 from sret_cli.spec.run import Row
+from sret_cli.study.axes import number_of
 
 LARGEST = 1e100  # beyond this, axes overflow
 LOG_RATIO = 8  # largest over smallest value from which a logarithmic axis shows more
@@ -34,10 +35,7 @@ def number_in(row: Row, column: str) -> float | None:
 
     Equal numbers for all stages are one number.
     """
-    value = row.get(column)
-    if isinstance(value, list | tuple) and len(set(map(str, value))) == 1:
-        value = value[0]
-    number = finite_number(value)
+    number = finite_number(number_of(row, column))
     divisor = COLUMNS[column].divisor if column in COLUMNS else 1
     return None if number is None else number / divisor
 

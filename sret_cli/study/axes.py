@@ -22,6 +22,15 @@ def format_value(value: Any) -> str:
     return str(value)
 
 
+def number_of(row: Row, column: str) -> float | None:
+    """A column of a row as a number, also if all stages have the same one; None for others."""
+    value = row.get(column)
+    if isinstance(value, list | tuple) and value and len(set(map(str, value))) == 1:
+        value = value[0]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and value is not None else None
+
+
 def varying_fields(rows: Sequence[Row]) -> list[str]:
     """The fields besides the seed in which rows differ: spec fields, `study` and `name`.
 

@@ -40,6 +40,7 @@ MEASUREMENTS = (
     "training_images_per_second",
     "peak_memory_bytes",
     "epochs_trained",
+    "images_seen",
     "train_seconds",
     "images_per_second",
     "final_loss",

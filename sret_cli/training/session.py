@@ -282,6 +282,7 @@ class Session:
         return {
             "bad_images": bad_images,
             "epochs_trained": trainer.spec.epochs,
+            "images_seen": p.images,
             "train_seconds": p.seconds,
             "images_per_second": p.images / p.seconds if p.seconds else None,
             **p.results,
