@@ -78,8 +78,6 @@ def draw_figures(
         return _chosen(rows, spec, metrics, links)
     drawn = []
     for figure in spec.figures:
-        if figure.kind == "law":
-            continue
         drawn.append(_draw(rows, figure, spec, metrics, links))
     names = [d.name for d in drawn]
     for name in names:
@@ -275,6 +273,16 @@ def _heat_map(task: Task) -> Made:
     return f"{sentence(words_for(column))} by {words_for(x)} and {words_for(y)}", figure, caption
 
 
+def _law(task: Task) -> Made:
+    from sret_cli.report.fits import fit_rows
+    from sret_cli.report.plot_law import draw_law, law_title
+
+    y = {"top1_percent": "error", None: "test_loss"}.get(task.figure.y, str(task.figure.y))
+    found = fit_rows(task.rows, task.figure.law, task.figure.x or task.report.x, y)
+    figure, caption = draw_law(found, task.how.width)
+    return law_title(found), figure, caption
+
+
 DRAWN_BY: dict[str, Callable[[Task], Made]] = {
     "accuracy": _lines,
     "loss": _lines,
@@ -286,6 +294,7 @@ DRAWN_BY: dict[str, Callable[[Task], Made]] = {
     "curves": _curves,
     "learning-rate": _rates,
     "heat-map": _heat_map,
+    "law": _law,
 }
 
 

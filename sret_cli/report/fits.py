@@ -65,6 +65,7 @@ class FittedLaw:
         fit: its parameters.
         intervals: the 95 % interval of each parameter, by name.
         settings: the number of settings behind it.
+        drawn: parameters of the bootstrap's fits `[draws, parameters]`.
     """
 
     name: str
@@ -76,6 +77,7 @@ class FittedLaw:
     fit: Fit
     intervals: Mapping[str, tuple[float, float]]
     settings: int
+    drawn: np.ndarray
 
     def is_determined(self, parameter: str) -> bool:
         """Whether the interval of an exponent is smaller than the range that was searched."""
@@ -156,6 +158,7 @@ def fit_rows(
         fit=best,
         intervals=intervals,
         settings=len(groups),
+        drawn=drawn,
     )
 
 

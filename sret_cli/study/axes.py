@@ -28,7 +28,7 @@ def number_of(row: Row, column: str) -> float | None:
     if isinstance(value, list | tuple) and value and len(set(map(str, value))) == 1:
         value = value[0]
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and value is not None else None
+    return value if is_number else None
 
 
 def varying_fields(rows: Sequence[Row]) -> list[str]:

@@ -6,7 +6,6 @@ unit in the name, and provenance. No file is shared between runs, so any number 
 work on one study, and a lock keeps two from the same run.
 """
 
-import math
 import platform
 import subprocess
 from collections.abc import Callable
@@ -56,6 +55,7 @@ MEASUREMENTS = (
     "world_size",
 )
 TEXTS = ("measured_device", "measured_device_name", "measured_precision", "measured_compile")
+LARGEST = 1e300  # of a measurement
 OUTCOME = ("status", "error")  # of the training, and the reason if it failed
 PLACES = {f"train.{place}" for place in CONTENTS_OF}
 
@@ -94,7 +94,7 @@ def _is_row(row: dict[str, Any]) -> bool:
     texts = texts and isinstance(row.get("train.seed"), int | None)
     numbers = [row.get(column) for column in MEASUREMENTS if column not in TEXTS]
     return texts and all(
-        value is None or isinstance(value, int | float) and math.isfinite(value)
+        value is None or isinstance(value, int | float) and -LARGEST < value < LARGEST
         for value in numbers
     )
 

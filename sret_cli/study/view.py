@@ -51,6 +51,8 @@ class FigureSpec(Strict):
     """Condition for the rows that are shown, such as "slices == 4"."""
     name: str | None = None
     """Name of the files, and title of the figure on the page; by default the kind."""
+    law: Literal["power", "exponential", "chinchilla", "recurrence"] = "power"
+    """Law that the kind "law" fits."""
 
     @field_validator("name")
     @classmethod

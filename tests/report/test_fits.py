@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from helpers import study_rows
 
+from sret_cli.report.figures import draw_figures
 from sret_cli.report.fits import bootstrap, fit, fit_rows
 from sret_cli.report.laws import LAWS
 from sret_cli.runtime.errors import SretError
-from sret_cli.study.view import FigureSpec
+from sret_cli.study.view import FigureSpec, ReportSpec
 
 # Two widths, five recursion counts, three amounts of data, two seeds: 60 runs.
 WIDTHS, RECURSIONS, IMAGES, SEEDS = (5e4, 8e5), (1, 2, 4, 8, 16), (2e4, 1e5, 5e5), 2
@@ -114,13 +115,13 @@ def test_what_the_data_do_not_determine_is_said():
 def test_the_law_of_recurrence_takes_parameters_from_the_specs_of_runs():
     grid = {
         "model.recursions": [1, 2, 4],
-        "model.params": ["0.33M", "3.5M"],
+        "model.params": [331_842, 3_425_898],
         "train.epochs": [2, 20],
     }
     rows = study_rows(grid=grid)
     for row in rows:
         row |= {"images_seen": 1000 * row["train.epochs"], "test_loss": 1.0, "top1_percent": 50.0}
-        row["params"] = 331_842 if row["model.embed_dims"][0] < 64 else 3_500_000
+        row["params"] = 331_842 if row["model.embed_dims"][0] < 64 else 3_425_898
         row["test_loss"] += row["params"] ** -0.1 / row["model.recursions"][0] ** 0.05
     found = fit_rows(rows, "recurrence")
     assert set(found.inputs["r"]) == {1.0, 2.0, 4.0}
@@ -157,5 +158,14 @@ def test_failed_runs_do_not_count_and_wrong_names_are_refused():
         fit_rows(rows, "power")
 
 
-def test_laws_are_a_kind_of_figure():
-    assert FigureSpec(kind="law").kind == "law"
+def test_a_law_is_drawn_with_its_residuals_and_its_sentences():
+    spec = ReportSpec(figures=(FigureSpec(kind="law", x="layers", law="power"),))
+    (drawn,) = draw_figures(power_rows(0.002), spec)
+    curve, residuals = drawn.figure.axes
+    assert (curve.get_xlabel(), curve.get_ylabel()) == ("Layers", "Test loss")
+    assert residuals.get_ylabel() == "Residual (%)"
+    assert len(residuals.collections[0].get_offsets()) == 10
+    assert "alpha: " in drawn.caption
+    assert drawn.title == "Test loss over layers: E + A x^-alpha"
+    with pytest.raises(SretError, match="needs at least 4"):
+        draw_figures(power_rows()[:4], spec)
