@@ -4,9 +4,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sret_cli.report.columns import heading
+from sret_cli.report.columns import COLUMNS, heading
 from sret_cli.report.fits import FittedLaw
-from sret_cli.report.plot_axes import has_wide_range
+from sret_cli.report.plot_axes import set_x_axis
 from sret_cli.report.plot_panels import drawing, finish, make_panels
 from sret_cli.report.plot_style import COLORS
 
@@ -46,15 +46,15 @@ def law_title(found: FittedLaw) -> str:
 
 def _draw_curve(axes: Axes, found: FittedLaw) -> None:
     x = found.inputs["x"]
+    unit = COLUMNS[found.x].divisor if found.x in COLUMNS else 1
     at = np.geomspace(x.min(), x.max(), POINTS)
     curves = np.array([found.law.predict({"x": at}, drawn) for drawn in found.drawn])
     low, high = np.percentile(curves, [2.5, 97.5], axis=0)
-    axes.fill_between(at, low, high, color=COLORS[0], alpha=0.18, linewidth=0)
-    axes.plot(at, found.law.predict({"x": at}, found.fit.parameters), color=COLORS[0])
-    axes.scatter(x, found.measured, color=COLORS[1], s=10, zorder=3)
+    axes.fill_between(at / unit, low, high, color=COLORS[0], alpha=0.18, linewidth=0)
+    axes.plot(at / unit, found.law.predict({"x": at}, found.fit.parameters), color=COLORS[0])
+    axes.scatter(x / unit, found.measured, color=COLORS[1], s=10, zorder=3)
     axes.set(xlabel=heading(found.x), ylabel=Y_HEADINGS[found.y])
-    if has_wide_range(list(x)):
-        axes.set_xscale("log")
+    set_x_axis(axes, list(x / unit), column=found.x)
 
 
 def _draw_predicted(axes: Axes, found: FittedLaw) -> None:
