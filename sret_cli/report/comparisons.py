@@ -98,7 +98,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> ReportTable:
     theirs = table.columns.index("control_layers")
     if all(line[theirs].value in (None, line[theirs - 1].value) for line in lines):
         table = table.without([theirs])
-    for column in ("params_ratio", "macs_ratio"):  # the same in all lines: into the note
+    for column in ("seeds", "params_ratio", "macs_ratio"):  # the same in all lines: into the note
         index = table.columns.index(column)
         texts = {line[index].text for line in table.lines}
         if len(table.lines) > 1 and len(texts) == 1:
