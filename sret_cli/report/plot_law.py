@@ -32,7 +32,7 @@ def draw_law(found: FittedLaw, width: str) -> tuple[Figure, str]:
     what = "Left: the fit" if found.law.inputs == ("x",) else "Left: measured over predicted values"
     band = ", its 95 % band by bootstrap," if found.law.inputs == ("x",) else ""
     caption = (
-        f"{what}{band} and the runs. Right: residuals, predicted over measured less 1. "
+        f"{what}{band} and the runs. Right: residuals, measured over predicted less 1. "
         + " ".join(found.lines())
     )
     return figure, caption
@@ -50,11 +50,16 @@ def _draw_curve(axes: Axes, found: FittedLaw) -> None:
     at = np.geomspace(x.min(), x.max(), POINTS)
     curves = np.array([found.law.predict({"x": at}, drawn) for drawn in found.drawn])
     low, high = np.percentile(curves, [2.5, 97.5], axis=0)
-    axes.fill_between(at / unit, low, high, color=COLORS[0], alpha=0.18, linewidth=0)
-    axes.plot(at / unit, found.law.predict({"x": at}, found.fit.parameters), color=COLORS[0])
-    axes.scatter(x / unit, found.measured, color=COLORS[1], s=10, zorder=3)
+    axes.fill_between(
+        at / unit, low, high, color=COLORS[0], alpha=0.18, linewidth=0, label="95 % band"
+    )
+    axes.plot(
+        at / unit, found.law.predict({"x": at}, found.fit.parameters), color=COLORS[0], label="fit"
+    )
+    axes.scatter(x / unit, found.measured, color=COLORS[1], s=10, zorder=3, label="runs")
     axes.set(xlabel=heading(found.x), ylabel=Y_HEADINGS[found.y])
     set_x_axis(axes, list(x / unit), column=found.x)
+    axes.legend(fontsize=7, frameon=False)
 
 
 def _draw_predicted(axes: Axes, found: FittedLaw) -> None:
@@ -72,5 +77,6 @@ def _draw_predicted(axes: Axes, found: FittedLaw) -> None:
 def _draw_residuals(axes: Axes, found: FittedLaw) -> None:
     predicted = found.law.predict(found.inputs, found.fit.parameters)
     axes.axhline(0, color="0.6", linewidth=0.8)
-    axes.scatter(predicted, 100 * found.fit.residuals, color=COLORS[1], s=10, zorder=3)
+    residuals = 100 * (found.measured / predicted - 1)
+    axes.scatter(predicted, residuals, color=COLORS[1], s=10, zorder=3)
     axes.set(xlabel=f"{Y_HEADINGS[found.y]}, predicted", ylabel="Residual (%)")
