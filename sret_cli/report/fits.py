@@ -27,6 +27,7 @@ STARTS = 4  # of the grid's best points, refined
 HUBER = 1.345  # times the residuals' scale: 95 % as efficient as least squares on normal noise
 REWEIGHTINGS = 50
 TOLERANCE = 1e-9  # of exponents between two reweightings
+MOST_STEPS = 200  # of one search
 DRAWS = 400  # of the bootstrap
 WHOLE = 0.9  # share of the searched range beyond which an interval says nothing
 LAW_Y = {"test_loss": "test_loss", "error": "top1_percent"}
@@ -268,6 +269,7 @@ def _search(
         xtol=tolerance,
         ftol=tolerance,
         gtol=tolerance,
+        max_nfev=MOST_STEPS,
     )
     return found.x, found.status > 0
 
