@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from sret_cli.commands.config import user_defaults
 from sret_cli.commands.flags import MODEL_FLAGS, TRAIN_FLAGS
 from sret_cli.commands.output import stderr_console
 from sret_cli.runtime.errors import USAGE, SretError, nearest_choice
@@ -54,7 +55,9 @@ def study_from(context: typer.Context, trains: bool) -> "Study":
             "--num-classes",
             USAGE,
         )
-    study = study_from_flags(path, model_table(given), train if trains or path else None, settings)
+    table = train if trains or path else None
+    most = given.get("max_runs")
+    study = study_from_flags(path, model_table(given), table, settings, most)
     if path is None:
         spec = study.runs[0].model
         for field in ("recursive_slices", "slices"):
@@ -159,14 +162,20 @@ def retry_kinds(given: list[str] | None) -> tuple[str, ...]:
 
 
 def engine_options(context: typer.Context) -> "EngineOptions":
-    """Who does the runs: the `EngineOptions` of a command's flags.
+    """Who does the runs: the `EngineOptions` of a command's flags, and of the user's defaults.
 
     Raises:
         SretError: --jobs is neither a number nor "auto", or there is no such engine.
     """
     from sret_cli.study.engines import ENGINES, EngineOptions
 
-    flags = context.params
+    given = {
+        name
+        for name in context.params
+        if (source := context.get_parameter_source(name)) and source.name != "DEFAULT"
+    }
+    defaults = {k: v for k, v in user_defaults().items() if k not in given}
+    flags = {**context.params, **defaults}
     jobs, name = flags["jobs"], flags["engine"]
     if name not in ENGINES:
         raise SretError(f"--engine {name}: {nearest_choice(name, list(ENGINES))}", USAGE)
@@ -273,7 +282,11 @@ def second_value_error(table: str, key: str, value: Any, first: Any) -> SretErro
 
 
 def study_from_flags(
-    path: Path | None, model: Table, train: Table | None, settings: list[str]
+    path: Path | None,
+    model: Table,
+    train: Table | None,
+    settings: list[str],
+    max_runs: int | None = None,
 ) -> "Study":
     """The study of a file, or the one run that flags describe.
 
@@ -285,8 +298,9 @@ def study_from_flags(
         model: values of `[model]`, without those that were not given.
         train: the same for `[train]`; None if nothing is trained.
         settings: texts such as "model.mlp_ratio=4".
+        max_runs: how many runs the file may have, if that was given.
     """
-    from sret_cli.study.file import Study, load_study
+    from sret_cli.study.file import MOST_RUNS, Study, load_study
     from sret_cli.study.resolve import resolve_run
 
     tables = {"model": dict(model), "train": dict(train or {})}
@@ -301,4 +315,4 @@ def study_from_flags(
             f"{path} says what to run; leave out {', '.join(others)}, or copy the file and edit it",
             USAGE,
         )
-    return load_study(path, tables["train"])
+    return load_study(path, tables["train"], max_runs or MOST_RUNS)

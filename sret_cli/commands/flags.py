@@ -280,6 +280,18 @@ Only = Annotated[
         rich_help_panel=RUNNING,
     ),
 ]
+MaxRuns = Annotated[
+    int | None,
+    typer.Option(min=1, help="Needed above 10,000 runs.", rich_help_panel=RUNNING),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="List the runs with their costs and predicted times; start nothing.",
+        rich_help_panel=RUNNING,
+    ),
+]
 FailFast = Annotated[
     bool,
     typer.Option("--fail-fast", help="Stop at the first run that fails.", rich_help_panel=RUNNING),

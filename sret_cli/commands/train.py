@@ -27,6 +27,7 @@ from sret_cli.commands.flags import (
     DataDir,
     Dataset,
     Device,
+    DryRun,
     EngineName,
     Epochs,
     FailFast,
@@ -39,6 +40,7 @@ from sret_cli.commands.flags import (
     Layers,
     LearningRate,
     Macs,
+    MaxRuns,
     Nll,
     NumClasses,
     OnBadImage,
@@ -68,6 +70,7 @@ from sret_cli.commands.flags import (
     WeightDecay,
     Workers,
 )
+from sret_cli.commands.forecast import show_forecast
 from sret_cli.commands.output import exit_if_failed, print_rows, stderr_console
 from sret_cli.commands.report import report_study
 from sret_cli.runtime.errors import USAGE, SretError
@@ -128,6 +131,8 @@ def train(
     retry: Retry = None,
     only: Only = None,
     fail_fast: FailFast = False,
+    max_runs: MaxRuns = None,
+    dry_run: DryRun = False,
     engine: EngineName = "local",
     address: Address = None,
     slurm: Slurm = None,
@@ -149,6 +154,8 @@ def train(
     if all(run.train is None for run in found.runs):
         raise SretError(f"{study} trains nothing: it has no [train]; use `sret profile`")
     found = only_runs(found, only)
+    if dry_run:
+        return show_forecast(found, runs, options, engine_options(context), json_)
     outcome = do_study(found, runs, options, engine_options(context), stderr_console())
     print_rows(outcome.rows, RUN_TABLE, json_)
     if len(outcome.rows) == 1:
@@ -206,6 +213,8 @@ def run(
     retry: Retry = None,
     only: Only = None,
     fail_fast: FailFast = False,
+    max_runs: MaxRuns = None,
+    dry_run: DryRun = False,
     engine: EngineName = "local",
     address: Address = None,
     slurm: Slurm = None,
@@ -221,6 +230,8 @@ def run(
     if out is not None:
         make_directory(out)
     found = only_runs(found, only)
+    if dry_run:
+        return show_forecast(found, runs, options, engine_options(context), json_)
     outcome = do_study(found, runs, options, engine_options(context), stderr_console())
     if outcome.rows:
         report_study(found, outcome.rows, runs, out, json_)

@@ -6,7 +6,7 @@ directories of the runs; so a study can be begun by one engine and finished by a
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -93,7 +93,7 @@ def do_study(
     if engine.is_this_process:
         return run_study(study, root, options, console, trains)
     display = Display(console, study.name, len(study.runs))
-    study = prepared(study, root, display, trains)
+    study = prepared(study, root, display.note, trains)
     todo = [run for run in study.runs if run.is_identified]
     ordered = tuple(sorted(todo, key=weight_of, reverse=True))
     work = Work(replace(study, runs=ordered), root, options, trains)
@@ -103,11 +103,11 @@ def do_study(
     return board.outcome()
 
 
-def prepared(study: Study, root: Path, display: Display, trains: bool) -> Study:
+def prepared(study: Study, root: Path, note: Callable[[str], None], trains: bool) -> Study:
     """The study with the contents of what its runs read, after a check of paths and backbones."""
     if trains:
         check_paths(study)
-    study = replace(study, runs=tuple(identified_runs(study, trains, display.note)))
+    study = replace(study, runs=tuple(identified_runs(study, trains, note)))
     check_backbones(study, root)
     return study
 
