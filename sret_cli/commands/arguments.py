@@ -22,6 +22,18 @@ if TYPE_CHECKING:
 Table = dict[str, Any]
 
 
+# The flags of engines, for commands that have only some of them.
+ENGINE_FLAGS = {
+    "engine": "local",
+    "address": None,
+    "slurm": None,
+    "wait": False,
+    "gpus_per_run": 1,
+    "runs_per_gpu": 1,
+    "retries": 2,
+}
+
+
 def flags_given(context: typer.Context) -> dict[str, Any]:
     """A command's arguments and flags by parameter name, without those that were not given.
 
@@ -174,8 +186,8 @@ def engine_options(context: typer.Context) -> "EngineOptions":
         for name in context.params
         if (source := context.get_parameter_source(name)) and source.name != "DEFAULT"
     }
-    defaults = {k: v for k, v in user_defaults().items() if k not in given}
-    flags = {**context.params, **defaults}
+    defaults = {k: v for k, v in user_defaults().items() if k in context.params and k not in given}
+    flags = {**ENGINE_FLAGS, **context.params, **defaults}
     jobs, name = flags["jobs"], flags["engine"]
     if name not in ENGINES:
         raise SretError(f"--engine {name}: {nearest_choice(name, list(ENGINES))}", USAGE)

@@ -8,8 +8,10 @@ import typer
 
 from sret_cli.commands.arguments import (
     check_device,
+    engine_options,
     gpu_memory_of,
     model_flags_given,
+    only_runs,
     recompute_of,
     study_from,
 )
@@ -21,12 +23,15 @@ from sret_cli.commands.flags import (
     DataDir,
     GpuMemory,
     ImgSize,
+    Jobs,
     Json,
     LaterSlices,
     Layers,
     Macs,
+    MaxRuns,
     Nll,
     NumClasses,
+    Only,
     Params,
     Preset,
     Recompute,
@@ -114,6 +119,9 @@ def profile(
             rich_help_panel=WHERE,
         ),
     ] = None,
+    jobs: Jobs = "1",
+    only: Only = None,
+    max_runs: MaxRuns = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
 ) -> None:
@@ -166,11 +174,12 @@ def measurement_options(flags: dict[str, Any]) -> Any:
 def profile_study(context: typer.Context, options: Any) -> None:
     """Measures the runs of a study file, writes their rows and prints them."""
     from sret_cli.report.tables import COST_TABLE, PARITY_TABLE
-    from sret_cli.study.work import run_study
+    from sret_cli.study.engines import do_study
 
     flags = context.params
-    found = study_from(context, trains=False)
-    outcome = run_study(found, flags["runs"], options, stderr_console(), trains=False)
+    found = only_runs(study_from(context, trains=False), flags["only"])
+    engine = engine_options(context)
+    outcome = do_study(found, flags["runs"], options, engine, stderr_console(), trains=False)
     published = all("published_gmacs" in row for row in outcome.rows)
     print_rows(outcome.rows, PARITY_TABLE if published else COST_TABLE, flags["json_"])
     exit_if_failed(outcome.failed)

@@ -97,6 +97,15 @@ def exit_as_signalled(code: int) -> NoReturn:
     raise SystemExit(code)
 
 
+_came_late: list[int] = []
+
+
+def exit_if_signalled() -> None:
+    """Ends the process if a signal came at the very end of a training, which then was completed."""
+    if _came_late:
+        exit_as_signalled(_came_late.pop())
+
+
 @contextmanager
 def catching_signals() -> Iterator[Stop]:
     """Yields a flag that signals set. Outside the main thread no signal sets it."""
@@ -108,6 +117,8 @@ def catching_signals() -> Iterator[Stop]:
     before[signal.SIGALRM] = signal.signal(signal.SIGALRM, stop.give_up)
     try:
         yield stop
+        if stop.code is not None:  # it came after the last check, and the training is complete
+            _came_late.append(stop.code)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():

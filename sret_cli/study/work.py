@@ -18,6 +18,7 @@ from sret_cli.runtime.errors import SOME_FAILED, SretError
 from sret_cli.runtime.files import read_json
 from sret_cli.runtime.lock import Busy, locked_directory
 from sret_cli.runtime.progress import Display
+from sret_cli.runtime.signals import exit_if_signalled
 from sret_cli.spec.backbone import BackboneSpec
 from sret_cli.spec.contents import Contents
 from sret_cli.spec.options import RunOptions
@@ -88,7 +89,10 @@ class StudyWork:
         with self._reporting_interruption(), self.display.live():
             todo = items
             while todo:
-                busy = [item for item in todo if not self._do(item)]
+                busy = []
+                for item in todo:
+                    busy += [] if self._do(item) else [item]
+                    exit_if_signalled()
                 if len(busy) == len(todo):
                     self._wait(busy)
                 todo = busy

@@ -2,7 +2,15 @@
 
 import pytest
 
-STUDY = '[model]\npreset = "nano"\n[train]\nepochs = 1\nwarmup_epochs = 0\n[grid]\n"train.seed" = [0, 1]\n'
+STUDY = """
+[model]
+preset = "nano"
+[train]
+epochs = 1
+warmup_epochs = 0
+[grid]
+"train.seed" = [0, 1]
+"""
 
 
 @pytest.fixture
