@@ -47,8 +47,7 @@ def fitted_table(table: ReportTable, width: int = 200, title: str = "") -> Table
             min_width=_width(table, index),
         )
     for number, line in enumerate(table.lines):
-        style = ["bold" if cell.bold else "" for cell in line]
-        cells = [Text(c.full_text, style=s) for c, s in zip(line, style, strict=True)]
+        cells = [Text(c.full_text, style="bold") if c.bold else c.full_text for c in line]
         shown.add_row(*cells, end_section=number + 1 in table.blocks)
     return shown
 
