@@ -188,6 +188,8 @@ def engine_options(context: typer.Context) -> "EngineOptions":
     }
     defaults = {k: v for k, v in user_defaults().items() if k in context.params and k not in given}
     flags = {**ENGINE_FLAGS, **context.params, **defaults}
+    if flags["engine"] != "local" and "jobs" not in (*given, *defaults):
+        flags["jobs"] = "auto"  # on a cluster, one run at a time is never meant
     jobs, name = flags["jobs"], flags["engine"]
     if name not in ENGINES:
         raise SretError(f"--engine {name}: {nearest_choice(name, list(ENGINES))}", USAGE)

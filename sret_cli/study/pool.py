@@ -157,19 +157,7 @@ class Pool:
         return None
 
     def _take_rows(self, run_ids: Sequence[str] | None = None) -> None:
-        """Takes the rows of runs that have ended, also of those that other commands did."""
-        from sret_cli.study.execute import missing_measurements
-
-        for run_id in list(self.left) if run_ids is None else run_ids:
-            run = self.left.get(run_id)
-            row = None if run is None else read_row(run.directory(self.work.root))
-            if run is None or row is None:
-                continue
-            if not missing_measurements(row, run, self.work.options, self.work.trains):
-                del self.left[run_id]
-                self.on_end(run, row)
-                if row["error"] and self.work.options.fail_fast:
-                    raise SretError(f"run {run_id} failed: {row['error']}", SOME_FAILED)
+        take_rows(self.work, self.left, self.on_end, run_ids)
 
     def _start(self, slot: Slot) -> None:
         options = replace(self.work.options, workers=slot.share.loaders)
@@ -219,3 +207,31 @@ class Pool:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def take_rows(
+    work: Work, left: dict[str, Run], on_end: OnEnd, run_ids: Sequence[str] | None = None
+) -> None:
+    """Takes the rows of runs that have ended, also of those that other commands did.
+
+    Args:
+        work: what there is to do.
+        left: the runs without a row, by their ids; those with a row are removed.
+        on_end: called with each run that has ended, and its row.
+        run_ids: the runs to look at; by default all that are left.
+
+    Raises:
+        SretError: `fail_fast` and a run failed.
+    """
+    from sret_cli.study.execute import missing_measurements
+
+    for run_id in list(left) if run_ids is None else run_ids:
+        run = left.get(run_id)
+        row = None if run is None else read_row(run.directory(work.root))
+        if run is None or row is None:
+            continue
+        if not missing_measurements(row, run, work.options, work.trains):
+            del left[run_id]
+            on_end(run, row)
+            if row["error"] and work.options.fail_fast:
+                raise SretError(f"run {run_id} failed: {row['error']}", SOME_FAILED)

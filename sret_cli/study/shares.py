@@ -57,6 +57,7 @@ def divide(
     gpus_per_run: int = 1,
     runs_per_gpu: int = 1,
     loaders: int | None = None,
+    cpus: int | None = None,
 ) -> list[Share]:
     """Divides a machine among `jobs` workers.
 
@@ -71,6 +72,7 @@ def divide(
         gpus_per_run: GPUs of one run; on a CPU, the number of its processes.
         runs_per_gpu: workers that share a GPU.
         loaders: processes that load images, if the user gave them.
+        cpus: the cores to divide; by default those that this process may use.
 
     Raises:
         SretError: there are too few GPUs.
@@ -86,7 +88,7 @@ def divide(
         )
     if not on_cpu and gpus_per_run > len(gpus):
         raise SretError(f"--gpus-per-run {gpus_per_run}: {len(gpus)} GPUs are visible", USAGE)
-    part = max(cores() // (jobs * gpus_per_run), 1)
+    part = max((cpus or cores()) // (jobs * gpus_per_run), 1)
     if on_cpu:
         threads, loads = (part, 0) if loaders is None else (max(part - loaders, 1), loaders)
         return [Share((), threads, loads, gpus_per_run)] * jobs

@@ -59,10 +59,12 @@ class WorkerWork(StudyWork):
 
     def _measure(self, item: Item, row: Row, missing: list[str], directory: Path) -> None:
         self.tell(event="start", run=item.run.run_id)
-        with self.tell.logging_to(directory / LOG_FILE):
-            print(f"{item.label}: process {os.getpid()}", flush=True)
-            super()._measure(item, row, missing, directory)
-        self.tell(event="end", run=item.run.run_id)
+        try:
+            with self.tell.logging_to(directory / LOG_FILE):
+                print(f"{item.label}: process {os.getpid()}", flush=True)
+                super()._measure(item, row, missing, directory)
+        finally:
+            self.tell(event="end", run=item.run.run_id)
 
     def _note_busy(self, item: Item, error: Busy) -> None:
         """Says nothing: the other workers are at the same study."""
