@@ -116,6 +116,7 @@ def execute_run(
     options: RunOptions,
     progress: Progress,
     team: Team | None,
+    is_alone: bool = True,
 ) -> None:
     """Takes the missing measurements of a run, and writes its row, also if it failed by itself.
 
@@ -127,6 +128,7 @@ def execute_run(
         options: how to measure.
         progress: receives the progress of a training.
         team: the processes that train; None if nothing is trained.
+        is_alone: whether it is the only run, so that nothing is kept of one that cannot be built.
 
     Raises:
         SretError: the run failed.
@@ -146,7 +148,8 @@ def execute_run(
                 row |= team.train(run, directory, progress)
                 row["status"] = "done"
     except SretError as error:
-        own_reason = error.code in (SPEC, SOME_FAILED, RESOURCES) and error.status != "disk_full"
+        codes = (SOME_FAILED, RESOURCES) if is_alone else (SPEC, SOME_FAILED, RESOURCES)
+        own_reason = error.code in codes and error.status != "disk_full"
         if own_reason:
             row |= {"status": error.status, "error": str(error)}
             write_json(directory / "row.json", row)

@@ -79,11 +79,7 @@ class StudyWork:
 
     def run(self) -> Outcome:
         """Does all runs that are not done."""
-        if self.team is not None:
-            check_paths(self.study)
-        runs = identified_runs(self.study, self.team is not None, self.display.note)
-        self.study = replace(self.study, runs=tuple(runs))
-        check_backbones(self.study, self.root)
+        runs = self._prepare()
         labels = run_labels([planned_row(run) for run in runs])
         items = [Item(*item) for item in zip(range(1, len(runs) + 1), runs, labels, strict=True)]
         with self._reporting_interruption(), self.display.live():
@@ -99,6 +95,15 @@ class StudyWork:
         self.outcome.rows = [item.row for item in items if item.row is not None]
         return self.outcome
 
+    def _prepare(self) -> list[Run]:
+        """The runs with the contents of what they read, after a check of paths and backbones."""
+        if self.team is not None:
+            check_paths(self.study)
+        runs = identified_runs(self.study, self.team is not None, self.display.note)
+        self.study = replace(self.study, runs=tuple(runs))
+        check_backbones(self.study, self.root)
+        return runs
+
     def _do(self, item: "Item") -> bool:
         """Does what is missing of one run, and takes its row; False if another process does it."""
         run = item.run
@@ -110,9 +115,11 @@ class StudyWork:
         if self._missing(row, run) and died_unrecorded(directory):
             item.waited = True
             return False
-        if not self._missing(row, run):
+        if not (missing := self._missing(row, run)):
             self.outcome.skipped += not item.waited
             return self._take(item, row, was_missing=item.waited)
+        if "training" in missing and not item.waited:
+            _note_other_contents(run, self.root, self.display)
         try:
             with locked_directory(directory):
                 row = self._row(run)  # another process may have written it before we had the lock
@@ -172,8 +179,6 @@ class StudyWork:
         if run.train is None or "training" in missing:
             row |= {"status": None, "error": None, **provenance()}
             row |= {k: v for k, v in planned_row(run).items() if k.startswith("train.")}
-        if "training" in missing:
-            _note_other_contents(run, self.root, self.display)
         live = LiveFile(directory)
         execute_run(
             run,
@@ -183,6 +188,7 @@ class StudyWork:
             options=self.options,
             progress=live.following(self.display.of_run()),
             team=self.team,
+            is_alone=len(self.study.runs) == 1,
         )
         live.remove()
         forget_deaths(directory)
@@ -218,7 +224,7 @@ def identified_runs(study: Study, trains: bool, note: Callable[[str], None]) -> 
     Raises:
         SretError: the run is to be trained, and data, weights or labels are missing.
     """
-    if all(run.is_identified for run in study.runs):
+    if all(run.is_identified and run.contents is None for run in study.runs):
         return list(study.runs)
     from sret_cli.training.identify import Identifier
 

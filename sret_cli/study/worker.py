@@ -23,7 +23,7 @@ from sret_cli.runtime.errors import SretError
 from sret_cli.runtime.lock import Busy
 from sret_cli.runtime.processes import is_leader
 from sret_cli.spec.options import RunOptions
-from sret_cli.spec.run import Row
+from sret_cli.spec.run import Row, Run
 from sret_cli.study.deaths import LOG_FILE
 from sret_cli.study.dispatch import Team
 from sret_cli.study.file import Study
@@ -65,6 +65,10 @@ class WorkerWork(StudyWork):
                 super()._measure(item, row, missing, directory)
         finally:
             self.tell(event="end", run=item.run.run_id)
+
+    def _prepare(self) -> list[Run]:
+        """The runs as they are: the launcher has prepared them."""
+        return list(self.study.runs)
 
     def _note_busy(self, item: Item, error: Busy) -> None:
         """Says nothing: the other workers are at the same study."""

@@ -154,7 +154,10 @@ def test_help_lists_flags_in_sections(sret, monkeypatch):
     sections = [line for line in out.splitlines() if line.endswith(":") and line[0] != " "]
     assert (code, sections) == (
         0,
-        ["Arguments:", "Model:", "Data:", "Training:", "Where and how:", "Options:"],
+        [
+            *("Arguments:", "Model:", "Data:", "Training:", "Many runs:", "Where and how:"),
+            "Options:",
+        ],
     )
     assert out.count("--help") == 1 and out.rindex("Options:") < out.index("--help")
     assert max(map(len, out.splitlines())) <= 80

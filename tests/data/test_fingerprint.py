@@ -149,7 +149,7 @@ def test_a_run_goes_on_by_resume_with_its_images_elsewhere_but_not_with_others(
     assert (code, "(train/dog/5.jpg has other bytes)" in err) == (5, True)
     assert (directory / "config.json").read_bytes() == config
     code, _, err = sret(*resume)
-    assert (code, err.startswith(f"sret: no folder {images}")) == (4, True)
+    assert (code, err.startswith(f"sret: no folder {images}")) == (4, True), err
     code, _, err = sret(*resume, "--dataset", "tar", "--data-dir", tmp_path / "moved")
     assert (code, "leave out dataset, data_dir" in err) == (2, True)
     code, _, err = sret(*resume, "--set", "train.data_dir=" + str(tmp_path / "moved"), "--seed", 1)
