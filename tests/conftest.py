@@ -10,6 +10,7 @@ from helpers import QUICK, TINY
 from PIL import Image
 
 from sret_cli.commands.app import main
+from sret_cli.runtime.errors import show_note_once
 
 
 def pytest_configure():
@@ -75,3 +76,9 @@ def sret(capsys, monkeypatch, tmp_path):
         return ended.value.code, out, err
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def notes_of_each_test():
+    """Lets every test see notes that are shown once per process."""
+    show_note_once.cache_clear()
