@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -91,6 +91,7 @@ class Display:
             disable=not console.is_terminal,
         )
         self.overall = self.bars.add_task(title, total=total, text="", visible=total > 1)
+        self.running: dict[str, TaskID] = {}
         self.current = self.bars.add_task("", total=None, text="", visible=False)
 
     @contextmanager
@@ -134,6 +135,15 @@ class Display:
     def tell(self, text: str) -> None:
         """Shows a text at the end of the bar of all runs."""
         self.bars.update(self.overall, text=text)
+
+    def show_runs(self, runs: Mapping[str, tuple[int, int, str]]) -> None:
+        """Shows a bar for each run under way, by label: steps done, all steps, and a text."""
+        for label in self.running.keys() - runs.keys():
+            self.bars.remove_task(self.running.pop(label))
+        for label, (done, total, text) in runs.items():
+            if label not in self.running:
+                self.running[label] = self.bars.add_task(label, text="")
+            self.bars.update(self.running[label], completed=done, total=total, text=text)
 
     def finish(self, line: str) -> None:
         """Counts a run as finished, and prints one line about it."""

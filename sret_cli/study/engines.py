@@ -22,6 +22,7 @@ from sret_cli.spec.options import RunOptions
 from sret_cli.spec.run import Row, Run
 from sret_cli.study.axes import run_labels
 from sret_cli.study.file import Study
+from sret_cli.study.live import read_live
 from sret_cli.study.rows import planned_row
 from sret_cli.study.weight import weight_of
 from sret_cli.study.work import (
@@ -97,7 +98,7 @@ def do_study(
     todo = [run for run in study.runs if run.is_identified]
     ordered = tuple(sorted(todo, key=weight_of, reverse=True))
     work = Work(replace(study, runs=ordered), root, options, trains)
-    board = Board(study, display)
+    board = Board(study, root, display)
     with board.showing():
         import_module(ENGINES[engine.engine]).run(work, engine, board)
     return board.outcome()
@@ -115,8 +116,8 @@ def prepared(study: Study, root: Path, note: Callable[[str], None], trains: bool
 class Board:
     """What a launcher shows of a study: a line when a run ends, and the time that is left."""
 
-    def __init__(self, study: Study, display: Display) -> None:
-        self.study, self.display = study, display
+    def __init__(self, study: Study, root: Path, display: Display) -> None:
+        self.study, self.root, self.display = study, root, display
         labels = run_labels([planned_row(run) for run in study.runs])
         self.rows: dict[str, Row] = {}
         self.labels = {
@@ -158,11 +159,23 @@ class Board:
     def on_look(self) -> None:
         """Updates the time that is left, by the weights of the runs that are done."""
         self.is_first_look = False
+        if self.display.console.is_terminal:
+            self.display.show_runs(self._running())
         done = sum(self.weights[run_id] for run_id in self.rows) - self.before
         left = sum(self.weights.values()) - self.before - done
         if done > 0 and left > 0:
             seconds = round((time.monotonic() - self.began) * left / done)
             self.display.tell(f"about {timedelta(seconds=seconds)} left")
+
+    def _running(self) -> dict[str, tuple[int, int, str]]:
+        """Steps and text of the runs that are under way, by their labels."""
+        found = {}
+        for run in self.study.runs:
+            if run.is_identified and run.run_id not in self.rows:
+                if live := read_live(run.directory(self.root)):
+                    text = f"{live.get('left', '–')} left, {live.get('text', '')}"
+                    found[self.labels[run.run_id]] = live["step"], live["steps"], text
+        return found
 
     def outcome(self) -> Outcome:
         """The rows in the order of the study's runs, and those that failed."""
