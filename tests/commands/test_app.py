@@ -236,15 +236,20 @@ def test_running_out_of_memory_is_a_row_with_its_error_and_exit_7(sret, study, m
 
 
 @pytest.mark.slow
-def test_a_run_in_use_by_another_process_is_skipped_and_the_others_are_done(sret, study):
+def test_a_run_in_use_by_another_process_is_waited_for_after_the_others_are_done(sret, study):
     (first, second) = load_study(study).runs
-    with locked_directory(first.directory(study.parent / "runs")):
+    directories = [run.directory(study.parent / "runs") for run in (first, second)]
+    with locked_directory(directories[0]):
         process = start("train", study, cwd=study.parent)
-        out, err = process.communicate(timeout=300)
-    assert process.returncode == 2
+        while not (directories[1] / "row.json").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        assert not (directories[0] / "row.json").exists()
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
     assert f"is in use by process {os.getpid()} on " in err
-    assert not (first.directory(study.parent / "runs") / "row.json").exists()
-    assert (second.directory(study.parent / "runs") / "row.json").exists()
+    assert "its row is taken when it ends" in err
+    assert (directories[0] / "row.json").exists()
 
 
 def test_a_full_disk_ends_the_study_and_leaves_no_row(sret, study, monkeypatch):
