@@ -15,11 +15,11 @@ from sret_cli.report.intervals import spread
 from sret_cli.report.metrics import read_metrics
 from sret_cli.report.plot_axes import finite_number, set_x_axis, set_y_axis
 from sret_cli.report.plot_files import save_figure
-from sret_cli.report.plot_lines import fade_bands, sentence, tested_images, words_for
+from sret_cli.report.plot_intervals import Intervals
+from sret_cli.report.plot_lines import sentence, tested_images, words_for
 from sret_cli.report.plot_panels import (
     How,
     add_legend,
-    band_text,
     drawing,
     finish,
     label_panels,
@@ -65,8 +65,7 @@ def draw_curves(rows: Sequence[Row], metrics: Lines, y: str, how: How) -> tuple[
     chosen = how.group or (("layers",) if len(depths) > 1 else None)
     plan = arrange(groups, "epoch", chosen, may_be_loose=False)
     curves = {id(group): _values(group, metrics, y) for group in groups}
-    marks: set[str] = set()
-    ends: list[float] = []
+    intervals = Intervals(how.interval, y)
     with drawing():
         figure, panels = make_panels(len(plan.panels), how.width, share_x=True, share_y=True)
         epochs = sorted({epoch for curve in curves.values() for epoch in curve})
@@ -74,12 +73,17 @@ def draw_curves(rows: Sequence[Row], metrics: Lines, y: str, how: How) -> tuple[
             axes.set_title(panel.title)
             for series in panel.series:
                 for group in series.groups:
-                    _draw_curve(axes, curves[id(group)], series, how.interval, marks, ends)
+                    _draw_curve(axes, curves[id(group)], series, intervals)
             set_x_axis(axes, epochs, may_be_log=False)
         means = [sum(v) / len(v) for curve in curves.values() for v in curve.values()]
-        if set_y_axis(panels[0], y, means, ends, tested_images(rows)):
-            marks.add("cut")
-            fade_bands(panels)
+        intervals.draw_or_hide(panels, means, tested_images(rows))
+        if intervals.is_hidden:
+            for axes, panel in zip(panels, plan.panels, strict=True):
+                for series in panel.series:
+                    for group in series.groups:
+                        _draw_runs(axes, curves[id(group)], series)
+            values = [v for curve in curves.values() for one in curve.values() for v in one]
+            set_y_axis(panels[0], y, values, (), tested_images(rows))
         label_panels(panels, "Epoch", heading(y))
         looks = {series.label: series.look for panel in plan.panels for series in panel.series}
         entries = [
@@ -94,7 +98,8 @@ def draw_curves(rows: Sequence[Row], metrics: Lines, y: str, how: How) -> tuple[
     parts = [
         f"{sentence(words_for(y))} after each epoch.",
         "One run in each curve." if counts == [1] else f"Means of {seeds} seeds.",
-        band_text(how.interval, marks),
+        "Thin lines are runs." if intervals.is_hidden else "",
+        "" if counts == [1] else intervals.text(groups).removeprefix(f"{seeds} seeds. "),
         plan.note,
     ]
     return figure, " ".join(part for part in parts if part)
@@ -108,23 +113,24 @@ def _values(group: Group, metrics: Lines, y: str) -> dict[int, list[float]]:
 
 
 def _draw_curve(
-    axes: Axes,
-    curve: Mapping[int, Sequence[float]],
-    series: Series,
-    interval: str,
-    marks: set[str],
-    ends: list[float],
+    axes: Axes, curve: Mapping[int, Sequence[float]], series: Series, intervals: Intervals
 ) -> None:
     if not curve:
         return
-    found = [spread(values, interval) for values in curve.values()]
-    axes.plot(list(curve), [s.mean for s in found], color=series.look.color, ls=series.look.dash)
+    found = [spread(values, intervals.kind) for values in curve.values()]
+    epochs, color = list(curve), series.look.color
+    axes.plot(epochs, [s.mean for s in found], color=color, ls=series.look.dash)
     if all(s.half_width is not None for s in found):
-        low = [s.mean - (s.half_width or 0) for s in found]
-        high = [s.mean + (s.half_width or 0) for s in found]
-        axes.fill_between(list(curve), low, high, color=series.look.color, alpha=0.15, linewidth=0)
-        marks.add("band")
-        ends += [*low, *high]
+        ends = [intervals.add(s.mean, s.half_width or 0) for s in found]
+        lows, highs = [low for low, _ in ends], [high for _, high in ends]
+        intervals.bands.append((axes, [float(epoch) for epoch in epochs], lows, highs, color))
+
+
+def _draw_runs(axes: Axes, curve: Mapping[int, Sequence[float]], series: Series) -> None:
+    """A thin line for each run of several."""
+    runs = list(zip(*curve.values(), strict=True))
+    for run in runs if len(runs) > 1 else []:
+        axes.plot(list(curve), run, color=series.look.color, linewidth=0.5, alpha=0.6, zorder=1.5)
 
 
 def write_training_figure(run_directory: Path, directory: Path) -> list[Path]:

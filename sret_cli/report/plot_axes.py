@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from sret_cli.report.columns import ACCURACIES, COLUMNS
-from sret_cli.report.plot_style import shorten
+from sret_cli.report.plot_style import FONT_SIZE, shorten
 from sret_cli.spec.run import Row
 from sret_cli.study.axes import number_of
 
@@ -27,6 +27,7 @@ FROM_ZERO = ("params", "macs", "activation_bytes", "peak_memory_bytes", "trainin
 MOST_VALUE_TICKS = 9  # a tick at each value up to this number of values,
 LONGEST_VALUE_TICK = 6  # and up to this number of characters
 IS_ACCURACY = {*ACCURACIES, "best_top1_percent", "mean_class_top1_percent"}
+SMALL_FLOPS = 0.1  # G, below which an axis shows M
 TICK_GAP = 3  # pixels at 100 dpi between the texts of two ticks
 
 
@@ -84,6 +85,7 @@ def set_x_axis(
     else:
         pad = 0.06 * (places[-1] - places[0]) or max(abs(places[0]) * 0.5, 0.5)
         axes.set_xlim(places[0] - pad, places[-1] + pad)
+    _use_small_unit(axes.xaxis, column, places)
     are_short = all(len(number_text(place)) <= LONGEST_VALUE_TICK for place in places)
     is_chosen = column not in COLUMNS or column in COUNTS
     if len(places) <= MOST_VALUE_TICKS and are_short and is_chosen:
@@ -117,6 +119,7 @@ def set_y_axis(
     """
     if not values:
         return False
+    _use_small_unit(axes.yaxis, column, values)
     low, high = min(values), max(values)
     if column in IS_ACCURACY:
         least = max(2.0, min(1000 / test_images, 20.0) if test_images else 2.0)
@@ -148,12 +151,34 @@ def set_y_axis(
     pad = 0.06 * (high - low)
     low, high = low - pad, high + pad
     if is_percent:
-        low, high = max(low, 0.0 - pad / 2), min(high, 100.0 + pad / 2)
+        low = max(low, min(0.0, ends_low) - pad / 2)  # intervals may end beyond 0 and 100
+        high = min(high, max(100.0, ends_high) + pad / 2)
     elif column in FROM_ZERO and min(values) >= 0:
         low = 0.0
     axes.set_ylim(low, high)
     _set_round_ticks(axes.yaxis)
     return cuts
+
+
+def _use_small_unit(axis: Axis, column: str, values: Sequence[float]) -> None:
+    """Shows FLOPs that are all small in M, at the same places; `break_labels` names the unit."""
+    if column == "macs" and 0 < max(values) < SMALL_FLOPS:
+        axis.set_major_formatter(FuncFormatter(_mega_text))
+
+
+def _mega_text(value: float, position: Any = None) -> str:
+    return _tick_text(1000 * value)
+
+
+def _name_small_units(figure: Figure) -> None:
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            formatter = axis.get_major_formatter()
+            if not isinstance(formatter, FuncFormatter) or formatter.func is not _mega_text:
+                continue
+            axis.set_label_text(axis.get_label_text().replace("FLOPs (G)", "FLOPs (M)"))
+            if axis is axes.xaxis and figure.get_supxlabel() == "FLOPs (G)":
+                figure.supxlabel("FLOPs (M)", fontsize=FONT_SIZE)
 
 
 def _set_round_ticks(axis: Axis, are_whole: bool = False) -> None:
@@ -162,7 +187,14 @@ def _set_round_ticks(axis: Axis, are_whole: bool = False) -> None:
         axis.set_major_locator(FixedLocator(round_places(low, high)))
         axis.set_minor_locator(NullLocator())
     else:
-        axis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10], integer=are_whole))
+        axis.set_major_locator(
+            MaxNLocator(
+                nbins=5,
+                steps=[1, 2, 2.5, 5, 10],
+                integer=are_whole,
+                min_n_ticks=2 if are_whole else 3,
+            )
+        )
 
 
 def round_places(low: float, high: float) -> list[float]:
@@ -187,6 +219,7 @@ def renderer_of(figure: Figure) -> RendererBase:
 def break_labels(figure: Figure) -> None:
     """Breaks labels of y axes and titles of panels in two if they are longer than the panel."""
     _write_plain_ticks(figure)
+    _name_small_units(figure)
     figure.draw_without_rendering()
     renderer = renderer_of(figure)
     for axes in figure.axes:
@@ -248,7 +281,7 @@ def _thin(figure: Figure, axis: Axis, side: int) -> None:
     boxes = []
     renderer = renderer_of(figure)
     for tick, place in zip(axis.get_major_ticks(len(places)), places, strict=True):
-        tick.label1.set_text(_tick_text(place))
+        tick.label1.set_text(axis.get_major_formatter()(place))
         tick.update_position(place)
         box = tick.label1.get_window_extent(renderer)
         boxes.append((box.x0, box.x1) if side == 0 else (box.y0, box.y1))

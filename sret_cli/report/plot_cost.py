@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 
 from sret_cli.report.columns import heading
 from sret_cli.report.groups import SEED, Group, group_seeds, setting
-from sret_cli.report.plot_axes import number_in, set_x_axis, set_y_axis
+from sret_cli.report.plot_axes import number_in, set_x_axis
+from sret_cli.report.plot_intervals import Intervals
 from sret_cli.report.plot_lines import draw_series, drawable, legend_entries, line_caption
 from sret_cli.report.plot_panels import How, add_legend, drawing, finish, label_panels, make_panels
 from sret_cli.report.plot_series import MOST_PANELS, arrange, split_fields
@@ -65,21 +66,21 @@ def draw_columns(
     lead, rest = split_fields(groups, x, how.group)
     plan = arrange(groups, x, [*lead, *rest])
     places = [(panel, column) for panel in plan.panels for column in columns][:MOST_PANELS]
-    marks: set[str] = set()
+    every: list[Intervals] = []
     with drawing():
         figure, panels = make_panels(len(places), how.width, share_x=True)
         for axes, (panel, column) in zip(panels, places, strict=True):
-            ends: list[float] = []
+            every.append(Intervals(how.interval, column))
             for series in panel.series:
-                marks |= draw_series(axes, series, x, column, how, ends)
+                draw_series(axes, series, x, column, how, every[-1])
             shown = [row for series in panel.series for g in series.groups for row in g.rows]
             set_x_axis(axes, [n for row in rows if (n := number_in(row, x)) is not None], x)
             values = [n for row in shown if (n := number_in(row, column)) is not None]
-            if set_y_axis(axes, column, values, ends):
-                marks.add("cut")
+            every[-1].draw_or_hide([axes], values)
             axes.set_title(panel.title)
             axes.set_ylabel(heading(column))
         label_panels(panels, heading(x))
         add_legend(figure, legend_entries(plan), plan.legend_title)
         finish(figure)
-    return figure, line_caption(groups, x, columns, how.interval, marks, plan)
+    told = max(every, key=lambda found: (found.is_hidden, bool(found.ends)))
+    return figure, line_caption(groups, x, columns, told, plan)

@@ -13,8 +13,9 @@ from matplotlib.ticker import MaxNLocator
 from sret_cli.report.columns import COLUMNS, VARYING, heading
 from sret_cli.report.groups import Group, group_seeds, series_fields, series_key
 from sret_cli.report.plot_axes import TICK_GAP, number_text
+from sret_cli.report.plot_intervals import seeds_text
 from sret_cli.report.plot_lines import drawable, mean_of, sentence, words_for
-from sret_cli.report.plot_panels import How, drawing, label_panels, make_panels, seeds_text
+from sret_cli.report.plot_panels import How, drawing, label_panels, make_panels
 from sret_cli.report.plot_series import ordered, panel_keys, value_text
 from sret_cli.report.plot_style import SMALL_SIZE, short_labels
 from sret_cli.spec.run import Row

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -10,6 +11,7 @@ from matplotlib.lines import Line2D
 from sret_cli.report.columns import FLOPS_NOTE, heading
 from sret_cli.report.groups import Group, group_seeds, role_of, series_fields
 from sret_cli.report.plot_axes import number_in, number_text, set_x_axis, set_y_axis
+from sret_cli.report.plot_intervals import Intervals
 from sret_cli.report.plot_labels import Label, place_labels
 from sret_cli.report.plot_lines import (
     draw_series,
@@ -22,21 +24,20 @@ from sret_cli.report.plot_lines import (
 from sret_cli.report.plot_panels import (
     How,
     add_legend,
-    band_text,
     drawing,
     entry,
     finish,
     label_panels,
     make_panels,
-    seeds_text,
+    note_entry,
 )
 from sret_cli.report.plot_series import MOST_PANELS, Series, panel_keys
 from sret_cli.report.plot_style import (
+    DASHES,
     GREY,
     MOST_SERIES,
     ROLE_LOOKS,
     Look,
-    ordered_looks,
     short_labels,
 )
 from sret_cli.spec.run import Row
@@ -97,7 +98,7 @@ def iso_panels(rows: Sequence[Row], fixed: str, x: str, y: str) -> list[tuple[st
 
 
 def draw_iso(rows: Sequence[Row], fixed: str, x: str, y: str, how: How) -> tuple[Figure, str]:
-    """A line for each level of a cost, over the other cost; markers are roles."""
+    """A line for each level of a cost, over the other cost; colours and markers are roles."""
     every = iso_panels(rows, fixed, x, y)
     shown = every[:MOST_PANELS]
     costs = sorted({level.cost for _, levels in shown for level in levels})
@@ -109,46 +110,42 @@ def draw_iso(rows: Sequence[Row], fixed: str, x: str, y: str, how: How) -> tuple
         notes.append(f"{len(chosen)} of {len(costs)} levels are shown.")
         costs = sorted(chosen)
     unit = heading(fixed).partition("(")[2].rstrip(")")
-    looks = dict(zip(costs, ordered_looks(len(costs)), strict=True))
-    marks: set[str] = set()
-    ends: list[float] = []
+    dashes = dict(zip(costs, DASHES, strict=False))
+    intervals = Intervals(how.interval, y)
     drawn: list[Group] = []
     with drawing():
         figure, panels = make_panels(len(shown), how.width, share_y=True, share_x=True)
         for axes, (title, levels) in zip(panels, shown, strict=True):
             axes.set_title(title)
-            for level in (level for level in levels if level.cost in looks):
-                look = looks[level.cost]
-                _draw_lines(axes, _means(level, x, y, how.interval), look)
+            for level in (level for level in levels if level.cost in dashes):
+                _draw_lines(axes, _means(level, x, y, how.interval), dashes[level.cost])
                 for group in level.groups:
-                    mark = ROLE_LOOKS.get(role_of(group.first), look).marker
-                    series = Series("", Look(look.color, mark, look.dash), (group,))
-                    marks |= draw_series(axes, series, x, y, how, ends)
+                    series = Series("", _look_of(role_of(group.first)), (group,))
+                    draw_series(axes, series, x, y, how, intervals)
                     drawn.append(group)
         rows_drawn = [row for group in drawn for row in group.rows]
         values = [n for row in rows_drawn if (n := number_in(row, y)) is not None]
         places = [n for row in rows_drawn if (n := number_in(row, x)) is not None]
         for axes in panels:
             set_x_axis(axes, places, x)
-        if set_y_axis(panels[0], y, values, ends, tested_images(rows_drawn)):
-            marks.add("cut")
+        set_y_axis(panels[0], y, values, intervals.ends, tested_images(rows_drawn))
+        intervals.draw_bars(alpha=0.5)
         label_panels(panels, heading(x), heading(y))
         entries = [
-            Line2D([], [], color=look.color, linestyle=look.dash, label=_short(cost, unit))
-            for cost, look in looks.items()
+            Line2D([], [], color=GREY, linestyle=dash, label=_short(cost, unit))
+            for cost, dash in dashes.items()
         ]
         roles = list(dict.fromkeys(role_of(group.first) for group in drawn))
         if len(roles) > 1:
-            for role in roles:
-                marker = ROLE_LOOKS[role].marker if role in ROLE_LOOKS else "o"
-                entries.append(entry(role, Look(GREY, marker, "-"), False))
+            entries += [entry(role, _look_of(role), False) for role in roles]
+        entries.append(note_entry("numbers: layers"))
         add_legend(figure, entries, sentence(words_for(fixed)))
         finish(figure)
         for axes, (_, levels) in zip(panels, shown, strict=True):
             points = [
                 point
                 for level in levels
-                if level.cost in looks
+                if level.cost in dashes
                 for point in _means(level, x, y, how.interval)
             ]
             labels = [
@@ -160,12 +157,15 @@ def draw_iso(rows: Sequence[Row], fixed: str, x: str, y: str, how: How) -> tuple
     parts = [
         f"{sentence(words_for(y))} over {words_for(x)}; a line joins models whose "
         f"{words_for(fixed)} are within 2 % of each other. Numbers at points are layers.",
-        seeds_text(drawn, [y]),
-        band_text(how.interval, marks),
+        intervals.text(drawn),
         FLOPS_NOTE,
         *notes,
     ]
     return figure, " ".join(part for part in parts if part)
+
+
+def _look_of(role: str) -> Look:
+    return ROLE_LOOKS.get(role) or Look(GREY, "o", "-")
 
 
 def _short(cost: float, unit: str) -> str:
@@ -183,10 +183,10 @@ def _means(level: Level, x: str, y: str, interval: str) -> list[tuple[float, flo
     ]
 
 
-def _draw_lines(axes: Axes, every: Sequence[tuple[float, float, Group]], look: Look) -> None:
+def _draw_lines(axes: Axes, every: Sequence[tuple[float, float, Group]], dash: Any) -> None:
     """Joins the models of each role of a level, or all where roles have one model each.
 
-    Nothing is joined where two models stand at one place.
+    A line within a role has its colour. Nothing is joined where two models stand at one place.
     """
     by_role: dict[str, list[tuple[float, float, Group]]] = {}
     for point in every:
@@ -195,10 +195,12 @@ def _draw_lines(axes: Axes, every: Sequence[tuple[float, float, Group]], look: L
     for points in [list(every)] if is_one_each else by_role.values():
         if len({place for place, _, _ in points}) < len(points):
             continue
+        roles = {role_of(group.first) for _, _, group in points}
         axes.plot(
             [place for place, _, _ in points],
             [mean for _, mean, _ in points],
-            color=look.color,
-            linestyle=look.dash,
+            color=_look_of(roles.pop()).color if len(roles) == 1 else GREY,
+            linestyle=dash,
+            linewidth=0.9,
             zorder=2,
         )

@@ -3,25 +3,23 @@
 from collections.abc import Iterable, Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sret_cli.report.columns import FLOPS_NOTE, VARYING, heading
 from sret_cli.report.groups import Group, group_seeds, role_of
 from sret_cli.report.intervals import spread
-from sret_cli.report.plot_axes import number_in, set_x_axis, set_y_axis
+from sret_cli.report.plot_axes import number_in, set_x_axis
+from sret_cli.report.plot_intervals import Bar, Intervals
 from sret_cli.report.plot_panels import (
     How,
     add_legend,
-    band_text,
     draw_runs,
     drawing,
     entry,
     finish,
     label_panels,
     make_panels,
-    seeds_text,
 )
 from sret_cli.report.plot_series import Arrangement, Series, arrange
 from sret_cli.report.plot_style import DASHES, nominal_looks, short_labels
@@ -80,26 +78,23 @@ def draw_line_figure(rows: Sequence[Row], x: str, y: str, how: How) -> tuple[Fig
     plan = arrange(groups, x, how.group)
     with drawing():
         figure, panels = make_panels(len(plan.panels), how.width, share_y=True, share_x=True)
-        marks: set[str] = set()
-        ends: list[float] = []
+        intervals = Intervals(how.interval, y)
         for axes, panel in zip(panels, plan.panels, strict=True):
             axes.set_title(panel.title)
             for series in panel.series:
-                marks |= draw_series(axes, series, x, y, how, ends)
+                draw_series(axes, series, x, y, how, intervals)
             set_x_axis(axes, [n for r in rows if (n := number_in(r, x)) is not None], x)
         values = [n for r in rows if (n := number_in(r, y)) is not None]
         levels = draw_levels(panels, baselines, y)
         values += [m[0] for g in baselines if (m := mean_of(g, y, "none")) is not None]
-        if set_y_axis(panels[0], y, values, ends, tested_images(rows)):
-            marks.add("cut")
-            fade_bands(panels)
+        intervals.draw_or_hide(panels, values, tested_images(rows))
         label_panels(panels, heading(x), heading(y))
         entries = legend_entries(plan)
         if levels and not entries:
             entries = [entry(s.label or "shared", s.look) for s in plan.panels[0].series]
         add_legend(figure, [*entries, *levels], plan.legend_title)
         finish(figure)
-    caption = line_caption(groups, x, [y], how.interval, marks, plan)
+    caption = line_caption(groups, x, [y], intervals, plan)
     if levels:
         caption += " Horizontal lines: means of baselines, which have no number of layers."
     return figure, caption
@@ -122,14 +117,6 @@ def draw_levels(panels: Sequence[Axes], baselines: Sequence[Group], y: str) -> l
             color, dash = look.color, DASHES[3 + index]
             axes.axhline(mean[0], color=color, linestyle=dash, label=name, zorder=1.5)
     return panels[0].get_lines()[-len(baselines) :] if baselines else []
-
-
-def fade_bands(panels: Sequence[Axes]) -> None:
-    """Makes bands paler, where they would fill a panel."""
-    for axes in panels:
-        for band in axes.collections:
-            if isinstance(band, PolyCollection):
-                band.set_alpha(0.07)
 
 
 def tested_images(rows: Sequence[Row]) -> int | None:
@@ -160,9 +147,9 @@ def draw_series(
     x: str,
     y: str,
     how: How,
-    ends: list[float],
-) -> set[str]:
-    """Draws a series; adds the ends of its intervals to `ends`; returns what was drawn.
+    intervals: Intervals,
+) -> None:
+    """Draws a series; adds its intervals to those of the figure, which are drawn later.
 
     Neighbours with intervals have a band between them, others bars.
     """
@@ -171,7 +158,7 @@ def draw_series(
         at, found = number_in(group.first, x), mean_of(group, y, how.interval)
         if at is not None and found is not None:
             points.append((at, *found))
-    look, marks = series.look, set()
+    look = series.look
     if series.is_joined and len(points) > 1:
         axes.plot([p[0] for p in points], [p[1] for p in points], color=look.color, ls=look.dash)
     several = [g for g in series.groups if sum(number_in(r, y) is not None for r in g.rows) > 1]
@@ -186,40 +173,26 @@ def draw_series(
             linewidths=0,
             zorder=4,
         )
-    draw_runs(axes, series.groups, x, y, look, how.links)
+    intervals.runs += draw_runs(axes, series.groups, x, y, look, how.links)
     run: list[tuple[float, float, float]] = []
     for at, mean, half in [*points, (0.0, 0.0, None)]:
         if half is not None:
-            run.append((at, mean - half, mean + half))
-            ends += run[-1][1:]
+            run.append((at, *intervals.add(mean, half)))
             if series.is_joined:
                 continue
         if len(run) > 1:
-            places, lows, highs = zip(*run, strict=True)
-            axes.fill_between(places, lows, highs, color=look.color, alpha=0.15, linewidth=0)
-            marks.add("band")
+            places, lows, highs = (list(part) for part in zip(*run, strict=True))
+            intervals.bands.append((axes, places, lows, highs, look.color))
         elif run:
-            ((place, low, high),) = run
-            axes.errorbar(
-                [place],
-                [(low + high) / 2],
-                yerr=[(high - low) / 2],
-                fmt="none",
-                ecolor=look.color,
-                elinewidth=0.8,
-                capsize=2,
-            )
-            marks.add("bar")
+            intervals.bars.append(Bar(axes, *run[0], look.color))
         run = []
-    return marks
 
 
 def line_caption(
     groups: Sequence[Group],
     x: str,
     columns: Sequence[str],
-    interval: str,
-    marks: set[str],
+    intervals: Intervals,
     plan: Arrangement,
 ) -> str:
     """Which columns are drawn over x, what marks mean, and how many seeds there are.
@@ -227,12 +200,11 @@ def line_caption(
     Without an interval, runs of a point may differ in more than their seed.
     """
     parts = [f"{sentence(listed(map(words_for, columns)))} over {words_for(x)}."]
-    seeds = seeds_text(groups, columns)
     if any(column in VARYING for column in columns):
-        several = not seeds.startswith("One run")
+        text = intervals.text(groups, columns)
+        several = not text.startswith("One run")
         parts.append("Lines join means, dots are runs." if several else "")
-        parts.append("" if several and interval == "none" else seeds)
-        parts.append(band_text(interval, marks))
+        parts.append("" if several and intervals.kind == "none" else text)
     if "macs" in (x, *columns):
         parts.append(FLOPS_NOTE)
     parts.append(plan.note)

@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sret_cli.report.groups import Group
-from sret_cli.report.intervals import BANDS
 from sret_cli.report.plot_axes import break_labels, fix_ticks, number_in, renderer_of
 from sret_cli.report.plot_style import FONT_SIZE, WIDTHS, Look, paper_style
 
@@ -143,6 +143,11 @@ def entry(label: str, look: Look, is_joined: bool = True) -> Line2D:
     )
 
 
+def note_entry(text: str) -> Line2D:
+    """An entry of a legend that is only a text."""
+    return Line2D([], [], linestyle="none", label=text)
+
+
 def add_legend(figure: Figure, entries: Sequence[Line2D], title: str = "") -> None:
     """A legend above all panels, in as many columns as the width has room for."""
     if not entries:
@@ -200,8 +205,9 @@ def draw_runs(
     y: str,
     look: Look,
     links: bool,
-) -> None:
-    """A dot for each run, pale where a mean stands next to it."""
+) -> list[PathCollection]:
+    """A dot for each run, pale where a mean stands next to it; returns the pale dots."""
+    pale = []
     for group in groups:
         found = [
             (px, py, row.get("run_id"))
@@ -223,24 +229,6 @@ def draw_runs(
         )
         if links:
             dots.set_urls([None if run is None else f"#run-{run}" for _, _, run in found])
-
-
-def seeds_text(groups: Sequence[Group], columns: Sequence[str]) -> str:
-    """How many seeds the points have: "3 seeds", "2–3 seeds"; for single runs "one run each"."""
-    counts = {
-        sum(number_in(row, column) is not None for row in group.rows)
-        for group in groups
-        for column in columns
-    } - {0}
-    if not counts or counts == {1}:
-        return "One run at each point."
-    low, high = min(counts), max(counts)
-    return f"{high} seeds." if low == high else f"{low}–{high} seeds."
-
-
-def band_text(interval: str, marks: set[str]) -> str:
-    """What bands and bars are."""
-    words = {("band",): "Band", ("bar",): "Bars", ("band", "bar"): "Bands and bars"}
-    name = words.get(tuple(sorted(marks & {"band", "bar"})), "")
-    cut = " Intervals wider than the axis are cut off." if "cut" in marks else ""
-    return f"{name}: {BANDS[interval]}.{cut}" if name else ""
+        if several:
+            pale.append(dots)
+    return pale

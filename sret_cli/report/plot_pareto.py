@@ -10,21 +10,27 @@ from matplotlib.lines import Line2D
 from sret_cli.report.columns import FLOPS_NOTE, heading
 from sret_cli.report.groups import Group, group_seeds, series_key
 from sret_cli.report.plot_axes import IS_ACCURACY, number_in, number_text, set_x_axis, set_y_axis
+from sret_cli.report.plot_intervals import Bar, Intervals
 from sret_cli.report.plot_labels import Label, place_labels
 from sret_cli.report.plot_lines import drawable, listed, mean_of, sentence, tested_images, words_for
 from sret_cli.report.plot_panels import (
     How,
     add_legend,
-    band_text,
     drawing,
     entry,
     finish,
     label_panels,
     make_panels,
-    seeds_text,
+    note_entry,
 )
-from sret_cli.report.plot_series import legend_title, series_looks, split_fields
-from sret_cli.report.plot_style import GREY, Look, plain, shorten
+from sret_cli.report.plot_series import (
+    legend_title,
+    ordered,
+    series_looks,
+    split_fields,
+    value_text,
+)
+from sret_cli.report.plot_style import GREY, Look, plain, short_labels, shorten
 from sret_cli.report.published import PUBLISHED_NOTE, PublishedModel, published_models
 from sret_cli.spec.run import Row
 
@@ -67,11 +73,12 @@ def draw_pareto(
     """A panel for each cost: a point for each setting, and the front of the best."""
     rows = [row for row in rows if any(drawable([row], x, y) for x in columns)]
     groups = group_seeds(rows)
-    lead, _ = split_fields(groups, "layers", how.group)
+    lead, rest = split_fields(groups, "layers", how.group)
+    rest = [field for field in rest if field != "layers"]
+    filled = _filled_by(groups, rest)
     looks = series_looks(groups, lead)
     published = published_models() if how.published and y == "top1_percent" else ()
-    marks: set[str] = set()
-    ends: list[float] = []
+    intervals = Intervals(how.interval, y)
     with drawing():
         figure, panels = make_panels(len(columns), how.width, share_y=True)
         drawn = []
@@ -80,34 +87,42 @@ def draw_pareto(
             behind = [m for m in published if m.value(x) is not None]
             front = pareto_front(points, y in IS_ACCURACY)
             _draw_published(axes, behind, x)
-            _draw_points(axes, points, x, y, {k: look for k, (_, look) in looks.items()}, lead, how)
+            _draw_points(
+                axes, points, x, y, {k: look for k, (_, look) in looks.items()}, lead, filled, how
+            )
             _draw_front(axes, front)
             for point in points:
                 if point.half_width is not None:
-                    ends += [point.y - point.half_width, point.y + point.half_width]
-                    marks.add("bar")
+                    low, high = intervals.add(point.y, point.half_width)
+                    color = looks[series_key(point.group.first, lead)][1].color
+                    intervals.bars.append(Bar(axes, point.x, low, high, color))
             set_x_axis(axes, [p.x for p in points] + [m.value(x) or 0 for m in behind], x)
             drawn.append((axes, x, points, front, behind))
         values = [n for row in rows if (n := number_in(row, y)) is not None]
         values += [m.top1_percent for m in published if any(b for *_, b in drawn)]
-        if set_y_axis(panels[0], y, values, ends, tested_images(rows)):
-            marks.add("cut")
+        set_y_axis(panels[0], y, values, intervals.ends, tested_images(rows))
+        intervals.draw_bars(alpha=0.35)
         label_panels(panels, "", heading(y))
         for axes, x in zip(panels, columns, strict=True):
             axes.set_xlabel(heading(x))
         entries = [entry(label, look, False) for label, look in looks.values()]
         entries = entries if len(entries) > 1 else []
-        entries.append(_front_entry())
+        if filled:
+            entries += _filled_entries(groups, filled)
+        entries.append(_front_entry(bool(published)))
         if any(b for *_, b in drawn):
             entries += [
                 Line2D([], [], color="0.7", marker=m, linestyle="none", label=f"{name}, published")
                 for name, m in FAMILY_MARKERS.items()
             ]
+        if any(number_in(group.first, "layers") is not None for group in groups):
+            entries.append(note_entry("numbers: layers"))
         add_legend(figure, entries, legend_title(lead) if len(looks) > 1 else "")
         finish(figure)
         for axes, x, points, front, behind in drawn:
             _label(figure, axes, x, points, front, behind)
-    return figure, _caption(groups, columns, y, how.interval, marks, bool(published))
+    alike = [words_for(field) for field in rest if filled is None or field != filled[0]]
+    return figure, _caption(groups, columns, intervals, bool(published), alike)
 
 
 def _points(groups: Sequence[Group], x: str, y: str, interval: str) -> list[Point]:
@@ -127,22 +142,21 @@ def _draw_points(
     y: str,
     looks: dict[str, Look],
     lead: Sequence[str],
+    filled: tuple[str, list[str]] | None,
     how: How,
 ) -> None:
     for point in points:
         look = looks[series_key(point.group.first, lead)]
-        if point.half_width is not None:
-            axes.errorbar(
-                [point.x],
-                [point.y],
-                yerr=[point.half_width],
-                fmt="none",
-                ecolor=look.color,
-                elinewidth=0.7,
-                alpha=0.35,
-            )
+        is_hollow = filled is not None and _is_hollow(point.group, filled)
         dot = axes.scatter(
-            [point.x], [point.y], s=18, marker=look.marker, color=look.color, linewidths=0, zorder=4
+            [point.x],
+            [point.y],
+            s=12 if is_hollow else 18,
+            marker=look.marker,
+            facecolors="white" if is_hollow else look.color,
+            edgecolors=look.color,
+            linewidths=1.0 if is_hollow else 0,
+            zorder=4,
         )
         runs = [row.get("run_id") for row in point.group.rows if number_in(row, y) is not None]
         if how.links and runs and runs[0] is not None:
@@ -170,7 +184,36 @@ def _draw_front(axes: Axes, front: Sequence[Point]) -> None:
     )
 
 
-def _front_entry() -> Line2D:
+def _filled_by(groups: Sequence[Group], fields: Sequence[str]) -> tuple[str, list[str]] | None:
+    """The first field with two values, and their keys: points of the second are hollow."""
+    for field in fields:
+        having = [group for group in ordered(groups, [field]) if group.first.get(field) is not None]
+        keys = list(dict.fromkeys(series_key(group.first, [field]) for group in having))
+        if len(keys) == 2:
+            return field, keys
+    return None
+
+
+def _is_hollow(group: Group, filled: tuple[str, list[str]]) -> bool:
+    field, keys = filled
+    return series_key(group.first, [field]) == keys[1]
+
+
+def _filled_entries(groups: Sequence[Group], filled: tuple[str, list[str]]) -> list[Line2D]:
+    """Entries of a legend for filled and for hollow points."""
+    field, keys = filled
+    entries = []
+    for key in keys:
+        group = next(g for g in groups if series_key(g.first, [field]) == key)
+        (label,) = short_labels([f"{heading(field)}: {value_text(group.first, field)}"])
+        face = GREY if key == keys[0] else "white"
+        made = entry(label, Look(GREY, "o", "-"), False)
+        made.set(markerfacecolor=face, markeredgecolor=GREY)
+        entries.append(made)
+    return entries
+
+
+def _front_entry(is_own: bool) -> Line2D:
     return Line2D(
         [],
         [],
@@ -180,7 +223,7 @@ def _front_entry() -> Line2D:
         markersize=6,
         markerfacecolor="none",
         markeredgewidth=0.8,
-        label="Pareto front",
+        label="Pareto front of these runs" if is_own else "Pareto front",
     )
 
 
@@ -229,18 +272,18 @@ def _depth_text(group: Group) -> str:
 def _caption(
     groups: Sequence[Group],
     columns: Sequence[str],
-    y: str,
-    interval: str,
-    marks: set[str],
+    intervals: Intervals,
     published: bool,
+    alike: Sequence[str],
 ) -> str:
     costs = listed(map(words_for, columns))
     parts = [
-        f"{sentence(words_for(y))} against {costs}; numbers at points are layers. "
+        f"{sentence(words_for(intervals.column))} against {costs}; numbers at points are layers. "
         "No other model is cheaper and better than one on the Pareto front.",
-        seeds_text(groups, [y]),
-        band_text(interval, marks),
+        intervals.text(groups),
     ]
+    if alike:
+        parts.append(f"Points that look alike may differ in {listed(alike)}.")
     if published:
         sources = dict.fromkeys(m.source.partition(",")[0] for m in published_models())
         parts.append(f"{PUBLISHED_NOTE} ({'; '.join(sources)}).")

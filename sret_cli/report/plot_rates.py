@@ -16,6 +16,7 @@ from sret_cli.report.plot_axes import (
     set_x_axis,
     set_y_axis,
 )
+from sret_cli.report.plot_intervals import Intervals
 from sret_cli.report.plot_lines import (
     draw_series,
     drawable,
@@ -28,11 +29,9 @@ from sret_cli.report.plot_lines import (
 from sret_cli.report.plot_panels import (
     How,
     add_legend,
-    band_text,
     drawing,
     finish,
     make_panels,
-    seeds_text,
 )
 from sret_cli.report.plot_series import Arrangement, Series, arrange
 from sret_cli.report.plot_style import COLORS, DASHES, MARKERS
@@ -58,8 +57,7 @@ def draw_rates(rows: Sequence[Row], x: str, y: str, how: How) -> tuple[Figure, s
     rows = drawable(rows, x, y)
     groups = group_seeds(rows)
     plan = arrange(groups, x, how.group or ("layers",))
-    marks: set[str] = set()
-    ends: list[float] = []
+    intervals = Intervals(how.interval, y)
     best: dict[str, list[tuple[float, float]]] = {}
     edges: list[str] = []
     xs = sorted({n for row in rows if (n := number_in(row, x)) is not None})
@@ -71,7 +69,7 @@ def draw_rates(rows: Sequence[Row], x: str, y: str, how: How) -> tuple[Figure, s
             axes.set_title(panel.title)
             places = best.setdefault(panel.setting, [])
             for series in panel.series:
-                marks |= draw_series(axes, series, x, y, how, ends)
+                draw_series(axes, series, x, y, how, intervals)
                 if (found := best_point(series, x, y, how.interval)) is None:
                     continue
                 axes.scatter(
@@ -93,8 +91,7 @@ def draw_rates(rows: Sequence[Row], x: str, y: str, how: How) -> tuple[Figure, s
         for axes in curves[1:]:
             axes.sharey(curves[0])
         values = [n for row in rows if (n := number_in(row, y)) is not None]
-        if set_y_axis(curves[0], y, values, ends, tested_images(rows)):
-            marks.add("cut")
+        intervals.draw_or_hide(curves, values, tested_images(rows))
         for axes in curves:
             axes.set_ylabel(heading(y))
         entries = legend_entries(plan)
@@ -104,7 +101,7 @@ def draw_rates(rows: Sequence[Row], x: str, y: str, how: How) -> tuple[Figure, s
                 entries += panels[-1].get_lines()
         add_legend(figure, entries, plan.legend_title)
         finish(figure)
-    return figure, _caption(plan, x, y, how.interval, marks, best, edges)
+    return figure, _caption(plan, x, y, intervals, best, edges)
 
 
 def _draw_best(
@@ -136,8 +133,7 @@ def _caption(
     plan: Arrangement,
     x: str,
     y: str,
-    interval: str,
-    marks: set[str],
+    intervals: Intervals,
     best: Mapping[str, Sequence[tuple[float, float]]],
     edges: Sequence[str],
 ) -> str:
@@ -150,7 +146,7 @@ def _caption(
         found = [f"{number_text(rate)} at {depth:,g}" for depth, rate in sorted(every[0])]
         parts.append(f"Best at depth: {', '.join(found)} layers.")
     groups = [g for panel in plan.panels for series in panel.series for g in series.groups]
-    parts += [seeds_text(groups, [y]), band_text(interval, marks)]
+    parts.append(intervals.text(groups))
     if edges:
         title = f"{plan.legend_title} " if plan.legend_title else ""
         parts.append(f"At the edge of what was tried is the best of {title}{listed(edges)}.")

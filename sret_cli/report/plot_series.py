@@ -123,7 +123,9 @@ def legend_title(fields: Sequence[str]) -> str:
     """What the entries of a legend are values of; roles need no title."""
     if list(fields) in ([], ["role"], ["name"]):
         return ""
-    (title,) = short_labels([", ".join(heading(field) for field in fields)], 60)
+    words = ["Model" if f == "role" and "name" not in fields else heading(f) for f in fields]
+    later = [w[:1].lower() + w[1:] if w[1:2].islower() else w for w in words[1:]]
+    (title,) = short_labels([", ".join([words[0], *later])], 60)
     return title
 
 

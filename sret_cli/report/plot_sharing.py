@@ -11,14 +11,14 @@ from sret_cli.report.comparisons import Comparison, compare
 from sret_cli.report.groups import Group, group_seeds, role_of
 from sret_cli.report.intervals import BANDS, Spread
 from sret_cli.report.plot_axes import finite_number, number_in, set_x_axis, set_y_axis
+from sret_cli.report.plot_intervals import Bar, Intervals
 from sret_cli.report.plot_lines import (
     draw_series,
-    fade_bands,
     legend_entries,
     tested_images,
     words_for,
 )
-from sret_cli.report.plot_panels import How, add_legend, drawing, finish, make_panels, seeds_text
+from sret_cli.report.plot_panels import How, add_legend, drawing, finish, make_panels
 from sret_cli.report.plot_series import Panel, arrange
 from sret_cli.report.plot_style import GREY, ROLE_LOOKS, Look, nominal_looks
 from sret_cli.spec.run import Row
@@ -55,13 +55,13 @@ def draw_sharing(rows: Sequence[Row], y: str, how: How) -> tuple[Figure, str]:
         columns = 2 if count == 1 else count
         figure, panels = make_panels(2 * count, how.width, columns=columns, aspect=0.62)
         tops, lows = panels[:count], panels[count:]
-        marks: set[str] = set()
-        ends: list[float] = []
+        intervals = Intervals(how.interval, y)
+        differences = Intervals(how.interval, y)
         shown: list[Spread] = []
         for top, low, panel in zip(tops, lows, plan.panels, strict=True):
             for series in panel.series:
-                marks |= draw_series(top, series, "layers", y, how, ends)
-            shown += _draw_differences(low, panel, pairs, y)
+                draw_series(top, series, "layers", y, how, intervals)
+            shown += _draw_differences(low, panel, pairs, y, differences)
             own = [c.shared for c in pairs] if count == 1 else groups
             for axes, members in ((top, groups), (low, own)):
                 set_x_axis(axes, [n for g in members if (n := _depth(g)) is not None])
@@ -74,26 +74,22 @@ def draw_sharing(rows: Sequence[Row], y: str, how: How) -> tuple[Figure, str]:
         _share(tops)
         _share(lows)
         values = [n for g in groups for row in g.rows if (n := number_in(row, y)) is not None]
-        cuts = set_y_axis(tops[0], y, values, ends, tested_images(rows))
-        if cuts:
-            fade_bands(tops)
-        halves = [s.half_width or 0.0 for s in shown]
-        cuts |= set_y_axis(
-            lows[0],
-            y if y == "top1_percent" else "difference",
-            [0.0, *(s.mean for s in shown)],
-            [end for s, h in zip(shown, halves, strict=True) for end in (s.mean - h, s.mean + h)],
-            is_difference=True,
-        )
+        intervals.draw_or_hide(tops, values, tested_images(rows))
+        _scale_differences(lows[0], y, shown)
+        differences.draw_bars()
         tops[0].set_ylabel(heading(y))
         lows[0].set_ylabel(_difference_label(y))
         add_legend(figure, legend_entries(plan))
         finish(figure)
-    return figure, _caption(y, how.interval, groups, shown, left_out, cuts)
+    return figure, _caption(y, groups, shown, left_out, intervals, differences)
 
 
 def _draw_differences(
-    axes: Axes, panel: Panel, pairs: Sequence[Comparison], y: str
+    axes: Axes,
+    panel: Panel,
+    pairs: Sequence[Comparison],
+    y: str,
+    differences: Intervals,
 ) -> list[Spread]:
     """Draws the differences of the shared models of a panel; returns them."""
     axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
@@ -106,18 +102,22 @@ def _draw_differences(
         for c in (c for c in found if role_of(c.control.first) == role):
             spread = c.top1 if y == "top1_percent" else c.loss
             shift = (index - (len(roles) - 1) / 2) * DODGE * span
-            axes.errorbar(
-                [(_depth(c.shared) or 0.0) + shift],
-                [spread.mean],
-                yerr=None if spread.half_width is None else [spread.half_width],
-                color=look.color,
-                marker=look.marker,
-                markersize=4,
-                elinewidth=1.0,
-                capsize=2,
-                linestyle="none",
-            )
+            at = (_depth(c.shared) or 0.0) + shift
+            axes.plot([at], [spread.mean], color=look.color, marker=look.marker, linestyle="none")
+            if spread.half_width is not None:
+                low, high = differences.add(spread.mean, spread.half_width)
+                differences.bars.append(Bar(axes, at, low, high, look.color))
     return [c.top1 if y == "top1_percent" else c.loss for c in found]
+
+
+def _scale_differences(axes: Axes, y: str, shown: Sequence[Spread]) -> None:
+    """Scales the axis of differences to three times the largest, or to the smallest interval."""
+    ends = [(s.mean - s.half_width, s.mean + s.half_width) for s in shown if s.half_width]
+    smallest = min((max(abs(low), abs(high)) for low, high in ends), default=0.0)
+    reach = max(3 * max((abs(s.mean) for s in shown), default=0.0), smallest)
+    held = [max(min(end, reach), -reach) for both in ends for end in both]
+    column = y if y == "top1_percent" else "difference"
+    set_y_axis(axes, column, [0.0, *(s.mean for s in shown), *held], is_difference=True)
 
 
 def _pairs_in(panel: Panel, pairs: Sequence[Comparison]) -> list[Comparison]:
@@ -146,22 +146,28 @@ def _difference_label(y: str) -> str:
 
 def _caption(
     y: str,
-    interval: str,
     groups: Sequence[Group],
     shown: Sequence[Spread],
     left_out: int,
-    cuts: bool,
+    intervals: Intervals,
+    differences: Intervals,
 ) -> str:
     counts = sorted({spread.n for spread in shown})
     seeds = f"{counts[0]}–{counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
-    several = counts[-1] > 1 and interval != "none"
     where = "above" if y == "top1_percent" else "below"
     parts = [
         f"Shared models and their controls: {words_for(y)} over layers, and the difference "
-        f"between runs with the same seed ({where} 0 the shared model is better).",
-        seeds_text(groups, [y]) if counts[-1] == 1 else f"{seeds} pairs of seeds at each point.",
-        f"Bands and bars: {BANDS[interval]}." if several else "",
-        "Intervals wider than the axis are cut off." if cuts else "",
-        f"{left_out} more settings are left out; choose with `where`." if left_out > 0 else "",
+        f"between runs with the same seed ({where} 0 the shared model is better)."
     ]
-    return " ".join(part for part in parts if part)
+    if counts[-1] > 1:
+        parts.append(f"{seeds} pairs of seeds at each point.")
+    if intervals.is_hidden or counts[-1] == 1:
+        parts.append(intervals.text(groups))
+    if differences.bars:
+        name = "Bars" if intervals.is_hidden or not intervals.bands else "Bands and bars"
+        parts.append(f"{name}: {BANDS[differences.kind]}.")
+    if differences.is_cut:
+        parts.append("An arrow head marks a bar that is longer than the axis.")
+    if left_out > 0:
+        parts.append(f"{left_out} more settings are left out; choose with `where`.")
+    return " ".join(parts)

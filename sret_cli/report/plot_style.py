@@ -65,19 +65,19 @@ def ordered_looks(count: int) -> list[Look]:
 
 
 def crossed_looks(keys: Sequence[tuple[str, str]]) -> list[Look]:
-    """Looks of series by two fields: colour and dash by the first, tint and marker by the second.
+    """Looks of series by two fields: colour by the first, tint and marker by the second.
 
-    Dashes differ between series of one tint, so that lines that coincide can be seen.
+    Each has a dash of its own, so that lines that coincide can be seen.
     """
     first, second = (list(dict.fromkeys(key[i] for key in keys)) for i in (0, 1))
     looks = []
-    for one, other in keys:
+    for index, (one, other) in enumerate(keys):
         base = ROLE_LOOKS.get(one) or nominal_looks(8)[first.index(one) % 8]
         tint = 0.55 * second.index(other) / max(len(second) - 1, 1)
         red, green, blue = matplotlib.colors.to_rgb(base.color)
         pale = tuple(1 - (1 - part) * (1 - tint) for part in (red, green, blue))
         color = matplotlib.colors.to_hex((pale[0], pale[1], pale[2]))
-        looks.append(Look(color, MARKERS[second.index(other) % 8], base.dash))
+        looks.append(Look(color, MARKERS[second.index(other) % 8], DASHES[index % 8]))
     return looks
 
 

@@ -161,10 +161,42 @@ def test_means_have_bands_between_neighbours_and_dots_for_runs():
 def test_a_single_seed_among_several_has_no_band():
     rows = rows_of(model__recursions=[1, 2, 4], train__seed=[0, 1])
     rows = [row for row in rows if row["layers"] != 8 or row["train.seed"] == 0]
-    found = drawn(rows, "accuracy")
+    found = drawn(rows, "accuracy", interval="sd")
     kinds = [type(c).__name__ for c in found.figure.axes[0].collections]
     assert kinds.count("LineCollection") == 2  # bars at 4 and 16
-    assert "1–2 seeds. Bars: 95 %" in found.caption
+    assert "1–2 seeds. Bars: one sample standard deviation" in found.caption
+
+
+def test_intervals_that_the_axis_would_cut_are_not_drawn_in_the_whole_figure():
+    def top1(row):
+        spread = 2 if row["layers"] == 4 else 0.1
+        return 50.0 + row["layers"] / 4 + spread * row["train.seed"]
+
+    found = drawn(rows_of(top1, model__recursions=[1, 2], train__seed=[0, 1]), "accuracy")
+    (axes,) = found.figure.axes
+    assert {type(c).__name__ for c in axes.collections} == {"PathCollection"}
+    assert [(c.get_sizes()[0], c.get_alpha()) for c in axes.collections][1:] == [(12, 0.75)] * 2
+    assert axes.get_ylim() == pytest.approx((51 - 0.12, 53 + 0.12))
+    assert found.caption == (
+        "Top-1 accuracy over layers. Lines join means, dots are runs. 95 % intervals (Student's t) "
+        "over 2 seeds are up to ±12.71 points wide and not drawn; the table has them."
+    )
+
+
+def test_intervals_of_curves_that_the_axis_would_cut_are_thin_lines_of_runs():
+    rows = rows_of(model__recursions=[1], train__seed=[0, 1])
+    metrics = {
+        row["run_id"]: [{"epoch": e, "top1_percent": 50.0 + row["train.seed"]} for e in (1, 2)]
+        for row in rows
+    }
+    found = drawn(rows, "curves", metrics)
+    (axes,) = found.figure.axes
+    assert lines(axes) == [[(1, 50.5), (2, 50.5)], [(1, 50), (2, 50)], [(1, 51), (2, 51)]]
+    assert len(axes.collections) == 0
+    assert found.caption == (
+        "Top-1 accuracy after each epoch. Means of 2 seeds. Thin lines are runs. 95 % intervals "
+        "(Student's t) over 2 seeds are up to ±6.35 points wide and not drawn; the table has them."
+    )
 
 
 def test_a_baseline_without_depth_is_a_horizontal_line():
@@ -198,10 +230,29 @@ def test_twins_are_compared_in_accuracy_and_in_differences_by_seed():
     found = drawn(rows, "sharing")
     top, low = found.figure.axes
     assert lines(top) == [[(8, 92), (16, 92)], [(8, 90), (16, 90)]]
-    assert [line for line in lines(low) if len(line) == 1][::3] == [[(8, 2)], [(16, 2)]]
+    points = [line for line in low.get_lines() if line.get_marker() == "s"]
+    assert [line.get_xydata().tolist() for line in points] == [[[8, 2]], [[16, 2]]]
     assert low.get_ylabel() == "Shared − control (points)"
     assert "above 0 the shared model is better" in found.caption
     assert "3 pairs of seeds at each point." in found.caption
+
+
+def test_a_bar_that_is_longer_than_the_axis_ends_with_an_arrow_head():
+    def top1(row):
+        spread = {8: 0.1, 16: 3}[row["layers"]] * (row["role"] == "shared")
+        return 90.0 + (row["role"] == "shared") + spread * row["train.seed"]
+
+    found = drawn(
+        rows_of(top1, twins=["layers"], model__recursions=[2, 4], train__seed=[0, 1]), "sharing"
+    )
+    low = found.figure.axes[1]
+    heads = [
+        c.get_offsets().tolist() for c in low.collections if type(c).__name__ == "PathCollection"
+    ]
+    assert heads == [[[16, 1]], [[16, 0]]]  # at the top and at the bottom of the panel
+    assert low.get_ylim() == pytest.approx((-7.5 - 0.9, 7.5 + 0.9))  # 3 times 2.5, and a margin
+    assert "An arrow head marks a bar that is longer than the axis." in found.caption
+    assert "Bands" not in found.caption
 
 
 def test_the_front_is_what_nothing_beats_and_points_have_their_depths():
@@ -212,7 +263,7 @@ def test_the_front_is_what_nothing_beats_and_points_have_their_depths():
     (axes,) = found.figure.axes
     assert lines(axes) == [[(0.004, 50), (0.008, 60), (0.032, 70)]]
     assert {text.get_text() for text in axes.texts} == {"4", "8", "16", "32"}
-    assert legend_texts(found.figure) == ["Pareto front"]
+    assert legend_texts(found.figure) == ["Pareto front", "numbers: layers"]
 
 
 def test_published_models_stand_behind_with_what_they_were_measured_on():
@@ -228,7 +279,10 @@ def test_models_of_equal_flops_are_joined_over_parameters():
     found = drawn(rows, "iso-flops")
     (axes,) = found.figure.axes
     assert lines(axes) == [[(0.33, 52), (0.64, 52)], [(0.33, 54), (1.28, 54)]]
-    assert legend_texts(found.figure) == ["FLOPs:", "8 M", "16 M", "shared", "twin layers"]
+    roles = ["shared", "twin layers"]
+    assert legend_texts(found.figure) == ["FLOPs:", "8 M", "16 M", *roles, "numbers: layers"]
+    colors = {line.get_label(): line.get_color() for line in found.figure.legends[0].get_lines()}
+    assert (colors["shared"], colors["twin layers"]) == ("#0072B2", "#D55E00")  # as elsewhere
 
 
 def test_models_of_equal_parameters_are_joined_within_their_role():
