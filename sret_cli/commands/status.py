@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sret_cli.study.status import RunStatus
 
 WATCH_SECONDS = 2.0  # between two looks
+LOOKS_PER_SQUEUE = 5  # because squeue is work for the scheduler
 SHOWN_WAITING = 3  # runs that wait, of which the others are counted
 
 
@@ -41,29 +42,38 @@ def status(
     json_: Json = False,
 ) -> None:
     """Show which runs are done, running, waiting, failed or lost, from their directories."""
-    from sret_cli.study.status import study_status
+    from sret_cli.study.slurm_queue import queue_lines
+    from sret_cli.study.status import status_directory, study_status
 
+    directory = status_directory(path, runs)
     found = study_status(path, runs)
     if json_:
         return print_json([status.record() for status in found])
-    print_status(found)
+    queue = queue_lines(directory)
+    print_status(found, queue)
+    looks = 0
     while watch and any(status.state in ("running", "waiting") for status in found):
         time.sleep(WATCH_SECONDS)
+        looks += 1
         found = study_status(path, runs)
+        if looks % LOOKS_PER_SQUEUE == 0:
+            queue = queue_lines(directory)
         output = Output()
         if output.is_terminal:
             output.clear()
-        print_status(found)
+        print_status(found, queue)
 
 
-def print_status(found: Sequence["RunStatus"]) -> None:
-    """Prints how many runs are in each state, and a table of those that are not done."""
+def print_status(found: Sequence["RunStatus"], queue: Sequence[str]) -> None:
+    """Prints how many runs are in each state, a table of those not done, and jobs of Slurm."""
     from sret_cli.study.status import count_states
 
     counts = [f"{count} {state}" for state, count in count_states(found).items()]
     Output().print(f"{len(found)} runs: {', '.join(counts) or 'none'}")
     if any(status.state != "done" for status in found):
         print_table(status_table(found))
+    for line in queue:
+        Output().print(line)
 
 
 def status_table(found: Sequence["RunStatus"]) -> "ReportTable":

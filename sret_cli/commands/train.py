@@ -157,6 +157,8 @@ def train(
     if dry_run:
         return show_forecast(found, runs, options, engine_options(context), json_)
     outcome = do_study(found, runs, options, engine_options(context), stderr_console())
+    if outcome.is_submitted:
+        return
     print_rows(outcome.rows, RUN_TABLE, json_)
     if len(outcome.rows) == 1:
         row = outcome.rows[0]
@@ -233,6 +235,8 @@ def run(
     if dry_run:
         return show_forecast(found, runs, options, engine_options(context), json_)
     outcome = do_study(found, runs, options, engine_options(context), stderr_console())
+    if outcome.is_submitted:
+        return
     if outcome.rows:
         report_study(found, outcome.rows, runs, out, json_)
     exit_if_failed(outcome.failed)

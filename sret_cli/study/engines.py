@@ -1,8 +1,9 @@
 """Which engine does the runs of a study: this process, or workers here or elsewhere.
 
 An engine is a module with a function `run(work, engine, board)`, which starts processes that take
-the runs of `work` until each has a row. All of them claim and resume runs in the same way, in the
-directories of the runs; so a study can be begun by one engine and finished by another.
+the runs of `work` until each has a row, and waits for them or sets `board.is_submitted`. All of
+them claim and resume runs in the same way, in the directories of the runs; so a study can be begun
+by one engine and finished by another.
 """
 
 import time
@@ -129,6 +130,7 @@ class Board:
         self.began, self.before = time.monotonic(), 0.0
         self.skipped = 0
         self.is_first_look = True
+        self.is_submitted = False  # whether a job does the runs, which nobody here waits for
 
     def note(self, line: str) -> None:
         """Prints a line that stays."""
@@ -186,4 +188,4 @@ class Board:
             for run, row in zip(runs, rows, strict=True)
             if row["error"]
         ]
-        return Outcome(rows=rows, skipped=self.skipped, failed=failed)
+        return Outcome(rows, self.skipped, failed, self.is_submitted)

@@ -66,7 +66,7 @@ class Pool:
     events: "Queue[tuple[Slot, dict[str, Any]]]" = field(default_factory=Queue)
 
     def run(self) -> None:
-        """Does all runs that are not done; returns when each has a row.
+        """Does all runs that are not done; returns when each has a row, or others do the rest.
 
         Raises:
             SretError: an error that would fail every run, or `fail_fast` and a run failed.
@@ -98,6 +98,8 @@ class Pool:
                 self._take_rows()
                 self.on_look()
             if self.left and not any(slot.process for slot in slots):
+                if not self.work.waits:
+                    return
                 self._start(slots[0])  # every worker has ended, but a row was removed meanwhile
 
     def _handle_events(self, seconds: float) -> None:

@@ -33,8 +33,10 @@ class Share:
 
 
 def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The cores that this process may use; in a Slurm job, at most those of the job."""
+    known = hasattr(os, "sched_getaffinity")
+    count = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    return min(count, int(os.environ.get("SLURM_CPUS_ON_NODE", count)))
 
 
 def visible_gpus(device: str) -> list[str]:

@@ -68,11 +68,9 @@ def study_status(path: Path | None, root: Path) -> list[RunStatus]:
     Raises:
         SretError: the study file is not valid, or the directory does not exist.
     """
-    directory = path or root
-    if path is not None and path.suffix == ".toml" and not path.is_dir():
-        if (found := _of_file(path, root)) is not None:
-            return found
-        directory = root / path.stem  # without its data, the runs of a file are not known
+    directory = status_directory(path, root)
+    if path is not None and directory != path and (found := _of_file(path, root)) is not None:
+        return found
     if not directory.is_dir():
         raise SretError(f"no directory {directory}; start runs by `sret run STUDY`", DATA)
     configs = sorted(c for d in ("", "*/", "*/*/") for c in directory.glob(f"{d}{CONFIG_FILE}"))
@@ -84,6 +82,13 @@ def study_status(path: Path | None, root: Path) -> list[RunStatus]:
         replace(status, label=next(named)) if row is not None else status
         for status, row in zip(found, rows, strict=True)
     ]
+
+
+def status_directory(path: Path | None, root: Path) -> Path:
+    """The directory with the runs of a study file or of a directory; that of all if not given."""
+    if path is not None and path.suffix == ".toml" and not path.is_dir():
+        return root / path.stem
+    return path or root
 
 
 def count_states(found: Sequence[RunStatus]) -> dict[str, int]:

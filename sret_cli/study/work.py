@@ -38,11 +38,15 @@ POLL_SECONDS = 1.0  # between two looks at runs that other processes do
 
 @dataclass
 class Outcome:
-    """The rows of a study's runs, the number of runs that were done before, and what failed."""
+    """The rows of a study's runs, the number of runs that were done before, and what failed.
+
+    `is_submitted` says that a job does the runs that have no row, which nobody here waits for.
+    """
 
     rows: list[Row] = field(default_factory=list)
     skipped: int = 0
     failed: list[tuple[Run, SretError]] = field(default_factory=list)
+    is_submitted: bool = False
 
 
 def run_study(
@@ -76,6 +80,7 @@ class StudyWork:
         self.console = console
         self.display = Display(console, study.name, len(study.runs))
         self.outcome = Outcome()
+        self.waits = True  # for runs that other processes do
 
     def run(self) -> Outcome:
         """Does all runs that are not done."""
@@ -90,6 +95,8 @@ class StudyWork:
                     busy += [] if self._do(item) else [item]
                     exit_if_signalled()
                 if len(busy) == len(todo):
+                    if not self.waits:
+                        break
                     self._wait(busy)
                 todo = busy
         self.outcome.rows = [item.row for item in items if item.row is not None]

@@ -41,12 +41,14 @@ class Work:
         root: the directory of all runs.
         options: how and where runs are executed.
         trains: whether runs are trained, or only measured.
+        waits: whether a worker waits for runs that others do, in case they are interrupted.
     """
 
     study: Study
     root: Path
     options: RunOptions
     trains: bool = True
+    waits: bool = True
 
 
 class WorkerWork(StudyWork):
@@ -55,7 +57,7 @@ class WorkerWork(StudyWork):
     def __init__(self, work: Work, team: Team | None, tell: "Channel") -> None:
         console = Console(stderr=True, highlight=False, markup=False, emoji=False, width=200)
         super().__init__(work.study, work.root, work.options, console, team)
-        self.tell = tell
+        self.tell, self.waits = tell, work.waits
 
     def _measure(self, item: Item, row: Row, missing: list[str], directory: Path) -> None:
         self.tell(event="start", run=item.run.run_id)
