@@ -84,7 +84,9 @@ def identity_fields(rows: Sequence[Row], first: Sequence[str] = ()) -> list[str]
         follows |= field in DEPENDENT and _follow(rows, fields, field)
         if not follows:
             fields.insert(-1 if fields[-1:] == ["layers"] else len(fields), field)
-    return list(dict.fromkeys((*first, *fields))) or ["name"]
+    if not fields:
+        fields = ["name"] if len(rows) > 1 or rows[0].get("layers") is None else ["name", "layers"]
+    return list(dict.fromkeys((*first, *fields)))
 
 
 def field_value(row: Row, field: str) -> Any:

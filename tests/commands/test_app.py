@@ -117,7 +117,8 @@ def test_profile_of_one_model_adds_up_by_kind(sret):
 def test_a_study_is_run_reported_and_not_run_again(sret, study):
     code, out, err = sret("run", study)
     assert code == 0
-    assert "wrote table.md, table.csv, accuracy.png" in err.splitlines()[-1]
+    assert err.splitlines()[-1].endswith("files to runs/depth/report; open report.html there")
+    assert {"table.tex", "accuracy.pdf", "report.html"} <= set(os.listdir("runs/depth/report"))
     rows = {path: path.read_bytes() for path in study.parent.glob("runs/depth/*/row.json")}
     assert len(rows) == 2
     for path in rows:

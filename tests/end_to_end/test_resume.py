@@ -471,8 +471,7 @@ def test_tensorboard_is_turned_off_when_it_fails_and_the_run_continues(
         progress=Progress(note=notes.append),
     )
     assert left(tmp_path, row) == uninterrupted
-    (line,) = notes
-    assert line.startswith("TensorBoard is off: ")
+    assert sum(line.startswith("TensorBoard is off: ") for line in notes) == 1
 
 
 @pytest.mark.slow
