@@ -85,7 +85,8 @@ def identity_fields(rows: Sequence[Row], first: Sequence[str] = ()) -> list[str]
         if not follows:
             fields.insert(-1 if fields[-1:] == ["layers"] else len(fields), field)
     if not fields:
-        fields = ["name"] if len(rows) > 1 or rows[0].get("layers") is None else ["name", "layers"]
+        is_one = len(rows) == 1 and rows[0].get("layers") is not None
+        fields = ["name", "layers"] if is_one else ["name"]
     return list(dict.fromkeys((*first, *fields)))
 
 
