@@ -109,7 +109,7 @@ def test_runs_that_kill_their_process_are_lost_and_the_others_done(place):
         assert row["error"].startswith(
             "its process was ended by signal 9 (SIGKILL), 2 times in all; last lines of worker.log"
         )
-        assert row["error"].endswith("poisoned")
+        assert "poisoned" in row["error"]
     (place / "sitecustomize.py").unlink()
     assert ended(start(place, "train", "jobs.toml", "--jobs", 2))[0] == 6  # they stay lost
     status, _, err = ended(start(place, "train", "jobs.toml", "--jobs", 2, "--retry", "lost"))
@@ -122,10 +122,11 @@ def test_only_some_runs_are_done_and_the_first_failure_can_end_a_study(place):
     assert code == 0, err
     assert [row["train.seed"] for row in json.loads(out)] == [1, 1]
     study = STUDY.replace("epochs = 2", "epochs = 2\nlr = 1e30\nclip_grad = 1e9")
+    study = study.replace("[0, 1, 2]", str(list(range(30))))
     (place / "jobs.toml").write_text(study)
     code, _, err = ended(start(place, "train", "jobs.toml", "--jobs", 2, "--fail-fast"))
     assert code == 6, err
     rows = [json.loads(path.read_text()) for path in place.glob("runs/jobs/*/row.json")]
-    assert 1 <= sum(bool(row["error"]) for row in rows) < 6
-    code, _, err = ended(start(place, "train", "jobs.toml", "--only", "seed == 9"))
-    assert (code, err.splitlines()[-1]) == (2, "sret: none of 6 runs meets 'seed == 9'")
+    assert 1 <= sum(bool(row["error"]) for row in rows) < 60
+    code, _, err = ended(start(place, "train", "jobs.toml", "--only", "seed == 99"))
+    assert (code, err.splitlines()[-1]) == (2, "sret: none of 60 runs meets 'seed == 99'")
