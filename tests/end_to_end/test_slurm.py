@@ -85,7 +85,7 @@ def test_an_array_trains_bitwise_what_one_process_trains(slurm, place, cluster, 
 def test_a_task_that_is_queued_again_trains_bitwise_the_same_weights(
     slurm, place, cluster, one_after_another
 ):
-    code, _, err = slurm("train", "jobs.toml", "--engine", "slurm", *SAVING)
+    code, _, err = slurm("train", "jobs.toml", "--engine", "slurm", "--jobs", 1, *SAVING)
     assert code == 0, err
     job = err.split()[2].rstrip(":")
     interruptions = (
