@@ -261,7 +261,7 @@ RunsPerGpu = Annotated[
 Retries = Annotated[
     int,
     typer.Option(
-        min=0, help="How often a run goes on after its process died.", rich_help_panel=RUNNING
+        min=0, help="How often a run resumes after its process died.", rich_help_panel=RUNNING
     ),
 ]
 Retry = Annotated[

@@ -61,7 +61,7 @@ def record_death(run: Run, directory: Path, pid: int, cause: str, retries: int) 
         directory: its directory.
         pid: the process.
         cause: what ended it.
-        retries: how often a run goes on after a death.
+        retries: how often a run resumes after a death.
 
     Returns:
         The row of the run with the status "lost", or None if it may go on.

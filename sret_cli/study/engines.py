@@ -52,7 +52,7 @@ class EngineOptions:
         jobs: the number of runs at a time, or None for what is fastest.
         gpus_per_run: GPUs of one run, which torchrun trains.
         runs_per_gpu: runs that share a GPU.
-        retries: how often a run goes on after its process died.
+        retries: how often a run resumes after its process died.
         address: address of a Ray cluster; None for one on this machine.
         slurm: options of sbatch by name, such as partition and gres.
         wait: whether to wait for the end of a Slurm job.

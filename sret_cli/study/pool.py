@@ -55,7 +55,7 @@ class Pool:
         shares: the part of the machine of each worker.
         on_end: called with each run that ends, and its row.
         on_look: called a few times a second.
-        retries: how often a run goes on after its process died.
+        retries: how often a run resumes after its process died.
     """
 
     work: Work
